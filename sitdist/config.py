@@ -1,0 +1,380 @@
+"""Schemas of dataset recipes and experiment configs, and how a YAML file becomes one.
+
+Every schema is strict: an unknown key, a wrong type or a value out of range is an error that names the key, the value
+and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sitdist.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+RadiusRange = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class Schema(BaseModel):
+    """Base of all schemas: unknown keys are refused, numbers are finite, values are checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+class SceneSource(Schema):
+    """Views of the built-in object, rendered when the shards are built."""
+
+    kind: Literal["scene"]
+    views: Positive
+    radius: RadiusRange = (3.0, 5.0)
+    sphere: Literal["upper", "full"] = "upper"
+    fov_deg: Annotated[float, Field(gt=1.0, lt=170.0)] = 40.0
+    samples_per_ray: Annotated[int, Field(ge=8)] = 64
+    seed: NonNegative = 0
+    label: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SceneSource:
+        if self.radius[0] > self.radius[1]:
+            raise ValueError(f"radius {list(self.radius)} runs backwards; write [smaller, larger]")
+        return self
+
+
+class NpzSource(Schema):
+    """Posed pictures in .npz files (images, poses, focal): one file, several, or a folder of them."""
+
+    kind: Literal["npz"]
+    paths: Annotated[list[str], Field(min_length=1)]
+    label: NonNegative = 0
+
+
+class TransformsSource(Schema):
+    """Posed pictures named by a Blender or nerfstudio transforms.json."""
+
+    kind: Literal["transforms"]
+    path: str
+    background: tuple[Share, Share, Share] = (1.0, 1.0, 1.0)
+    label: NonNegative = 0
+
+
+Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
+
+
+class PcaCodecConfig(Schema):
+    """Closed-form linear patch codec, fitted on the first training views."""
+
+    kind: Literal["pca"]
+    channels: Annotated[int, Field(gt=0, multiple_of=4)] = 4
+    patch: Positive = 4
+    fit_views: Positive = 1000
+
+
+class VaeCodecConfig(Schema):
+    """diffusers AutoencoderKL from a local folder or a hub id."""
+
+    kind: Literal["vae"]
+    path: str
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+Codec = Annotated[PcaCodecConfig | VaeCodecConfig, Field(discriminator="kind")]
+
+
+class Recipe(Schema):
+    """How a dataset is made: the views of every split, the codec, and the size of the shards."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    image_size: Positive
+    codec: Codec
+    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Source]
+    val_views: NonNegative = 64
+    samples_per_shard: Positive = 1000
+    encode_batch: Positive = 64
+    seed: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        if "train" not in self.splits:
+            raise ValueError("splits has no 'train'; the pose statistics and the codec come from the training views")
+        if "val" in self.splits and "val_views" in self.model_fields_set and self.val_views:
+            raise ValueError("both a 'val' split and val_views are given; keep one of them")
+        if isinstance(self.codec, PcaCodecConfig) and self.image_size % (2 * self.codec.patch):
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of {2 * self.codec.patch} (twice codec.patch): "
+                "the latent could not be divided into quadrants"
+            )
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------- experiments
+
+SIT_SIZES: dict[str, tuple[int, int, int]] = {  # name: (depth, hidden_size, num_heads), Ma et al. 2024, table 1
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+SIT_PRESETS = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in (2, 4, 8))
+
+
+class ModelConfig(Schema):
+    """Size of the transformer: a published preset such as SiT-B/8, or free sizes; the latent's shape comes from the data."""
+
+    preset: str | None = None
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    num_classes: Positive = 1
+    class_dropout_prob: Share = 0.1
+    learn_sigma: bool = False
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in SIT_PRESETS:
+            near = difflib.get_close_matches(preset, SIT_PRESETS, 1, 0.0)[0]
+            raise ValueError(f"'{preset}' is not a published size; did you mean '{near}'?")
+        return preset
+
+    @model_validator(mode="after")
+    def _sized(self) -> ModelConfig:
+        sizes = {"patch_size", "hidden_size", "depth", "num_heads"}
+        given = {name for name in sizes if getattr(self, name) is not None}
+        if self.preset is None and given != sizes:
+            raise ValueError(
+                f"give preset, or all of patch_size, hidden_size, depth, num_heads; missing: {sorted(sizes - given)}"
+            )
+        if self.preset is not None and given:
+            raise ValueError(f"preset {self.preset} already fixes {sorted(given)}; give one or the other")
+        if self.hidden_size is not None and self.num_heads is not None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        return self
+
+    def sizes(self) -> dict[str, int]:
+        """patch_size, hidden_size, depth and num_heads, whichever way they were given."""
+        if self.preset is None:
+            assert self.patch_size and self.hidden_size and self.depth and self.num_heads
+            return {
+                "patch_size": self.patch_size,
+                "hidden_size": self.hidden_size,
+                "depth": self.depth,
+                "num_heads": self.num_heads,
+            }
+        size, patch = self.preset.removeprefix("SiT-").split("/")
+        depth, hidden_size, num_heads = SIT_SIZES[size]
+        return {"patch_size": int(patch), "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
+
+
+class FlowConfig(Schema):
+    """The interpolant: its path, the noise on the packed pose, and how t is drawn."""
+
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    sigma: Annotated[float, Field(ge=0)] = 0.1
+    share_at_one: Share = 0.25
+    share_at_zero: Share = 0.15
+
+    @model_validator(mode="after")
+    def _shares(self) -> FlowConfig:
+        if self.share_at_one + self.share_at_zero > 1:
+            raise ValueError(f"share_at_one + share_at_zero is {self.share_at_one + self.share_at_zero:g}, more than 1")
+        if self.path == "vp" and self.share_at_zero + self.share_at_one > 0:
+            raise ValueError(
+                "the vp path's velocity is infinite at t = 1; set share_at_one and share_at_zero to 0, or path: linear"
+            )
+        return self
+
+
+class OptimizerConfig(Schema):
+    """torch.optim.AdamW or SGD."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class ScheduleConfig(Schema):
+    """Learning rate over the steps: linear warm-up, then constant or half a cosine down to final_ratio."""
+
+    kind: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: NonNegative = 0
+    final_ratio: Share = 0.0
+
+
+class TrainConfig(Schema):
+    """One training run. The world size is no part of it: accumulation follows from global_batch and the process count."""
+
+    steps: Positive
+    global_batch: Positive
+    max_batch_per_device: Positive | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    deterministic: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    log_every: Positive = 10
+    validate_every: Positive | None = None
+    validation_views: Positive = 64
+    picture_views: Positive = 8
+    checkpoint_every: Positive | None = None
+    keep_checkpoints: Positive = 3
+
+
+ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
+
+
+class EvaluateConfig(Schema):
+    """How pictures are generated and poses estimated in validation and evaluation."""
+
+    estimator: Literal["one_step", "euler", "heun", "midpoint", "source"] = "one_step"
+    estimator_steps: Positive = 50
+    generator: Literal["euler", "heun", "midpoint"] = "heun"
+    generator_steps: Positive = 10
+    batch: Positive = 64
+    seed: NonNegative = 0
+    lpips_backbone: str | None = None
+
+
+class Config(Schema):
+    """A whole experiment: which dataset, which model, which flow, how it is trained and evaluated."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    data: str
+    seed: NonNegative = 0
+    model: ModelConfig
+    flow: FlowConfig = FlowConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+S = TypeVar("S", bound=Schema)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, and 1e-4 is a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
+    """Read `path` as `schema`, after setting each `a.b=c` of `overrides`; ConfigError if anything does not fit."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give the path of a YAML {schema.__name__.lower()}")
+    try:
+        values = yaml.load(path.read_text(), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys to values")
+    for override in overrides or []:
+        _set(values, override)
+    return parse(schema, values, str(path))
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.steps=100")
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: '{text}' is not a YAML value") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {parent} is {inner!r}, which has no keys below it")
+        values = inner
+    values[last] = value
+
+
+def parse(schema: type[S], values: dict[str, Any], where: str) -> S:
+    """Values as `schema`; ConfigError with one line that names the first wrong key, its value and the remedy."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(schema, error)}") from None
+
+
+def _explain(schema: type[Schema], error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part in _TAGS)]
+    key = ".".join(str(part) for part in location) or schema.__name__
+    rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(schema, list(first["loc"][:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, 1, 0.6)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key '{key}'; {remedy}{rest}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing; it is required{rest}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = "" if isinstance(value, dict | Schema) else f" = {value!r}"
+    return f"{key}{shown}: {message[0].lower() + message[1:] if message[1:2].islower() else message}{rest}"
+
+
+_TAGS = {"scene", "npz", "transforms", "pca", "vae"}
+
+
+def _keys_at(schema: Any, location: list[Any]) -> set[str]:
+    """The keys a schema knows at a place inside it."""
+    for part in location:
+        annotation = (
+            schema.model_fields[part].annotation if _is_schema(schema) and part in schema.model_fields else schema
+        )
+        schema = _descend(annotation, part)
+    return set(schema.model_fields) if _is_schema(schema) else set()
+
+
+def _descend(annotation: Any, part: Any) -> Any:
+    if _is_schema(annotation):
+        return annotation
+    choices = [choice for argument in get_args(annotation) for choice in (argument, *get_args(argument))]
+    schemas = [choice for choice in choices if _is_schema(choice)]
+    tagged = (
+        [choice for choice in schemas if part in get_args(choice.model_fields["kind"].annotation)]
+        if part in _TAGS
+        else []
+    )
+    if tagged:
+        return tagged[0]
+    return schemas[0] if len(schemas) == 1 else annotation
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def dump_yaml(value: Schema) -> str:
+    """The resolved config as YAML that `load_yaml` reads back to an equal config."""
+    return yaml.safe_dump(value.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,29 @@
+"""Errors that a user can cause: one line that names the thing, the value and the remedy."""
+
+
+class SitdistError(Exception):
+    """Base of every error shown to the user as a single line, without a traceback, with exit code 2."""
+
+
+class ConfigError(SitdistError):
+    """A config, a recipe or a command line that cannot be honoured."""
+
+
+class DataError(SitdistError):
+    """A dataset, a shard, an image or a pose that cannot be used."""
+
+
+class PoseError(SitdistError):
+    """A matrix that is not the camera pose it is used as."""
+
+
+class CodecError(SitdistError):
+    """A codec that cannot be loaded, or that disagrees with the dataset."""
+
+
+class CheckpointError(SitdistError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class RunInterrupted(BaseException):
+    """A signal asked the run to stop; everything is saved and the run can be resumed (exit code 75)."""

@@ -1,0 +1,94 @@
+"""Time, stated once: t = 0 is the endpoint that holds the pose (x0), t = 1 the latent of the picture (x1).
+
+    x_t = alpha(t) x1 + sigma(t) x0        velocity = d x_t / dt
+
+Elsewhere the words are `generate` (0 -> 1) and `invert` (1 -> 0). Paths and their coefficients: Ma et al., "SiT", 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sitdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """A point of the path and its time derivative, [B, C, h, w] each."""
+
+    x_t: Tensor
+    velocity: Tensor
+
+
+class Path:
+    """An interpolant between x0 and x1; `t_one` is the latest time at which its velocity is finite."""
+
+    name: str
+    t_one: float = 1.0
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma and their derivatives by t, each of the shape of `t`."""
+        raise NotImplementedError
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample:
+        """The point at times `t` [B] between `x0` and `x1` [B, C, h, w], and its velocity."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(_like(t, x0))
+        return PathSample(alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0)
+
+    def posterior_x0(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """E[x0 | x_t] from the velocity at `x_t` [B, C, h, w] and times `t` [B]; x1 - velocity on the linear path at 1."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(_like(t, x_t))
+        return (alpha * velocity - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
+
+
+class LinearPath(Path):
+    """alpha = t, sigma = 1 - t."""
+
+    name = "linear"
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return t, 1.0 - t, torch.ones_like(t), -torch.ones_like(t)
+
+
+class GvpPath(Path):
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): variance preserving where x0 and x1 have unit variance."""
+
+    name = "gvp"
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        half_pi = 0.5 * math.pi
+        sine, cosine = (half_pi * t).sin(), (half_pi * t).cos()
+        return sine, cosine, half_pi * cosine, -half_pi * sine
+
+
+class VpPath(Path):
+    """The variance-preserving diffusion with rates from 0.1 to 20 (Song et al. 2021), running from noise to data."""
+
+    name = "vp"
+    t_one = 1.0 - 1e-5
+    rate_min, rate_max = 0.1, 20.0
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rest = 1.0 - t
+        log_alpha = -0.25 * rest.square() * (self.rate_max - self.rate_min) - 0.5 * rest * self.rate_min
+        d_log_alpha = 0.5 * rest * (self.rate_max - self.rate_min) + 0.5 * self.rate_min
+        alpha, sigma = log_alpha.exp(), (-torch.expm1(2.0 * log_alpha)).sqrt()
+        return alpha, sigma, alpha * d_log_alpha, -alpha.square() * d_log_alpha / sigma
+
+
+PATHS: dict[str, type[Path]] = {path.name: path for path in (LinearPath, GvpPath, VpPath)}
+
+
+def get_path(name: str) -> Path:
+    """The path called `name`; ConfigError if there is none."""
+    if name not in PATHS:
+        raise ConfigError(f"flow.path = '{name}': unknown; choose one of {', '.join(PATHS)}")
+    return PATHS[name]()
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # [B, 1, 1, 1]

@@ -1,0 +1,68 @@
+"""Integrate the learned velocity: forward it renders, backward it reads the pose."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from sitdist.errors import ConfigError
+from sitdist.flow.path import Path
+
+Model = Callable[..., Tensor]
+
+# Fixed-step methods by the field's names; torchdiffeq's own names where they differ. Evaluations per step.
+FIXED_STEP = {
+    "euler": ("euler", 1),
+    "midpoint": ("midpoint", 2),
+    "heun": ("heun2", 2),
+    "heun3": ("heun3", 3),
+    "rk4": ("rk4", 4),
+}
+ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun")
+
+
+def function_evaluations(method: str, steps: int) -> int:
+    """How often a fixed-step method evaluates the model on `steps` intervals."""
+    return FIXED_STEP[method][1] * steps
+
+
+def generate(
+    model: Model, path: Path, x0: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
+) -> Tensor:
+    """x1 [B, C, h, w] from x0: integrate from t = 0 to 1 on `steps` equal intervals."""
+    return _integrate(model, x0, y, 0.0, path.t_one, method, steps, tolerance)
+
+
+def invert(
+    model: Model, path: Path, x1: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
+) -> Tensor:
+    """x0 [B, C, h, w] from x1: integrate from t = 1 to 0 on `steps` equal intervals."""
+    return _integrate(model, x1, y, path.t_one, 0.0, method, steps, tolerance)
+
+
+def invert_at_arrival(model: Model, path: Path, x1: Tensor, y: Tensor, steps: int) -> Tensor:
+    """x0 by explicit Euler with the velocity taken at the time of arrival, t - h, as the source's code does it."""
+    times = torch.linspace(path.t_one, 0.0, steps + 1, dtype=x1.dtype, device=x1.device)
+    x = x1
+    for start, stop in itertools.pairwise(times):
+        x = x + (stop - start) * model(x, stop.expand(len(x)), y)
+    return x
+
+
+def _integrate(
+    model: Model, x: Tensor, y: Tensor, start: float, stop: float, method: str, steps: int, tolerance: float
+) -> Tensor:
+    """An adaptive method's step control takes its error norm over the whole batch, so its result depends on it."""
+    if method not in FIXED_STEP and method not in ADAPTIVE:
+        raise ConfigError(f"solver '{method}': unknown; choose one of {', '.join([*FIXED_STEP, *ADAPTIVE])}")
+    times = torch.linspace(start, stop, steps + 1, dtype=x.dtype, device=x.device)
+
+    def velocity(t: Tensor, x_t: Tensor) -> Tensor:
+        return model(x_t, t.expand(len(x_t)), y)
+
+    name = FIXED_STEP[method][0] if method in FIXED_STEP else method
+    return odeint(velocity, x, times, method=name, rtol=tolerance, atol=tolerance)[-1]

@@ -1,0 +1,92 @@
+"""Cameras: the one convention for poses, where cameras stand, and the ray through every pixel.
+
+A pose is `camera_to_world`, [..., 4, 4]: OpenGL axes (x right, y up, the camera looks down its own -z) in a world whose
++z is up. Pixels have their centres at half integers; the image's first row is its top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Intrinsics:
+    """Pinhole camera: focal lengths and principal point in pixels, for pictures of `width` x `height` pixels."""
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    width: int
+    height: int
+
+    @classmethod
+    def from_fov(cls, fov_deg: float, width: int, height: int) -> Intrinsics:
+        """Square pixels, centred, with a horizontal field of view of `fov_deg` degrees."""
+        focal = 0.5 * width / math.tan(0.5 * math.radians(fov_deg))
+        return cls(focal, focal, 0.5 * width, 0.5 * height, width, height)
+
+    def to_list(self) -> list[float]:
+        """[fx, fy, cx, cy] in pixels."""
+        return [self.fx, self.fy, self.cx, self.cy]
+
+
+def camera_radius(camera_to_world: Tensor) -> Tensor:
+    """Distance of the camera to the world's origin, [...]."""
+    return torch.linalg.vector_norm(camera_to_world[..., :3, 3], dim=-1)
+
+
+def look_at(position: Tensor, target: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
+    """Upright camera_to_world [..., 4, 4] (float64) of cameras at `position` [..., 3] that look at `target`.
+
+    Straight above or below the target, where "upright" says nothing, the camera's x axis is the world's +x or -x.
+    """
+    position = position.to(torch.float64)
+    backward = position - torch.as_tensor(target, dtype=torch.float64, device=position.device)
+    backward = backward / torch.linalg.vector_norm(backward, dim=-1, keepdim=True)  # [..., 3], the camera's +z
+    up = torch.zeros_like(backward)
+    up[..., 2] = 1.0
+    at_pole = backward[..., :2].square().sum(-1, keepdim=True) < 1e-18
+    up = torch.where(at_pole, up.roll(-1, -1), up)  # +y
+    right = torch.linalg.cross(up, backward)
+    right = right / torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    camera_to_world = torch.zeros(*position.shape[:-1], 4, 4, dtype=torch.float64, device=position.device)
+    camera_to_world[..., :3, 0] = right
+    camera_to_world[..., :3, 1] = torch.linalg.cross(backward, right)
+    camera_to_world[..., :3, 2] = backward
+    camera_to_world[..., :3, 3] = position
+    camera_to_world[..., 3, 3] = 1.0
+    return camera_to_world
+
+
+def shell_cameras(uniforms: Tensor, radius: tuple[float, float], sphere: str) -> Tensor:
+    """Cameras on a shell about the origin, looking at it: camera_to_world [N, 4, 4] (float64).
+
+    `uniforms` [N, 3] are uniform numbers in (0, 1), for view i `draws.uniform(seed, "cameras", i, 3)`. Directions are
+    uniform in area over the "upper" half (z >= 0) or the "full" sphere, the radius is uniform in `radius`.
+    """
+    azimuth = 2.0 * math.pi * uniforms[:, 0]
+    z = uniforms[:, 1] if sphere == "upper" else 2.0 * uniforms[:, 1] - 1.0  # Archimedes: height is uniform in area
+    ring = (1.0 - z.square()).clamp_min(0.0).sqrt()
+    direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), z], dim=-1)  # [N, 3]
+    distance = radius[0] + (radius[1] - radius[0]) * uniforms[:, 2:3]
+    return look_at(distance * direction)
+
+
+def camera_rays(camera_to_world: Tensor, intrinsics: Intrinsics) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions, [..., H, W, 3] each, of the rays through all pixel centres, in the world's frame."""
+    kwargs = {"dtype": camera_to_world.dtype, "device": camera_to_world.device}
+    column = torch.arange(intrinsics.width, **kwargs) + 0.5
+    row = torch.arange(intrinsics.height, **kwargs) + 0.5
+    x = ((column - intrinsics.cx) / intrinsics.fx).expand(intrinsics.height, -1)
+    y = (-(row - intrinsics.cy) / intrinsics.fy)[:, None].expand(-1, intrinsics.width)
+    in_camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)  # [H, W, 3]
+    directions = torch.einsum("...ij,hwj->...hwi", camera_to_world[..., :3, :3], in_camera)
+    directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
+    origins = camera_to_world[..., None, None, :3, 3].expand_as(directions)
+    return origins, directions

@@ -1,0 +1,89 @@
+"""Generating and inverting on fields whose answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from sitdist.errors import ConfigError
+from sitdist.flow.endpoint import pose_endpoint, sample_times
+from sitdist.flow.estimate import estimate_pose
+from sitdist.flow.loss import velocity_loss
+from sitdist.flow.path import get_path
+from sitdist.flow.solve import FIXED_STEP, generate, invert, invert_at_arrival
+from sitdist.geometry.camera import shell_cameras
+from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.geometry.pose import rotation_error_deg, translation_error
+
+LINEAR, Y = get_path("linear"), torch.zeros(2, dtype=torch.int64)
+
+
+def growth(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """dx/dt = (1 + t) x, so x(1) = e^1.5 x(0)."""
+    return (1 + t).reshape(-1, 1, 1, 1) * x
+
+
+def test_invert_recovers_x0_on_a_constant_velocity_field() -> None:
+    x0, x1 = torch.randn(2, 2, 4, 4, 4)
+    for method in FIXED_STEP:
+        torch.testing.assert_close(invert(lambda x, t, y: x1 - x0, LINEAR, x1, Y, method, 3), x0)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("heun3", 3), ("rk4", 4)])
+def test_error_falls_with_the_order_of_the_method(method: str, order: int) -> None:
+    x0 = torch.ones(2, 4, 2, 2, dtype=torch.float64)
+    error = [float((generate(growth, LINEAR, x0, Y, method, n) - math.exp(1.5)).abs().max()) for n in (10, 20)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.3)
+
+
+def test_inversion_at_arrival_takes_the_velocity_at_the_time_it_goes_to() -> None:
+    """On dx/dt = 2 t the explicit sum over arrival times is 1 - 1/n; over departure times it would be 1 + 1/n."""
+    x1 = torch.full((2, 4, 2, 2), 5.0, dtype=torch.float64)
+    x0 = invert_at_arrival(lambda x, t, y: 2 * t.reshape(-1, 1, 1, 1).expand_as(x), LINEAR, x1, Y, 10)
+    torch.testing.assert_close(x0, x1 - (1 - 1 / 10))
+
+
+def test_unknown_solver_is_named_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"'eular'.*euler, midpoint, heun"):
+        generate(growth, LINEAR, torch.ones(2, 4, 2, 2), Y, "eular", 2)
+
+
+def test_every_estimator_reads_the_pose_off_a_perfect_flow() -> None:
+    """The exact velocity of straight lines gives the endpoint's pose, with sigma = 0 to rounding."""
+    poses = shell_cameras(torch.rand(2, 3, dtype=torch.float64), (3.0, 5.0), "upper")
+    statistics = PoseStatistics.from_poses(shell_cameras(torch.rand(500, 3, dtype=torch.float64), (3.0, 5.0), "upper"))
+    latent = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    x0 = pose_endpoint(standardize(poses, statistics), torch.zeros_like(latent), 0.0)
+    evaluations = {}
+    for estimator in ("one_step", "euler", "heun", "midpoint", "source"):
+        estimate = estimate_pose(lambda x, t, y: latent - x0, LINEAR, latent, Y, statistics, estimator, 4)
+        assert rotation_error_deg(estimate.camera_to_world[:, :3, :3], poses[:, :3, :3]).max() < 1e-6
+        assert translation_error(estimate.camera_to_world, poses).max() < 1e-9
+        evaluations[estimator] = estimate.function_evaluations
+    assert evaluations == {"one_step": 1, "euler": 4, "heun": 8, "midpoint": 8, "source": 249}
+
+
+def test_loss_is_zero_for_the_true_velocity_and_the_mean_square_otherwise() -> None:
+    x0, x1 = torch.randn(2, 2, 4, 4, 4)
+    t = torch.tensor([0.2, 1.0])
+    assert velocity_loss(lambda x, t, y, d: x1 - x0, LINEAR, x0, x1, t, Y).abs().max() == 0
+    torch.testing.assert_close(
+        velocity_loss(lambda x, t, y, d: x1 - x0 + 3, LINEAR, x0, x1, t, Y), torch.full((2,), 9.0)
+    )
+
+
+def test_times_have_the_asked_shares_at_the_ends_and_are_uniform_between() -> None:
+    u = torch.rand(40_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = sample_times(u, share_at_one=0.25, share_at_zero=0.15)
+    assert (t == 1).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert (t == 0).float().mean() == pytest.approx(0.15, abs=0.01)
+    inner = t[(t > 0) & (t < 1)]
+    assert inner.mean() == pytest.approx(0.5, abs=0.01)
+    assert inner.var() == pytest.approx(1 / 12, abs=0.003)
+
+
+def test_endpoint_adds_sigma_times_the_noise_to_the_packed_pose() -> None:
+    noise = torch.randn(3, 4, 8, 8)
+    packed = torch.randn(3, 4, 4, dtype=torch.float64)
+    clean = pose_endpoint(packed, noise, 0.0)
+    torch.testing.assert_close(pose_endpoint(packed, noise, 0.5) - clean, 0.5 * noise, rtol=0, atol=1e-6)
