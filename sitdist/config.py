@@ -39,7 +39,7 @@ class SceneSource(Schema):
     radius: RadiusRange = (3.0, 5.0)
     sphere: Literal["upper", "full"] = "upper"
     fov_deg: Annotated[float, Field(gt=1.0, lt=170.0)] = 40.0
-    samples_per_ray: Annotated[int, Field(ge=8)] = 64
+    supersample: Annotated[int, Field(ge=1, le=8)] = 2
     seed: NonNegative = 0
     label: NonNegative = 0
 

@@ -1,0 +1,280 @@
+"""Where views come from: the built-in scene, .npz files, or a transforms.json. Poses are known before pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sitdist.config import NpzSource, SceneSource, TransformsSource
+from sitdist.errors import DataError
+from sitdist.flow import draws
+from sitdist.geometry.camera import Intrinsics, shell_cameras
+from sitdist.geometry.pose import check_rigid
+
+
+@dataclass(frozen=True)
+class View:
+    """One posed picture: image [3, H, W] in [0, 1], camera_to_world [4, 4] float64, intrinsics, the object's label."""
+
+    image: Tensor
+    camera_to_world: Tensor
+    intrinsics: Intrinsics
+    label: int
+
+
+class ViewSource(ABC):
+    """Views by index; poses and intrinsics of all are cheap, pictures are made when they are asked for."""
+
+    camera_to_world: Tensor  # [N, 4, 4] float64
+    label: int
+
+    def __len__(self) -> int:
+        return len(self.camera_to_world)
+
+    @abstractmethod
+    def intrinsics(self, index: int) -> Intrinsics:
+        """Of view `index`, in pixels."""
+
+    @abstractmethod
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Pictures [B, 3, H, W] float32 in [0, 1] of these views; DataError if one is not a picture."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of everything the views depend on."""
+
+    def views(self, indices: Sequence[int]) -> list[View]:
+        """These views, pictures and all."""
+        images = self.images(indices)
+        return [
+            View(image, self.camera_to_world[index], self.intrinsics(index), self.label)
+            for image, index in zip(images, indices, strict=True)
+        ]
+
+
+def open_source(config: SceneSource | NpzSource | TransformsSource, image_size: int) -> ViewSource:
+    """The views that `config` describes, as square pictures of `image_size` pixels; DataError, PoseError."""
+    if isinstance(config, SceneSource):
+        return _SceneViews(config, image_size)
+    if isinstance(config, NpzSource):
+        return _NpzViews(config, image_size)
+    return _TransformsViews(config, image_size)
+
+
+class _SceneViews(ViewSource):
+    """The built-in object from random cameras; view i is a pure function of (seed, i)."""
+
+    def __init__(self, config: SceneSource, image_size: int) -> None:
+        self.config, self.label = config, config.label
+        uniforms = draws.uniform(config.seed, "cameras", torch.arange(config.views), 3)
+        self.camera_to_world = shell_cameras(uniforms, config.radius, config.sphere)
+        self._intrinsics = Intrinsics.from_fov(config.fov_deg, image_size, image_size)
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._intrinsics
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        from sitdist.scene.volume import render_views
+
+        return render_views(self.camera_to_world[list(indices)], self._intrinsics, self.config.supersample)
+
+    def fingerprint(self) -> str:
+        return _sha256(self.config.model_dump_json().encode(), str(self._intrinsics).encode())
+
+
+class _NpzViews(ViewSource):
+    """images [N, H, W, 3] (uint8, or float in [0, 1]), poses [N, 4, 4], focal in pixels, from several files."""
+
+    def __init__(self, config: NpzSource, image_size: int) -> None:
+        self.label = config.label
+        self._files = _npz_files(config.paths)
+        images, poses, focals = [], [], []
+        for file in self._files:
+            image, pose, focal = _read_npz(file)
+            if image.shape[1:3] != (image_size, image_size):
+                raise DataError(
+                    f"{file}: images of {image.shape[2]}x{image.shape[1]} pixels but the recipe's image_size is "
+                    f"{image_size}; set image_size to the images' size, or resize them (and scale focal)"
+                )
+            images.append(image)
+            poses.append(pose)
+            focals += [focal] * len(image)
+        self._images = images
+        self._focals = focals
+        self._starts = np.cumsum([0, *map(len, images)])
+        self.camera_to_world = torch.cat(poses)
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        size = self._images[0].shape[1]
+        return Intrinsics(self._focals[index], self._focals[index], 0.5 * size, 0.5 * size, size, size)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        pictures = []
+        for index in indices:
+            file = int(np.searchsorted(self._starts, index, side="right")) - 1
+            row = index - int(self._starts[file])
+            pictures.append(_picture(self._images[file][row], f"{self._files[file]}: image {row}"))
+        return torch.stack(pictures)
+
+    def fingerprint(self) -> str:
+        return _sha256(str(self.label).encode(), *(file.read_bytes() for file in self._files))
+
+
+class _TransformsViews(ViewSource):
+    """Frames of a Blender or nerfstudio transforms.json: OpenGL camera-to-world matrices and picture files."""
+
+    def __init__(self, config: TransformsSource, image_size: int) -> None:
+        self.label, self._background = config.label, config.background
+        self._file, self._size = Path(config.path), image_size
+        if self._file.is_dir():
+            self._file = self._file / "transforms.json"
+        if not self._file.is_file():
+            raise DataError(f"{self._file}: no such file; give the path of a transforms.json or its folder")
+        try:
+            self._json = json.loads(self._file.read_text())
+            frames = self._json["frames"]
+            matrices = [np.array(frame["transform_matrix"], dtype=np.float64) for frame in frames]
+            self._pictures = [self._find(frame["file_path"]) for frame in frames]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._file}: no list of frames with file_path and transform_matrix ({error!r})"
+            ) from None
+        if not frames:
+            raise DataError(f"{self._file}: holds no frames")
+        for key in ("k1", "k2", "k3", "k4", "p1", "p2"):
+            if any(float(where.get(key, 0.0)) != 0.0 for where in (self._json, *frames)):
+                raise DataError(
+                    f"{self._file}: distortion {key} is not 0, which no pinhole camera has; undistort first"
+                )
+        poses = [torch.from_numpy(matrix) for matrix in matrices]
+        for pose, frame in zip(poses, frames, strict=True):
+            check_rigid(pose, f"{self._file}: frame {frame['file_path']}")
+        self.camera_to_world = torch.stack(poses)
+        self._frames = frames
+
+    def _find(self, name: str) -> Path:
+        path = self._file.parent / name
+        for candidate in (path, path.with_name(path.name + ".png")):
+            if candidate.is_file():
+                return candidate
+        raise DataError(f"{self._file}: picture {name} is missing (looked for {path}); restore it or remove its frame")
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        values = {**self._json, **self._frames[index]}
+        width = height = self._size
+        if "fl_x" in values:
+            fx = float(values["fl_x"])
+            fy = float(values.get("fl_y", fx))
+            return Intrinsics(
+                fx, fy, float(values.get("cx", 0.5 * width)), float(values.get("cy", 0.5 * height)), width, height
+            )
+        if "camera_angle_x" in values:
+            return Intrinsics.from_fov(math.degrees(float(values["camera_angle_x"])), width, height)
+        raise DataError(f"{self._file}: neither fl_x nor camera_angle_x; the focal length is needed")
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._read(self._pictures[index]) for index in indices])
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as picture:
+                rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255.0
+        except OSError as error:
+            raise DataError(f"{path}: not a readable picture ({error}); replace it or remove its frame") from None
+        if rgba.shape[:2] != (self._size, self._size):
+            raise DataError(
+                f"{path}: {rgba.shape[1]}x{rgba.shape[0]} pixels but the recipe's image_size is {self._size}; "
+                "all pictures of a dataset have one size"
+            )
+        alpha = rgba[..., 3:]
+        colour = rgba[..., :3] * alpha + np.float32(self._background) * (1.0 - alpha)
+        return _picture(colour.astype(np.float32), str(path))
+
+    def fingerprint(self) -> str:
+        background = str((self._background, self.label)).encode()
+        return _sha256(background, self._file.read_bytes(), *(path.read_bytes() for path in self._pictures))
+
+
+def _npz_files(paths: list[str]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(path.glob("*.npz"))
+            if not found:
+                raise DataError(f"{path}: folder without .npz files; put posed pictures there or name the files")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder; set the recipe's paths to your posed pictures")
+    return files
+
+
+def _read_npz(file: Path) -> tuple[np.ndarray, Tensor, float]:
+    """images [N, H, W, 3], camera_to_world [N, 4, 4] float64 and focal in pixels, checked but for the pixels."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            missing = {"images", "poses", "focal"} - set(arrays.files)
+            if missing:
+                raise DataError(
+                    f"{file}: no array '{sorted(missing)[0]}' (only {', '.join(arrays.files)}); needed: images, poses, focal"
+                )
+            images, poses, focals = arrays["images"], arrays["poses"], arrays["focal"]
+    except (OSError, ValueError, EOFError) as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"{file}: images of several sizes (an object array); resize them to one size and save one array"
+            ) from None
+        raise DataError(f"{file}: not a readable .npz file ({error})") from None
+    except Exception as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: not a readable .npz file ({error})") from None
+    if images.ndim != 4 or images.shape[3] != 3 or len(images) == 0:
+        raise DataError(f"{file}: images of shape {images.shape}; expected [N, H, W, 3] with N > 0")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"{file}: images of type {images.dtype}; expected uint8, or float in [0, 1]")
+    if poses.shape != (len(images), 4, 4):
+        raise DataError(
+            f"{file}: {len(images)} images but poses of shape {poses.shape}; expected [{len(images)}, 4, 4]"
+        )
+    focal = np.unique(np.asarray(focals, dtype=np.float64))
+    if len(focal) != 1 or not np.isfinite(focal[0]) or focal[0] <= 0:
+        raise DataError(f"{file}: focal {focals!r}; expected one positive number of pixels")
+    camera_to_world = torch.from_numpy(poses.astype(np.float64))
+    for index, pose in enumerate(camera_to_world):
+        check_rigid(pose, f"{file}: view {index}")
+    return images, camera_to_world, float(focal[0])
+
+
+def _picture(image: np.ndarray, name: str) -> Tensor:
+    """[H, W, 3] uint8 or float in [0, 1] as float32 [3, H, W]; DataError, naming it, for anything else."""
+    if image.dtype == np.uint8:
+        picture = torch.from_numpy(image.astype(np.float32) / np.float32(255.0))
+    else:
+        picture = torch.from_numpy(image.astype(np.float32))
+        if not torch.isfinite(picture).all():
+            raise DataError(f"{name}: pixels hold NaN or infinity; repair or remove the picture")
+        low, high = float(picture.min()), float(picture.max())
+        if low < -1e-3 or high > 1.0 + 1e-3:
+            raise DataError(
+                f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)"
+            )
+    return picture.permute(2, 0, 1).clamp(0.0, 1.0)
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
