@@ -25,5 +25,9 @@ class CheckpointError(SitdistError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class NonFiniteError(SitdistError):
+    """A loss or a gradient that is not finite."""
+
+
 class RunInterrupted(BaseException):
     """A signal asked the run to stop; everything is saved and the run can be resumed (exit code 75)."""

@@ -227,7 +227,7 @@ def _read_npz(file: Path) -> tuple[np.ndarray, Tensor, float]:
             missing = {"images", "poses", "focal"} - set(arrays.files)
             if missing:
                 raise DataError(
-                    f"{file}: no array '{sorted(missing)[0]}' (only {', '.join(arrays.files)}); needed: images, poses, focal"
+                    f"{file}: no array '{sorted(missing)[0]}' among {', '.join(arrays.files)}; needed: images, poses, focal"
                 )
             images, poses, focals = arrays["images"], arrays["poses"], arrays["focal"]
     except (OSError, ValueError, EOFError) as error:

@@ -40,7 +40,7 @@ class Path:
         return PathSample(alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0)
 
     def posterior_x0(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """E[x0 | x_t] from the velocity at `x_t` [B, C, h, w] and times `t` [B]; x1 - velocity on the linear path at 1."""
+        """E[x0 | x_t] from the velocity at `x_t` [B, C, h, w], times `t` [B] (linear path at 1: x1 - velocity)."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(_like(t, x_t))
         return (alpha * velocity - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
 

@@ -1,0 +1,156 @@
+"""What a dataset on disk looks like; shards/README.md is the same in prose.
+
+    manifest.json   codec/   SPLIT/00000.tar   SPLIT/00000.index.npz   ...
+
+Sample i of a split has the key f"{i:09d}". Its members lie side by side in the tar, and the index says where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sitdist.errors import DataError
+
+FORMAT_VERSION = 1
+MEMBERS = ("camera_to_world.npy", "meta.json", "moments.npy", "packed_pose.npy")
+IMAGE_MEMBER = "image.png"  # in every split but train
+
+INDEX_FIELDS = {
+    "start": np.int64,  # first byte of the sample's first tar header
+    "stop": np.int64,  # one past the last padding byte of its last member
+    "crc32": np.uint32,  # of all bytes between
+    "moments": np.int64,  # first byte of the .npy file
+    "packed_pose": np.int64,
+    "image": np.int64,  # 0 where there is none
+    "image_bytes": np.int64,
+    "label": np.int64,
+    "camera_to_world": np.float64,  # [n, 4, 4]
+    "codec_psnr": np.float64,  # NaN where no image is kept
+}
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ShardEntry(_Entry):
+    """One tar and its index, by name, size and SHA-256."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+class SplitEntry(_Entry):
+    """The shards of a split, in the order of the keys, and the range of its cameras' radii."""
+
+    count: int
+    radius: tuple[float, float]
+    shards: list[ShardEntry]
+
+
+class LatentShape(_Entry):
+    """Of one latent: channels x height x width."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class CodecPsnr(_Entry):
+    """Mean over n views of the PSNR (dB) of the codec's round trip, on views that the codec was not fitted on."""
+
+    mean: float
+    n: int
+    split: str
+
+
+class DatasetManifest(_Entry):
+    """manifest.json: written last, so a dataset that has it is complete."""
+
+    format_version: int
+    name: str
+    recipe: dict[str, Any]
+    sources: dict[str, str]
+    image_size: int
+    statistics: dict[str, Any]
+    codec: dict[str, Any]
+    codec_files: dict[str, str]
+    latent: LatentShape
+    codec_psnr: CodecPsnr | None
+    splits: dict[str, SplitEntry]
+
+    def labels(self) -> int:
+        """How many labels a model must know: one more than the largest."""
+        return 1 + max(source.get("label", 0) for source in self.recipe["splits"].values())
+
+
+def load_manifest(folder: str | Path) -> DatasetManifest:
+    """The manifest of a finished dataset; DataError if there is none, or of another format."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        half = (
+            " (a build was begun there; run the same command again)" if (Path(folder) / "build.json").is_file() else ""
+        )
+        raise DataError(f"{folder}: no dataset: {path.name} is missing{half}; make one with `sitdist shards build`")
+    try:
+        values = json.loads(path.read_text())
+        version = values["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format_version {version} but this sitdist reads {FORMAT_VERSION}; "
+                + ("update sitdist" if version > FORMAT_VERSION else "build the dataset again")
+            )
+        return DatasetManifest.model_validate(values)
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: damaged ({reason}); build the dataset again") from None
+
+
+def load_index(path: Path) -> dict[str, np.ndarray]:
+    """The fields of one shard's index, each of the shard's length; DataError if damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            index = {name: arrays[name].astype(dtype, casting="no") for name, dtype in INDEX_FIELDS.items()}
+    except Exception as error:
+        raise DataError(f"{path}: missing or damaged index ({error}); build the dataset again") from None
+    return index
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk, and only then give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
