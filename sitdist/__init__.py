@@ -1,3 +1,3 @@
-"""sitdist: interpolant transformers that tie camera poses to pictures, trained and evaluated on any number of processes."""
+"""sitdist: interpolant transformers that tie camera poses to pictures, on any number of processes."""
 
 __version__ = "0.1.0"

@@ -124,11 +124,12 @@ SIT_SIZES: dict[str, tuple[int, int, int]] = {  # name: (depth, hidden_size, num
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
 SIT_PRESETS = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in (2, 4, 8))
 
 
 class ModelConfig(Schema):
-    """Size of the transformer: a published preset such as SiT-B/8, or free sizes; the latent's shape comes from the data."""
+    """Size of the transformer: a published preset such as SiT-B/8, or free sizes. The data give the latent's shape."""
 
     preset: str | None = None
     patch_size: Positive | None = None
@@ -150,11 +151,10 @@ class ModelConfig(Schema):
 
     @model_validator(mode="after")
     def _sized(self) -> ModelConfig:
-        sizes = {"patch_size", "hidden_size", "depth", "num_heads"}
-        given = {name for name in sizes if getattr(self, name) is not None}
-        if self.preset is None and given != sizes:
+        given = {name for name in _SIZES if getattr(self, name) is not None}
+        if self.preset is None and given != set(_SIZES):
             raise ValueError(
-                f"give preset, or all of patch_size, hidden_size, depth, num_heads; missing: {sorted(sizes - given)}"
+                f"give preset, or all of patch_size, hidden_size, depth, num_heads; missing: {sorted(set(_SIZES) - given)}"
             )
         if self.preset is not None and given:
             raise ValueError(f"preset {self.preset} already fixes {sorted(given)}; give one or the other")
@@ -165,13 +165,8 @@ class ModelConfig(Schema):
     def sizes(self) -> dict[str, int]:
         """patch_size, hidden_size, depth and num_heads, whichever way they were given."""
         if self.preset is None:
-            assert self.patch_size and self.hidden_size and self.depth and self.num_heads
-            return {
-                "patch_size": self.patch_size,
-                "hidden_size": self.hidden_size,
-                "depth": self.depth,
-                "num_heads": self.num_heads,
-            }
+            values = (self.patch_size, self.hidden_size, self.depth, self.num_heads)
+            return {name: value for name, value in zip(_SIZES, values, strict=True) if value is not None}
         size, patch = self.preset.removeprefix("SiT-").split("/")
         depth, hidden_size, num_heads = SIT_SIZES[size]
         return {"patch_size": int(patch), "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
@@ -216,7 +211,7 @@ class ScheduleConfig(Schema):
 
 
 class TrainConfig(Schema):
-    """One training run. The world size is no part of it: accumulation follows from global_batch and the process count."""
+    """One training run. The world size is no part of it: accumulation follows from it and global_batch."""
 
     steps: Positive
     global_batch: Positive

@@ -103,12 +103,10 @@ class ShardReader:
         start, stop = int(self._index["start"][index]), int(self._index["stop"][index])
         data = self._map(int(self._shard_of[index]))[start:stop]
         if len(data) != stop - start:
-            raise DataError(
-                f"{self._name(index)}: the tar is truncated; see `sitdist shards verify {self.folder}`, build again"
-            )
+            raise DataError(f"{self._name(index)}: truncated tar; `sitdist shards verify {self.folder}` tells how much")
         if zlib.crc32(data) != self._index["crc32"][index]:
             raise DataError(
-                f"{self._name(index)}: bytes altered (CRC differs); `sitdist shards verify {self.folder}` tells how much"
+                f"{self._name(index)}: altered bytes (CRC differs); `sitdist shards verify {self.folder}` tells more"
             )
         return data, start
 
@@ -152,8 +150,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """All tensors on `device`."""
-        tensors = (self.moments, self.packed_pose, self.label, self.positions)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), keys=self.keys)
+        moments, packed_pose, label, positions = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.moments, self.packed_pose, self.label, self.positions)
+        )
+        return Batch(moments, packed_pose, label, positions, self.keys)
 
 
 class BatchReader:

@@ -197,7 +197,7 @@ class _TransformsViews(ViewSource):
                 "all pictures of a dataset have one size"
             )
         alpha = rgba[..., 3:]
-        colour = rgba[..., :3] * alpha + np.float32(self._background) * (1.0 - alpha)
+        colour = rgba[..., :3] * alpha + np.asarray(self._background, dtype=np.float32) * (1.0 - alpha)
         return _picture(colour.astype(np.float32), str(path))
 
     def fingerprint(self) -> str:
@@ -227,7 +227,8 @@ def _read_npz(file: Path) -> tuple[np.ndarray, Tensor, float]:
             missing = {"images", "poses", "focal"} - set(arrays.files)
             if missing:
                 raise DataError(
-                    f"{file}: no array '{sorted(missing)[0]}' among {', '.join(arrays.files)}; needed: images, poses, focal"
+                    f"{file}: no array '{sorted(missing)[0]}' (it has {', '.join(arrays.files)}); "
+                    "expected images, poses and focal"
                 )
             images, poses, focals = arrays["images"], arrays["poses"], arrays["focal"]
     except (OSError, ValueError, EOFError) as error:

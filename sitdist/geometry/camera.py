@@ -80,9 +80,8 @@ def shell_cameras(uniforms: Tensor, radius: tuple[float, float], sphere: str) ->
 
 def camera_rays(camera_to_world: Tensor, intrinsics: Intrinsics) -> tuple[Tensor, Tensor]:
     """Origins and unit directions, [..., H, W, 3] each, of the rays through all pixel centres, in the world's frame."""
-    kwargs = {"dtype": camera_to_world.dtype, "device": camera_to_world.device}
-    column = torch.arange(intrinsics.width, **kwargs) + 0.5
-    row = torch.arange(intrinsics.height, **kwargs) + 0.5
+    column = torch.arange(intrinsics.width).to(camera_to_world) + 0.5
+    row = torch.arange(intrinsics.height).to(camera_to_world) + 0.5
     x = ((column - intrinsics.cx) / intrinsics.fx).expand(intrinsics.height, -1)
     y = (-(row - intrinsics.cy) / intrinsics.fy)[:, None].expand(-1, intrinsics.width)
     in_camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)  # [H, W, 3]

@@ -54,7 +54,10 @@ def render_views(camera_to_world: Tensor, intrinsics: Intrinsics, supersample: i
     """
     solids = chair()
     fine = Intrinsics(
-        *(supersample * value for value in intrinsics.to_list()),
+        fx=supersample * intrinsics.fx,
+        fy=supersample * intrinsics.fy,
+        cx=supersample * intrinsics.cx,
+        cy=supersample * intrinsics.cy,
         width=supersample * intrinsics.width,
         height=supersample * intrinsics.height,
     )

@@ -1,0 +1,99 @@
+"""What an evaluation is held against: poses and pictures that need no learned flow, and the packing's noise floor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sitdist.errors import DataError
+from sitdist.flow import draws
+from sitdist.flow.endpoint import pose_endpoint
+from sitdist.geometry.packing import PoseStatistics, destandardize, standardize, unpack
+from sitdist.geometry.pose import project_to_so3, rotation_error_deg, translation_error
+
+LATENTS_AT_MOST = 20_000  # training views kept for the nearest-view baselines, taken by stride
+FLOOR_POSES = 1024
+LATENT_CHUNK = 4096
+
+
+def constant_pose(camera_to_world: Tensor) -> Tensor:
+    """One pose [4, 4] float64 for all of [N, 4, 4]: the mean rotation projected to SO(3), and the mean position."""
+    mean = camera_to_world.to(torch.float64).mean(0)
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3, :3] = project_to_so3(mean[:3, :3])
+    pose[:3, 3] = mean[:3, 3]
+    return pose
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Mean errors that the endpoint's own noise leaves in a packed pose: degrees, and the dataset's units."""
+
+    rotation_deg: float
+    translation: float
+
+
+def noise_floor(
+    camera_to_world: Tensor, statistics: PoseStatistics, sigma: float, latent: tuple[int, int, int], seed: int
+) -> NoiseFloor:
+    """Mean errors of poses [N, 4, 4] packed into a latent (C, h, w), given noise sigma * N(0, 1), and unpacked again.
+
+    Every entry keeps noise of deviation 2 sigma / L on an L x L latent of four channels, so an inversion estimator
+    that recovers x0 perfectly is still off by this much. Monte Carlo over at most FLOOR_POSES poses, taken by stride,
+    with keyed noise. An estimator of the mean of x0, such as one_step, has no such floor.
+    """
+    poses = camera_to_world[:: max(1, math.ceil(len(camera_to_world) / FLOOR_POSES))]
+    errors: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(poses), 128):
+        true = poses[start : start + 128]
+        positions = torch.arange(start, start + len(true))
+        noise = draws.normal(seed, "noise floor", positions, math.prod(latent)).reshape(-1, *latent)
+        x0 = pose_endpoint(standardize(true, statistics), noise.double(), sigma)
+        read = destandardize(unpack(x0), statistics)
+        errors.append((rotation_error_deg(read[:, :3, :3], true[:, :3, :3]), translation_error(read, true)))
+    rotation, translation = (torch.cat(parts).mean() for parts in zip(*errors, strict=True))
+    return NoiseFloor(float(rotation), float(translation))
+
+
+@dataclass(frozen=True)
+class TrainingViews:
+    """Training views by latent and by camera, for the nearest-view baselines.
+
+    `latents` [N, C, h, w] float32 (posterior means), `camera_to_world` [N, 4, 4] float64, `labels` [N]. A view is only
+    compared with training views of its own label.
+    """
+
+    latents: Tensor
+    camera_to_world: Tensor
+    labels: Tensor
+
+    def nearest_by_latent(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Poses [B, 4, 4] of the training views whose latents are nearest in L2 to `latents` [B, C, h, w]."""
+        queries = latents.flatten(1)
+        parts = []
+        for start in range(0, len(self.latents), LATENT_CHUNK):  # |a - b|^2 = |b|^2 - 2 a.b + const
+            chunk = self.latents[start : start + LATENT_CHUNK].flatten(1)
+            parts.append(chunk.square().sum(1)[None, :] - 2.0 * queries @ chunk.T)
+        return self.camera_to_world[self._nearest(torch.cat(parts, dim=1), labels)]
+
+    def nearest_by_camera(self, camera_to_world: Tensor, labels: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of the training views whose cameras are nearest to `camera_to_world` [B, 4, 4].
+
+        The distance is the rotation's angle in radians plus the distance of the positions over the query's radius.
+        """
+        queries = camera_to_world[:, None]  # [B, 1, 4, 4] against [N, 4, 4]
+        rotation = torch.deg2rad(rotation_error_deg(queries[..., :3, :3], self.camera_to_world[:, :3, :3]))
+        radius = torch.linalg.vector_norm(camera_to_world[:, :3, 3], dim=-1).clamp_min(1e-9)
+        translation = translation_error(queries, self.camera_to_world) / radius[:, None]
+        return self.latents[self._nearest(rotation + translation, labels)]
+
+    def _nearest(self, distance: Tensor, labels: Tensor) -> Tensor:
+        """Row-wise argmin of `distance` [B, N] among training views of the row's label."""
+        same = labels[:, None] == self.labels[None, :]
+        if not same.any(1).all():
+            label = int(labels[~same.any(1)][0])
+            raise DataError(f"label {label} has no training view to compare with; evaluate objects seen in training")
+        return distance.masked_fill(~same, math.inf).argmin(1)

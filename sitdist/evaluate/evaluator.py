@@ -1,0 +1,419 @@
+"""Evaluate a run: the pose read off every view, the view rendered from its pose, and both against their baselines.
+
+The route of one view: picture -> latent -> `estimate_pose` -> pose error; pose -> `generate` -> decode -> MAE, PSNR,
+SSIM, LPIPS. Work units are spread over the processes by number; each leaves its records on disk when it is finished,
+and the main process merges them with an exactly-once check. Between the plan and the merge the processes never meet.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sitdist.config import EvaluateConfig, Recipe, SceneSource, parse
+from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
+from sitdist.data.reader import ShardReader
+from sitdist.errors import CodecError, ConfigError, DataError
+from sitdist.evaluate import metrics
+from sitdist.evaluate.baselines import LATENTS_AT_MOST, TrainingViews, constant_pose, noise_floor
+from sitdist.evaluate.units import (
+    EDGE,
+    Unit,
+    ViewRecord,
+    is_finished,
+    make_units,
+    merge_pictures,
+    merge_records,
+    save_arrays,
+    write_unit,
+)
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
+from sitdist.flow import draws
+from sitdist.flow.endpoint import pose_endpoint
+from sitdist.flow.estimate import SOURCE_STEPS, estimate_pose
+from sitdist.flow.solve import function_evaluations, generate
+from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.model.codec import latent_mean
+from sitdist.runtime import Agreement, finish, log, log_on_main, make_accelerator
+from sitdist.train.checkpoint import LoadedRun, load_run
+
+RANGES = ((3, 5), (1, 7))  # radii that have a row of their own where every unit bin of them holds views
+ROTATIONS = ("rotation_error_deg", "constant_rotation_error_deg", "nearest_rotation_error_deg")
+MEASURES = (
+    *ROTATIONS,
+    *("translation_error", "constant_translation_error", "nearest_translation_error"),
+    *("mae", "psnr", "ssim", "lpips", "codec_mae", "codec_psnr", "codec_ssim", "nearest_psnr"),
+)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate, and how; None means as the run's config says.
+
+    split: the split to evaluate, by default test.
+    radii: evaluate radii a to b in unit bins. Without a split, on a dataset of the built-in scene, `views_per_radius`
+        new views of every bin are rendered; otherwise the split is limited to these radii.
+    views_per_radius: the views of every bin; those of a split are its first ones by key.
+    data: the dataset's folder. out: the folder for the results, by default RUN/eval/<split> or RUN/eval/radii_<a>-<b>.
+    """
+
+    split: str | None = None
+    radii: tuple[int, int] | None = None
+    views_per_radius: int | None = None
+    data: Path | None = None
+    out: Path | None = None
+    estimator: str | None = None
+    estimator_steps: int | None = None
+    generator: str | None = None
+    generator_steps: int | None = None
+    batch: int | None = None
+    seed: int | None = None
+    lpips_backbone: str | None = None
+
+
+def evaluate(run: Path, options: EvalOptions) -> Path:
+    """Evaluate `run`: write records.csv, metrics.json, images.npz and the report; returns the folder they are in.
+
+    Started again it goes on with the units that are not on disk yet, on any number of processes; a folder that holds
+    units of another checkpoint, dataset or option is a ConfigError. Every process calls it; the main one merges.
+    """
+    accelerator = make_accelerator()
+    agreement = Agreement(accelerator)
+    log_on_main(accelerator)
+    evaluation = _open(Path(run), options, accelerator.device)
+    folder, main = evaluation.out / "units", accelerator.is_main_process
+    pending, problem = agreement.of_main(_prepare(evaluation) if main else None)
+    if problem:
+        raise ConfigError(problem)
+    log.info("%d of %d work units to evaluate, into %s", len(pending), len(evaluation.units), evaluation.out)
+    mine = [evaluation.units[number] for number in pending[accelerator.process_index :: accelerator.num_processes]]
+    for unit in tqdm(mine, "evaluate", unit="unit", disable=not main):
+        write_unit(folder, unit, *evaluation.measure(unit))
+    agreement.barrier()
+    if main:
+        evaluation.write_results(merge_records(folder, evaluation.units), merge_pictures(folder, evaluation.units))
+        from sitdist.evaluate.report import write_report
+
+        write_report(evaluation.out)
+    finish(accelerator)
+    return evaluation.out
+
+
+def _prepare(evaluation: _Evaluation) -> tuple[list[int], str | None]:
+    """The numbers of the units that are not on disk yet, or why this folder cannot take the evaluation."""
+    folder = evaluation.out / "units"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (evaluation.out / "plan.json").exists():
+        text = json.dumps(evaluation.plan, indent=2) + "\n"
+        write_atomically(evaluation.out / "plan.json", lambda path: path.write_text(text))
+    pending = [unit.number for unit in evaluation.units if not is_finished(folder, unit)]
+    return pending, _plan_conflict(evaluation.out, evaluation.plan)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Everything an evaluation needs, the same on every process; `title` is the split, or the radii rendered for it."""
+
+    run: Path
+    out: Path
+    title: str
+    loaded: LoadedRun
+    settings: EvaluateConfig
+    statistics: PoseStatistics
+    views: Views
+    units: list[Unit]
+    training: ShardReader
+    lpips: metrics.Lpips | None
+    plan: dict[str, Any]
+    device: torch.device
+
+    @cached_property
+    def training_views(self) -> TrainingViews:
+        """At most LATENTS_AT_MOST training views by stride; loaded by the first unit that a process measures."""
+        indices = list(range(0, len(self.training), self._training_stride))
+        chunks = [indices[start : start + 1024] for start in range(0, len(indices), 1024)]
+        latents = torch.cat([latent_mean(self.training.moments(chunk).float()) for chunk in chunks])
+        camera_to_world, labels = self.training.camera_to_world()[indices], self.training.labels()[indices]
+        return TrainingViews(latents.to(self.device), camera_to_world.to(self.device), labels.to(self.device))
+
+    @property
+    def _training_stride(self) -> int:
+        return math.ceil(len(self.training) / LATENTS_AT_MOST)
+
+    @cached_property
+    def constant_pose(self) -> Tensor:
+        return constant_pose(self.training.camera_to_world()).to(self.device)
+
+    @torch.no_grad()
+    def measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray]:
+        """Records of the unit's views, and true and rendered pictures [pictures, H, W, 3] uint8 of its first ones."""
+        codec = self.loaded.codec
+        views = self.views.load(unit.views)
+        images, latents = views.images.to(self.device), views.latents.to(self.device)
+        true, labels = views.camera_to_world.to(self.device), views.labels.to(self.device)
+
+        estimated = self._estimate(latents, labels)
+        rendered = codec.decode(self._generate(unit, true, labels, latents.shape[1:]))
+        ceiling = codec.decode(latents)
+        nearest = self.training_views.nearest_by_latent(latents, labels)
+        nearest_images = codec.decode(self.training_views.nearest_by_camera(true, labels))
+        values = {
+            "rotation_error_deg": rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3]),
+            "translation_error": translation_error(estimated, true),
+            "mae": metrics.mean_absolute_error(rendered, images),
+            "psnr": metrics.psnr(rendered, images),
+            "ssim": metrics.ssim(rendered, images),
+            "codec_mae": metrics.mean_absolute_error(ceiling, images),
+            "codec_psnr": metrics.psnr(ceiling, images),
+            "codec_ssim": metrics.ssim(ceiling, images),
+            "constant_rotation_error_deg": rotation_error_deg(self.constant_pose[:3, :3], true[:, :3, :3]),
+            "constant_translation_error": translation_error(self.constant_pose, true),
+            "nearest_rotation_error_deg": rotation_error_deg(nearest[:, :3, :3], true[:, :3, :3]),
+            "nearest_translation_error": translation_error(nearest, true),
+            "nearest_psnr": metrics.psnr(nearest_images, images),
+            "label": labels,
+            "true": true[:, :3].flatten(1),
+            "estimated": estimated[:, :3].flatten(1),
+        }
+        if self.lpips is not None:
+            values["lpips"] = self.lpips(rendered, images)
+        columns = {"lpips": [None] * len(labels)} | {name: value.tolist() for name, value in values.items()}
+        records = [
+            ViewRecord(
+                key=view.key, radius=view.radius, bin=view.bin, **{name: column[i] for name, column in columns.items()}
+            )
+            for i, view in enumerate(unit.views)
+        ]
+        return records, _to_uint8(images[: unit.pictures]), _to_uint8(rendered[: unit.pictures])
+
+    def _estimate(self, latents: Tensor, labels: Tensor) -> Tensor:
+        model, path, settings = self.loaded.model, self.loaded.path, self.settings
+        return estimate_pose(
+            model, path, latents, labels, self.statistics, settings.estimator, settings.estimator_steps
+        ).camera_to_world
+
+    def _generate(self, unit: Unit, camera_to_world: Tensor, labels: Tensor, shape: torch.Size) -> Tensor:
+        """Latents generated from the true poses, with noise keyed by (seed, position of the view)."""
+        model, path, settings = self.loaded.model, self.loaded.path, self.settings
+        positions = torch.tensor([view.position for view in unit.views], device=self.device)
+        noise = draws.normal(settings.seed, "eval", positions, math.prod(shape)).reshape(-1, *shape)
+        x0 = pose_endpoint(standardize(camera_to_world, self.statistics), noise, self.loaded.sigma)
+        return generate(model, path, x0, labels, settings.generator, settings.generator_steps)
+
+    # ------------------------------------------------------------------------------------------------------ results
+
+    def write_results(self, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> None:
+        """records.csv (one row a view, sorted by key), images.npz and metrics.json."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(records[0].row()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(record.row() for record in records)
+        summary = json.dumps(self._summary(records), indent=2, allow_nan=False) + "\n"
+        write_atomically(self.out / "records.csv", lambda path: path.write_text(table.getvalue()))
+        save_arrays(self.out / "images.npz", pictures)
+        write_atomically(self.out / "metrics.json", lambda path: path.write_text(summary))
+
+    def _summary(self, records: list[ViewRecord]) -> dict[str, Any]:
+        settings, sigma = self.settings, self.loaded.sigma
+        shape = self.loaded.manifest.latent
+        latent = (shape.channels, shape.height, shape.width)
+        floor = noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, settings.seed)
+        compared = math.ceil(len(self.training) / self._training_stride)
+        return {
+            "run": str(self.run),
+            "step": self.loaded.step,
+            "split": self.title,
+            "estimator": settings.estimator,
+            "function_evaluations": _evaluations(settings.estimator, settings.estimator_steps),
+            "generator": settings.generator,
+            "generator_steps": settings.generator_steps,
+            "seed": settings.seed,
+            "sigma": sigma,
+            "noise_floor": asdict(floor),
+            "lpips": metrics.LPIPS_NOT_MEASURED if self.lpips is None else self.lpips.identity(),
+            "training_views": {"count": len(self.training), "compared": compared, "stride": self._training_stride},
+            "rows": summary_rows(records),
+        }
+
+
+def summary_rows(records: list[ViewRecord]) -> list[dict[str, Any]]:
+    """The table: a row for every unit bin, one for each of RANGES whose bins all hold views, and one for all views.
+
+    Bins are [a, a + 1), the last one closed. There is no row for all views where another row is all of them.
+    """
+    bins = sorted({record.bin for record in records})
+    rows = [
+        _row(f"r in [{a}, {a + 1}{']' if a == bins[-1] else ')'}", (a, a + 1), [r for r in records if r.bin == a])
+        for a in bins
+    ]
+    for a, b in RANGES:
+        if all(bin_ in bins for bin_ in range(a, b)):
+            inside = [record for record in records if a - EDGE <= record.radius <= b + EDGE]
+            rows.append(_row(f"r in [{a}, {b}]", (a, b), inside))
+    if not any(row["n"] == len(records) for row in rows):
+        rows.append(_row(f"r in [{bins[0]}, {bins[-1] + 1}]", (bins[0], bins[-1] + 1), records))
+    return rows
+
+
+def _row(name: str, radius: tuple[int, int], records: list[ViewRecord]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "radius": list(radius), "n": len(records)}
+    for measure in MEASURES:
+        values = [getattr(record, measure) for record in records]
+        if values[0] is not None:
+            row[measure] = metrics.summarize(values, rotation=measure in ROTATIONS).to_dict()
+    return row
+
+
+def _evaluations(estimator: str, steps: int) -> int:
+    fixed = {"one_step": 1, "source": SOURCE_STEPS}
+    return fixed[estimator] if estimator in fixed else function_evaluations(estimator, steps)
+
+
+def _to_uint8(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8."""
+    return (images * 255.0).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ opening
+
+
+def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
+    loaded = load_run(run, device)
+    settings = _settings(options, loaded)
+    data = Path(options.data or loaded.config.data)
+    manifest = load_manifest(data)
+    _check_codec(data, manifest, loaded)
+    views, title = _choose_views(data, manifest, loaded, options, settings, device)
+    units = make_units(views.references(), settings.batch)
+    lpips = metrics.Lpips(settings.lpips_backbone, device) if settings.lpips_backbone else None
+    return _Evaluation(
+        run=run,
+        out=Path(options.out) if options.out else run / "eval" / title,
+        title=title,
+        loaded=loaded,
+        settings=settings,
+        statistics=PoseStatistics.from_dict(loaded.manifest.statistics),
+        views=views,
+        units=units,
+        training=ShardReader(_training_folder(loaded, data), "train"),
+        lpips=lpips,
+        plan=_plan(loaded, settings, title, data, units, lpips),
+        device=device,
+    )
+
+
+def _settings(options: EvalOptions, loaded: LoadedRun) -> EvaluateConfig:
+    """The run's evaluation settings, with every option that is given in their place."""
+    values = loaded.config.evaluate.model_dump()
+    names = {field.name for field in fields(options)} & values.keys()
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return parse(EvaluateConfig, values | given, "evaluation options")
+
+
+def _check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:
+    """CodecError with both values unless the dataset was encoded by the run's codec."""
+    ours, theirs = loaded.codec.identity(), manifest.codec
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise CodecError(
+                f"{data / 'manifest.json'}: codec {name} {theirs.get(name)} but the run's is {ours.get(name)}; "
+                "build the dataset with the codec that the run was trained on"
+            )
+
+
+def _training_folder(loaded: LoadedRun, data: Path) -> Path:
+    """Where the run's training split is: the folder of its config, or `data` if that dataset has moved there."""
+    for folder in (Path(loaded.config.data), data):
+        if (folder / "manifest.json").is_file() and load_manifest(folder).statistics == loaded.manifest.statistics:
+            return folder
+    raise DataError(
+        f"{loaded.config.data}: not the dataset that the run was trained on, whose training views are the baselines; "
+        "put it back, or give its folder by --data"
+    )
+
+
+def _choose_views(
+    data: Path,
+    manifest: DatasetManifest,
+    loaded: LoadedRun,
+    options: EvalOptions,
+    settings: EvaluateConfig,
+    device: torch.device,
+) -> tuple[Views, str]:
+    """The views and their name: those of a split, or rendered ones where radii of a scene are asked for, no split."""
+    radii, count = options.radii, options.views_per_radius
+    if radii is not None and not (1 <= radii[0] < radii[1] and all(radius == int(radius) for radius in radii)):
+        raise ConfigError(f"--radii {radii[0]}:{radii[1]}: expected whole numbers A:B with 1 <= A < B, such as 1:7")
+    if count is not None and not 0 < count <= VIEWS_PER_BIN_AT_MOST:
+        raise ConfigError(f"--views-per-radius {count}: expected 1 to {VIEWS_PER_BIN_AT_MOST:,}")
+    limits = None if radii is None else (int(radii[0]), int(radii[1]))
+    name = f"radii_{limits[0]}-{limits[1]}" if limits else (options.split or "test")
+    source = parse(Recipe, manifest.recipe, f"{data / 'manifest.json'}: recipe").splits["train"]
+    if limits and options.split is None and isinstance(source, SceneSource):
+        if count is None:
+            raise ConfigError(
+                f"--radii {limits[0]}:{limits[1]} renders new views; say how many by --views-per-radius N"
+            )
+        codec = loaded.codec
+        return SceneViews(source, manifest.image_size, codec, limits, count, settings.seed, device), name
+    split = options.split or "test"
+    if split not in manifest.splits:
+        raise ConfigError(f"{data}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
+    return SplitViews(data, split, limits, count), name if options.split is None or not limits else f"{split}_{name}"
+
+
+def _plan(
+    loaded: LoadedRun, settings: EvaluateConfig, title: str, data: Path, units: list[Unit], lpips: metrics.Lpips | None
+) -> dict[str, Any]:
+    """What decides every number of an evaluation; units on disk are used again only under an equal plan."""
+    views = "\n".join(f"{unit.number} {view.key}" for unit in units for view in unit.views)
+    return {
+        "format": 1,
+        "step": loaded.step,
+        "weights": _weights_sha256(loaded.model),
+        "dataset": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
+        "split": title,
+        "units": len(units),
+        "views": hashlib.sha256(views.encode()).hexdigest(),
+        **settings.model_dump(exclude={"lpips_backbone"}),
+        "lpips": None if lpips is None else lpips.identity(),
+    }
+
+
+def _weights_sha256(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plan_conflict(out: Path, plan: dict[str, Any]) -> str | None:
+    """What to tell the user if the folder holds units of another evaluation: the first difference and the remedy."""
+    try:
+        old = json.loads((out / "plan.json").read_text())
+    except ValueError as error:
+        return f"{out / 'plan.json'}: not readable ({error}); delete {out} or give another --out"
+    for name in sorted(plan.keys() | old.keys()):
+        if plan.get(name) != old.get(name):
+            return (
+                f"{out}: holds an evaluation with {name} {old.get(name)}, not {plan.get(name)}; "
+                "give another --out, or delete the folder"
+            )
+    return None

@@ -1,0 +1,166 @@
+"""Picture metrics of single views, and their summaries over exactly the views that are named.
+
+Every picture is a float32 tensor [B, 3, H, W] in [0, 1]; every metric gives one number a view, [B].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sitdist.errors import ConfigError, DataError
+
+SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5, Wang et al. 2004
+LPIPS_MINIMUM_SIZE = 32  # pixels: AlexNet's last layer has nothing left to look at below 31
+PSNR_CEILING = 100.0  # dB: a perfect copy counts as this, so that means stay finite
+LPIPS_NOT_MEASURED = "not measured: set evaluate.lpips_backbone"
+
+
+def mean_absolute_error(images: Tensor, true_images: Tensor) -> Tensor:
+    """Mean over pixels and colours of |image - true image|; [B]."""
+    return (images - true_images).abs().flatten(1).mean(1)
+
+
+def psnr(images: Tensor, true_images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of every view in dB for a data range of 1, at most PSNR_CEILING; [B]."""
+    mean_squared_error = (images - true_images).double().square().flatten(1).mean(1)
+    return -10.0 * mean_squared_error.clamp_min(10.0 ** (-PSNR_CEILING / 10)).log10()
+
+
+def ssim(images: Tensor, true_images: Tensor) -> Tensor:
+    """Structural similarity of every view (Wang et al. 2004: 11x11 Gaussian window, data range 1), in float32; [B].
+
+    Pictures with a side shorter than the window have no SSIM: DataError.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _check_size("SSIM", images, SSIM_WINDOW)
+    values = structural_similarity_index_measure(
+        images.float(), true_images.float(), sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
+    )
+    return values.reshape(len(images))
+
+
+def _check_size(metric: str, images: Tensor, minimum: int) -> None:
+    height, width = images.shape[-2:]
+    if min(height, width) < minimum:
+        raise DataError(
+            f"{metric} is not defined on pictures of {width}x{height} pixels; it needs {minimum} pixels a side"
+        )
+
+
+class Lpips:
+    """Learned perceptual distance (Zhang et al. 2018, version 0.1) with a backbone read from a local file.
+
+    `backbone` is the state dict of torchvision's AlexNet or VGG16, recognised by its first layer; nothing is fetched.
+    The calibrated linear layers come with the lpips package. Which weights were used is told by `sha256`.
+    """
+
+    def __init__(self, backbone: str | Path, device: torch.device | str = "cpu") -> None:
+        path = Path(backbone)
+        if not path.is_file():
+            raise ConfigError(
+                f"evaluate.lpips_backbone {path}: no such file; give a torchvision AlexNet or VGG16 state dict, or null"
+            )
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        features = _backbone_features(path)
+        self.net = _backbone_kind(path, features)
+        self._network = _lpips_network(self.net)
+        self._load(path, features)
+        self._network.to(device)
+
+    def _load(self, path: Path, features: dict[str, Tensor]) -> None:
+        """Copy every feature layer; lpips keeps torchvision's layer numbers inside its slices."""
+        backbone = self._network.net.state_dict()  # keys: slice<k>.<layer>.<weight|bias>
+        values = {}
+        for key, old in backbone.items():
+            value = features.get("features." + key.partition(".")[2])
+            if value is None or value.shape != old.shape:
+                found = "missing" if value is None else f"of shape {list(value.shape)}, not {list(old.shape)}"
+                raise ConfigError(
+                    f"evaluate.lpips_backbone {path}: features.{key.partition('.')[2]} is {found}; "
+                    f"give torchvision's {self.net} state dict"
+                )
+            values[key] = value
+        self._network.net.load_state_dict(values)
+
+    def identity(self) -> str:
+        """The backbone and the hash of its file, for metrics.json."""
+        return f"{self.net} {self.sha256}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, true_images: Tensor) -> Tensor:
+        """Distance of every view; [B]. Pictures smaller than LPIPS_MINIMUM_SIZE are a DataError."""
+        _check_size("LPIPS", images, LPIPS_MINIMUM_SIZE)
+        return self._network(2 * images.float() - 1, 2 * true_images.float() - 1).reshape(len(images))
+
+
+def _backbone_features(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load and safetensors raise many types on a damaged file
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"evaluate.lpips_backbone {path}: not a readable state dict ({reason})") from None
+    if not isinstance(state, dict):
+        raise ConfigError(f"evaluate.lpips_backbone {path}: holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _backbone_kind(path: Path, features: dict[str, Tensor]) -> str:
+    first = features.get("features.0.weight")
+    shape = tuple(first.shape) if isinstance(first, Tensor) else None
+    kinds = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
+    if shape not in kinds:
+        found = "is missing" if shape is None else f"has shape {list(shape)}"
+        raise ConfigError(
+            f"evaluate.lpips_backbone {path}: features.0.weight {found}; "
+            "give the state dict of torchvision's alexnet or vgg16"
+        )
+    return kinds[shape]
+
+
+def _lpips_network(net: str) -> Any:
+    import lpips
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # drawn at random, then replaced
+        warnings.simplefilter("ignore")  # torchvision's, on the arguments that lpips gives it
+        network = lpips.LPIPS(net=net, pnet_rand=True, lpips=True, verbose=False)
+    return network.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and median over exactly `n` views; `share_under_5_deg` only for rotation errors."""
+
+    mean: float
+    median: float
+    n: int
+    share_under_5_deg: float | None = None
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields that apply, for metrics.json."""
+        values: dict[str, float | int] = {"mean": self.mean, "median": self.median, "n": self.n}
+        return values if self.share_under_5_deg is None else {**values, "share_under_5_deg": self.share_under_5_deg}
+
+
+def summarize(values: list[float], rotation: bool = False) -> Summary:
+    """Summary of one number a view; a value that is not finite is a DataError, since no view may drop out of a mean."""
+    bad = [value for value in values if not math.isfinite(value)]
+    if bad or not values:
+        raise DataError(
+            f"{len(bad)} of {len(values)} values are not finite ({bad[:3]}); no mean can be stated over them"
+        )
+    tensor = torch.tensor(values, dtype=torch.float64)
+    share = float((tensor < 5.0).double().mean()) if rotation else None
+    return Summary(float(tensor.mean()), float(tensor.quantile(0.5)), len(values), share)

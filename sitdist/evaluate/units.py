@@ -1,0 +1,178 @@
+"""Work units of an evaluation: which views there are, what each unit leaves on disk, and the exactly-once merge.
+
+A unit is a chunk of at most `batch` views of one radius bin. The list of units follows from the views alone, never from
+the number of processes, so a killed evaluation goes on with the units that are not on disk yet, on any number of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sitdist.data.format import write_atomically
+from sitdist.errors import DataError
+
+PICTURES_PER_BIN = 4
+POSE_ENTRIES = [f"{row}{column}" for row in range(3) for column in range(4)]
+EDGE = 1e-6  # a camera this close below a bin's edge stands on it: radii are norms of rounded numbers
+
+
+@dataclass(frozen=True)
+class ViewRef:
+    """One view to evaluate: its key, its position (keys its noise), its radius, and the bin [bin, bin + 1) of it."""
+
+    key: str
+    position: int
+    radius: float
+    bin: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Views of one bin that are evaluated as one batch; the first `pictures` of them also leave their pictures."""
+
+    number: int
+    views: tuple[ViewRef, ...]
+    pictures: int
+
+    @property
+    def name(self) -> str:
+        return f"unit_{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class ViewRecord:
+    """All that is measured of one view: angles in degrees, translations in scene units, PSNR in dB.
+
+    `true` and `estimated` are the upper three rows of camera_to_world, row-major; `lpips` is None if not measured.
+    """
+
+    key: str
+    label: int
+    radius: float
+    bin: int
+    rotation_error_deg: float
+    translation_error: float
+    mae: float
+    psnr: float
+    ssim: float
+    lpips: float | None
+    codec_psnr: float
+    codec_ssim: float
+    codec_mae: float
+    constant_rotation_error_deg: float
+    constant_translation_error: float
+    nearest_rotation_error_deg: float
+    nearest_translation_error: float
+    nearest_psnr: float
+    true: list[float]
+    estimated: list[float]
+
+    def row(self) -> dict[str, Any]:
+        """The record as one line of records.csv; poses become true_00 ... true_23 and estimated_00 ... estimated_23."""
+        values = asdict(self)
+        for name in ("true", "estimated"):
+            values.update(zip((f"{name}_{entry}" for entry in POSE_ENTRIES), values.pop(name), strict=True))
+        return values
+
+
+def radius_bins(radii: list[float], limits: tuple[int, int] | None) -> tuple[list[int | None], tuple[int, int]]:
+    """The unit bin [a, a + 1) of every radius and the whole range (a, b); the last bin holds its upper edge too.
+
+    With `limits` = (a, b), radii outside [a, b] have no bin (None); without, the range is the smallest that holds all.
+    """
+    if limits is None:
+        low = math.floor(min(radii) + EDGE)
+        limits = (low, max(low + 1, math.ceil(max(radii) - EDGE)))
+    low, high = limits
+    bins: list[int | None] = []
+    for radius in radii:
+        inside = low - EDGE <= radius <= high + EDGE
+        bins.append(min(max(math.floor(radius + EDGE), low), high - 1) if inside else None)
+    return bins, limits
+
+
+def make_units(views: list[ViewRef], batch: int) -> list[Unit]:
+    """Chunks of at most `batch` views, bin after bin in the order of the bins, views in the given order."""
+    units: list[Unit] = []
+    for bin_ in sorted({view.bin for view in views}):
+        inside = [view for view in views if view.bin == bin_]
+        for start in range(0, len(inside), batch):
+            chunk = tuple(inside[start : start + batch])
+            units.append(Unit(len(units), chunk, min(max(PICTURES_PER_BIN - start, 0), len(chunk))))
+    return units
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Named arrays as an .npz file, written atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
+
+
+def is_finished(folder: Path, unit: Unit) -> bool:
+    """Whether the unit's records are on disk; they are written last, so its pictures are then there too."""
+    return (folder / f"{unit.name}.jsonl").is_file()
+
+
+def write_unit(folder: Path, unit: Unit, records: list[ViewRecord], true: np.ndarray, rendered: np.ndarray) -> None:
+    """Leave the unit's pictures [pictures, H, W, 3] uint8, then its records, one JSON line a view."""
+    for record in records:
+        bad = [name for name, value in record.row().items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise DataError(
+                f"view {record.key}: {bad[0]} is not finite; the checkpoint has diverged, use an earlier one"
+            )
+    if unit.pictures:
+        keys = np.array([view.key for view in unit.views[: unit.pictures]])
+        save_arrays(folder / f"{unit.name}.npz", {"key": keys, "true": true, "rendered": rendered})
+    lines = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
+    write_atomically(folder / f"{unit.name}.jsonl", lambda path: path.write_text(lines))
+
+
+def merge_records(folder: Path, units: list[Unit]) -> list[ViewRecord]:
+    """The records of every unit file in the folder, sorted by key.
+
+    DataError if any expected view is missing, or any view is there twice or was never asked for; it names the keys.
+    """
+    records = [record for path in sorted(folder.glob("unit_*.jsonl")) for record in _read_unit(path)]
+    expected = Counter(view.key for unit in units for view in unit.views)
+    found = Counter(record.key for record in records)
+    missing, extra = sorted((expected - found).keys()), sorted((found - expected).keys())
+    for keys, problem, remedy in (
+        (missing, "missing from", "start the evaluation again to finish it"),
+        (extra, "there more often than asked for in", "delete the folder and evaluate again"),
+    ):
+        if keys:
+            shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+            raise DataError(f"{len(keys)} views {problem} {folder} ({shown}); {remedy}")
+    return sorted(records, key=lambda record: record.key)
+
+
+def _read_unit(path: Path) -> list[ViewRecord]:
+    try:
+        return [ViewRecord(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a unit's records ({error}); delete the file and evaluate again") from None
+
+
+def merge_pictures(folder: Path, units: list[Unit]) -> dict[str, np.ndarray]:
+    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of the first views of every bin, in unit order."""
+    parts: dict[str, list[np.ndarray]] = {"key": [], "bin": [], "true": [], "rendered": []}
+    for unit in units:
+        if not unit.pictures:
+            continue
+        with np.load(folder / f"{unit.name}.npz", allow_pickle=False) as pictures:
+            for name in ("key", "true", "rendered"):
+                parts[name].append(pictures[name])
+        parts["bin"].append(np.full(unit.pictures, unit.views[0].bin))
+    return {name: np.concatenate(values) for name, values in parts.items()}

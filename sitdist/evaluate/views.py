@@ -1,0 +1,120 @@
+"""The views an evaluation looks at: those of a dataset's split, or views of the built-in scene rendered on the spot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sitdist.config import SceneSource
+from sitdist.data.reader import ShardReader
+from sitdist.errors import ConfigError, DataError
+from sitdist.evaluate.units import ViewRef, radius_bins
+from sitdist.flow import draws
+from sitdist.geometry.camera import Intrinsics, camera_radius, shell_cameras
+from sitdist.model.codec import Codec, latent_mean
+
+VIEWS_PER_BIN_AT_MOST = 1_000_000
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """Pictures [B, 3, H, W] in [0, 1], latent means [B, C, h, w], camera_to_world [B, 4, 4] float64, labels [B]."""
+
+    images: Tensor
+    latents: Tensor
+    camera_to_world: Tensor
+    labels: Tensor
+
+
+class Views(Protocol):
+    """Views to evaluate: all of them by reference, and the data of any few of them."""
+
+    def references(self) -> list[ViewRef]: ...
+
+    def load(self, views: tuple[ViewRef, ...]) -> ViewBatch: ...
+
+
+class SplitViews:
+    """Views of a split, within `radii` if given, at most `views_per_radius` in every unit bin: the first by key."""
+
+    def __init__(self, data: Path, split: str, radii: tuple[int, int] | None, views_per_radius: int | None) -> None:
+        if split == "train":
+            raise ConfigError("--split train: the training split keeps no pictures; evaluate another split")
+        self._reader = ShardReader(data, split)
+        self._camera_to_world = self._reader.camera_to_world()
+        self._split, self._radii, self._limit = split, radii, views_per_radius
+
+    def references(self) -> list[ViewRef]:
+        radii = camera_radius(self._camera_to_world).tolist()
+        bins, _ = radius_bins(radii, self._radii)
+        keys = self._reader.keys()
+        taken: dict[int, int] = {}
+        views = []
+        for position in sorted(range(len(keys)), key=keys.__getitem__):
+            bin_ = bins[position]
+            if bin_ is None or (self._limit is not None and taken.get(bin_, 0) >= self._limit):
+                continue
+            taken[bin_] = taken.get(bin_, 0) + 1
+            views.append(ViewRef(keys[position], position, radii[position], bin_))
+        if not views:
+            raise DataError(
+                f"split '{self._split}' has no view with a radius in {list(self._radii or ())}; "
+                f"its radii are {min(radii):.3g} to {max(radii):.3g}"
+            )
+        return views
+
+    def load(self, views: tuple[ViewRef, ...]) -> ViewBatch:
+        indices = [view.position for view in views]
+        return ViewBatch(
+            self._reader.images(indices),
+            latent_mean(self._reader.moments(indices).float()),
+            self._camera_to_world[indices],
+            self._reader.labels()[indices],
+        )
+
+
+class SceneViews:
+    """Views of the built-in scene, `views_per_radius` in every unit bin of `radii`, from cameras of their own.
+
+    Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; the sphere, field
+    of view, supersampling and label are those of the recipe's training source.
+    """
+
+    def __init__(
+        self,
+        source: SceneSource,
+        image_size: int,
+        codec: Codec,
+        radii: tuple[int, int],
+        views_per_radius: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._source, self._codec, self._seed, self._device = source, codec, seed, device
+        self._radii, self._count = radii, views_per_radius
+        self._intrinsics = Intrinsics.from_fov(source.fov_deg, image_size, image_size)
+
+    def references(self) -> list[ViewRef]:
+        views = []
+        for bin_ in range(*self._radii):
+            positions = bin_ * VIEWS_PER_BIN_AT_MOST + torch.arange(self._count)
+            radii = camera_radius(self._cameras(bin_, positions)).tolist()
+            views += [ViewRef(f"r{bin_:02d}_{i:06d}", int(positions[i]), radii[i], bin_) for i in range(self._count)]
+        return views
+
+    def _cameras(self, bin_: int, positions: Tensor) -> Tensor:
+        uniforms = draws.uniform(self._seed, "evaluation cameras", positions, 3)
+        return shell_cameras(uniforms, (bin_, bin_ + 1), self._source.sphere)
+
+    def load(self, views: tuple[ViewRef, ...]) -> ViewBatch:
+        from sitdist.scene.volume import render_views
+
+        positions = torch.tensor([view.position for view in views])
+        camera_to_world = self._cameras(views[0].bin, positions)
+        images = render_views(camera_to_world, self._intrinsics, self._source.supersample)
+        latents = latent_mean(self._codec.encode_moments(images.to(self._device)))
+        return ViewBatch(images, latents, camera_to_world, torch.full((len(views),), self._source.label))

@@ -1,0 +1,156 @@
+"""Processes, devices, logging and signals: how a command finds out where it runs and when it is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState
+
+from sitdist.errors import ConfigError
+
+log = logging.getLogger("sitdist")
+
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Accelerator:
+    """The accelerator of this process; starts the process group where a launcher started several processes.
+
+    Without a GPU, or with ACCELERATE_USE_CPU=true, everything runs on the CPU over gloo. ConfigError where the
+    launcher's settings cannot be honoured: fp16 on a CPU, a framework other than data parallelism, or processes that
+    do not see each other.
+    """
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if precision == "fp16" and use_cpu:
+        raise ConfigError("train.precision = 'fp16': there is no fp16 training on a CPU; use fp32 or bf16")
+    if precision == "bf16" and not use_cpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"train.precision = 'bf16': {torch.cuda.get_device_name()} has no bf16; use fp32 or fp16")
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(variable, "").lower() == "true":
+            raise ConfigError(f"{variable}=true: not supported; start plain data parallelism (see launch/README.md)")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+    # Accelerate keeps one state per process; a second command in the same process starts from a clean one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision=MIXED_PRECISION[precision],
+            # Rebuilding the buckets after the first step would sum in another order than before a resume.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"distributed type {accelerator.distributed_type.value}: not supported; "
+            "start plain data parallelism (see launch/README.md)"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {accelerator.gradient_accumulation_steps}: accumulation follows "
+            "from train.global_batch and train.max_batch_per_device; unset it"
+        )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ConfigError(
+            f"the launcher started WORLD_SIZE = {expected} processes but they form {accelerator.num_processes}; "
+            "start them as launch/README.md says"
+        )
+    return accelerator
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Leave the process group; every process calls it."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+class Agreement:
+    """Small decisions that all processes take together, over gloo, so that no GPU has to wait for them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.world = accelerator.num_processes
+        self._group: Any = None
+        if self.world > 1 and accelerator.device.type != "cpu":
+            self._group = dist.new_group(backend="gloo")
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on at least one process. Every process calls it."""
+        if self.world == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group)
+        return tuple(bool(flag) for flag in raised.tolist())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes of a small tensor, on the CPU. Every process calls it."""
+        total = values.detach().to("cpu", copy=True)
+        if self.world > 1:
+            dist.all_reduce(total, group=self._group)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in rank order. Every process calls it."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def of_main(self, value: Any) -> Any:
+        """The main process's value. Every process calls it."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+
+class StopSignal:
+    """Within `with`: SIGTERM and SIGINT set `requested` instead of ending the process.
+
+    Launchers pass on what a terminal has already sent, so a signal often comes twice: the later ones change nothing.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._request) for number in self.signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number)
+
+
+def log_on_main(accelerator: Accelerator) -> None:
+    """Show messages of level INFO and above on stderr, those of the main process only; warnings of every process."""
+    level = logging.INFO if accelerator.is_main_process else logging.WARNING
+    log.setLevel(level)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("sitdist: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

@@ -1,0 +1,59 @@
+"""From a config and a dataset's manifest to the model and its optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sitdist.config import ModelConfig, OptimizerConfig
+from sitdist.data.format import DatasetManifest
+from sitdist.errors import CodecError, ConfigError
+from sitdist.model.codec import Codec, load_codec
+from sitdist.model.sit import SiT
+
+
+def build_model(config: ModelConfig, manifest: DatasetManifest) -> SiT:
+    """The transformer for the dataset's latents; ConfigError where its sizes do not fit them."""
+    latent, sizes = manifest.latent, config.sizes()
+    if config.num_classes < manifest.labels():
+        raise ConfigError(
+            f"model.num_classes = {config.num_classes}: the dataset {manifest.name} has {manifest.labels()} labels; "
+            f"set it to {manifest.labels()} or more"
+        )
+    if latent.height % sizes["patch_size"]:
+        raise ConfigError(
+            f"model.patch_size = {sizes['patch_size']}: does not divide the dataset's {latent.height}x{latent.width} "
+            "latents; choose a divisor"
+        )
+    return SiT(
+        input_size=latent.height,
+        in_channels=latent.channels,
+        mlp_ratio=config.mlp_ratio,
+        class_dropout_prob=config.class_dropout_prob,
+        num_classes=config.num_classes,
+        learn_sigma=config.learn_sigma,
+        **sizes,
+    )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of the trained parameters; its rate is set anew at every step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def load_matching_codec(folder: Path, manifest: DatasetManifest, device: torch.device | str) -> Codec:
+    """The codec in `folder`; CodecError with both values if it is not the one that encoded the manifest's dataset."""
+    codec = load_codec(folder, device)
+    ours, theirs = codec.identity(), manifest.codec
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        if ours.get(name) != theirs.get(name):
+            raise CodecError(
+                f"{folder}: {name} is {ours.get(name)!r} but the dataset {manifest.name} was encoded with "
+                f"{theirs.get(name)!r}; put its own codec back, or build the dataset again"
+            )
+    return codec

@@ -1,0 +1,321 @@
+"""Checkpoints that are either whole or absent, and what is read back from them.
+
+    RUN/checkpoints/step_00001000/
+        model.safetensors  ema.safetensors  optimizer.safetensors   tensors by parameter name
+        state.json         the step, the config, the dataset, the world size, versions, the fp16 scaler
+        manifest.json      sizes and SHA-256 of the files above, written last
+
+A checkpoint is written beside its final name, flushed to disk, then renamed. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+
+from sitdist.config import Config, load_yaml
+from sitdist.data.format import DatasetManifest
+from sitdist.errors import CheckpointError, ConfigError
+from sitdist.flow.path import Path as FlowPath
+from sitdist.flow.path import get_path
+from sitdist.model.codec import Codec
+from sitdist.model.sit import SiT
+from sitdist.train.build import build_model, load_matching_codec
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+TENSOR_FILES = ("model", "ema", "optimizer")
+
+# What may differ between a run and its continuation: where things are, how long and how closely it is watched.
+MAY_CHANGE = re.compile(
+    r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
+    r"|checkpoint_every|keep_checkpoints)|evaluate\..*"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is read from one checkpoint: its state, and the tensors of the files that were asked for."""
+
+    folder: Path
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def step(self) -> int:
+        """How many updates the weights have seen."""
+        return self.state["step"]
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates is."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def save_checkpoint(run: Path, state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+    """Write the checkpoint of `state["step"]` and then remove all but the newest `keep`; one process calls it.
+
+    Until the last rename the checkpoint does not exist; a crash at any moment leaves the earlier ones as they were.
+    """
+    folder = folder_of(run, state["step"])
+    unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        contents = {f"{name}.safetensors": _to_bytes(tensors[name]) for name in TENSOR_FILES}
+        contents["state.json"] = _json({"format_version": FORMAT_VERSION, **state})
+        entries = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in contents.items()}
+        for name, content in contents.items():
+            _write(unfinished / name, content)
+        _write(unfinished / "manifest.json", _json({"format_version": FORMAT_VERSION, "files": entries}))
+        _flush_folder(unfinished)
+        if folder.exists():  # a damaged one that the run has gone back behind
+            os.rename(folder, folder.with_name(f".{folder.name}.damaged-{os.getpid()}"))
+        os.rename(unfinished, folder)
+        _flush_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; free space and use --resume") from None
+    for old in [other for other in list_checkpoints(run) if other <= folder][:-keep]:
+        unwanted = old.with_name(f".{old.name}.old-{os.getpid()}")
+        os.rename(old, unwanted)
+        shutil.rmtree(unwanted)
+    remove_unfinished(run)
+    return folder
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what earlier processes left half-written or half-removed; one process calls it, while none is writing."""
+    for left in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(left)
+
+
+def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    return tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run whose manifest is readable and whose files have its sizes, oldest first."""
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    return [folder for folder in folders if _problem(folder) is None]
+
+
+def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint:
+    """Read the tensors of `files` and the state; CheckpointError if a file read is not what the manifest says."""
+    problem = _problem(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
+    entries = json.loads((folder / "manifest.json").read_bytes())["files"]
+
+    def checked(name: str) -> bytes:
+        content = (folder / name).read_bytes()
+        if _sha256(content) != entries[name]["sha256"]:
+            raise CheckpointError(
+                f"{folder / name}: SHA-256 {_sha256(content)[:12]}... but its manifest says "
+                f"{entries[name]['sha256'][:12]}...; the file is damaged, use an earlier checkpoint"
+            )
+        return content
+
+    state = json.loads(checked("state.json"))
+    return Checkpoint(folder, state, {name: tensors_from_bytes(checked(f"{name}.safetensors")) for name in files})
+
+
+def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | None:
+    """The newest checkpoint that reads back whole, or None; says which damaged ones it passed over."""
+    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            return read_checkpoint(folder, files)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+    return None
+
+
+def _problem(folder: Path) -> str | None:
+    """Why a folder is no checkpoint, as far as can be told without reading its tensors."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        version, entries = manifest["format_version"], manifest["files"]
+        sizes = {name: entry["bytes"] for name, entry in entries.items()}
+    except FileNotFoundError:
+        return "has no manifest.json, so it was never finished"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    if version != FORMAT_VERSION:
+        return f"manifest.json: format_version {version}, but this version of sitdist reads {FORMAT_VERSION}"
+    for name in ("state.json", *(f"{name}.safetensors" for name in TENSOR_FILES)):
+        path = folder / name
+        if name not in sizes or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != sizes[name]:
+            return f"{name} has {path.stat().st_size} bytes but its manifest says {sizes[name]}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- does it belong here?
+
+
+def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
+    """ConfigError, with the key and both values, unless `config` continues the run of the checkpoint."""
+    before, now = _flatten(checkpoint.state["config"]), _flatten(config.model_dump(mode="json"))
+    for key in [*before, *(key for key in now if key not in before)]:
+        if before.get(key) != now.get(key) and not MAY_CHANGE.fullmatch(key):
+            raise ConfigError(
+                f"{key} is {now.get(key)!r} but {checkpoint.folder} was trained with {before.get(key)!r}; "
+                "set it back, or start another run with another --out"
+            )
+
+
+def check_same_dataset(checkpoint: Checkpoint, dataset: Path, fingerprint: str) -> None:
+    """CheckpointError unless the dataset is the one the checkpoint was trained on."""
+    if checkpoint.state["dataset"] != fingerprint:
+        raise CheckpointError(
+            f"{dataset / 'manifest.json'}: SHA-256 {fingerprint[:12]}... but {checkpoint.folder} was trained on "
+            f"{checkpoint.state['dataset'][:12]}...; give the dataset it was trained on, or start another run"
+        )
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Copy `tensors` into `model`; CheckpointError naming the first tensor that does not fit."""
+    expected = model.state_dict()
+    for name in [*expected, *tensors]:
+        ours = tuple(expected[name].shape) if name in expected else "absent"
+        theirs = tuple(tensors[name].shape) if name in tensors else "absent"
+        if ours != theirs:
+            raise CheckpointError(
+                f"{where}: tensor {name} is {theirs} but the model of the config has {ours}; "
+                "it is a checkpoint of another model, give the config it was trained with"
+            )
+    model.load_state_dict(dict(tensors))
+
+
+def dataset_fingerprint(dataset: Path) -> str:
+    """SHA-256 of the dataset's manifest, which holds the hashes of all its shards."""
+    return _sha256((dataset / "manifest.json").read_bytes())
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer state
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name, such as `blocks.0.attn.qkv.weight/exp_avg`."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: Path
+) -> None:
+    """The inverse of `optimizer_tensors`; CheckpointError naming a state that belongs to no parameter of the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        if name not in ordered:
+            raise CheckpointError(f"{where}: optimizer state {key} belongs to no trained parameter of the model")
+        state.setdefault(ordered.index(name), {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ------------------------------------------------------------------------------------------------- for the evaluation
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and everything that is needed to use it: EMA weights, in eval mode."""
+
+    model: SiT
+    path: FlowPath
+    codec: Codec
+    manifest: DatasetManifest
+    config: Config
+    step: int
+    sigma: float
+
+
+def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = None) -> LoadedRun:
+    """Load the newest checkpoint of `run` that reads back whole, or the one of `step`, onto `device`."""
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run}: holds no config.yaml, so it is no run; give the --out of `sitdist train`")
+    config = load_yaml(Config, run / "config.yaml")
+    checkpoint = read_newest(run, ["ema"]) if step is None else read_checkpoint(folder_of(run, step), ["ema"])
+    if checkpoint is None:
+        raise CheckpointError(f"{run}: has no whole checkpoint; train first with `sitdist train CONFIG --out {run}`")
+    manifest = _dataset_of(run, checkpoint)
+    model = build_model(config.model, manifest)
+    load_tensors(model, checkpoint.tensors["ema"], checkpoint.folder / "ema.safetensors")
+    return LoadedRun(
+        model=model.to(device).eval().requires_grad_(False),
+        path=get_path(config.flow.path),
+        codec=load_matching_codec(run / "codec", manifest, device),
+        manifest=manifest,
+        config=config,
+        step=checkpoint.step,
+        sigma=config.flow.sigma,
+    )
+
+
+def _dataset_of(run: Path, checkpoint: Checkpoint) -> DatasetManifest:
+    """The manifest that the run keeps of its dataset; CheckpointError if it is not the one that was trained on."""
+    path = run / "dataset.json"
+    content = path.read_bytes() if path.is_file() else b""
+    if _sha256(content) != checkpoint.state["dataset"]:
+        raise CheckpointError(
+            f"{path}: missing or altered since {checkpoint.folder.name} was saved; "
+            f"copy the manifest.json of {checkpoint.state['config']['data']} there"
+        )
+    return DatasetManifest.model_validate_json(content)

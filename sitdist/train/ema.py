@@ -1,0 +1,29 @@
+"""The exponential moving average of the weights, kept in float32: what is validated, evaluated and published."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """A copy of `model` whose parameters follow it: ema <- decay_s * ema + (1 - decay_s) * parameter.
+
+    decay_s = min(decay, (1 + s) / (10 + s)) at update s = 0, 1, ..., so that early averages forget the initialization.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
+        averaged, followed = dict(self.model.named_parameters()), dict(model.named_parameters())
+        names = [name for name, parameter in followed.items() if parameter.requires_grad]
+        self._averaged: list[Tensor] = [averaged[name] for name in names]
+        self._followed: list[Tensor] = [followed[name] for name in names]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current parameters after update number `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averaged, [parameter.float() for parameter in self._followed], 1.0 - decay)

@@ -1,0 +1,128 @@
+"""What a run tells while it trains: TensorBoard, metrics.jsonl and a progress bar, all from the main process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from sitdist.runtime import Agreement
+
+log = logging.getLogger(__name__)
+
+INTERIOR_BINS = 4
+BIN_NAMES = (
+    "loss_by_t/0",
+    *(f"loss_by_t/{i / INTERIOR_BINS:g}-{(i + 1) / INTERIOR_BINS:g}" for i in range(INTERIOR_BINS)),
+    "loss_by_t/1",
+)
+
+
+def time_bin(t: Tensor) -> Tensor:
+    """Which of BIN_NAMES each time [B] belongs to: exactly 0, a quarter of what lies between, exactly 1."""
+    interior = 1 + (t * INTERIOR_BINS).floor().clamp(0, INTERIOR_BINS - 1).long()
+    ends = torch.where(t == 1.0, torch.full_like(interior, INTERIOR_BINS + 1), interior)
+    return torch.where(t == 0.0, torch.zeros_like(interior), ends)
+
+
+class Monitor:
+    """Sums what is seen since the last line over samples and processes, and writes it out at every `log_every` steps.
+
+    Averages after a resume start at the resumed step. Every process calls every method.
+    """
+
+    def __init__(
+        self, run: Path, accelerator: Accelerator, agreement: Agreement, start: int, steps: int, global_batch: int
+    ) -> None:
+        self._agreement, self._global_batch = agreement, global_batch
+        self._loss_sums = torch.zeros(len(BIN_NAMES), dtype=torch.float64, device=accelerator.device)
+        self._loss_counts = torch.zeros_like(self._loss_sums)
+        self._reset()
+        self._lines: TextIO | None = None
+        self._board: Any = None
+        self._bar: tqdm | None = None
+        if accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter
+
+            keep_lines_until(run / "metrics.jsonl", start)
+            self._lines = (run / "metrics.jsonl").open("a")
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+            self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=None, dynamic_ncols=True)
+
+    def _reset(self) -> None:
+        self._loss_sums.zero_()
+        self._loss_counts.zero_()
+        self._gradient_norms: list[float] = []
+        self._seconds = self._waited = 0.0
+        self._steps = 0
+
+    def observe_losses(self, losses: Tensor, t: Tensor) -> None:
+        """Add the losses [B] of this process's samples at times `t` [B]."""
+        bins = time_bin(t)
+        self._loss_sums.index_add_(0, bins, losses.detach().double())
+        self._loss_counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float64))
+
+    def observe_step(self, seconds: float, waited: float, gradient_norm: float) -> None:
+        """Add one step: its duration, the part of it spent waiting for data, and its gradient norm before clipping."""
+        self._seconds += seconds
+        self._waited += waited
+        self._steps += 1
+        if math.isfinite(gradient_norm):  # under fp16 a step that overflowed is skipped
+            self._gradient_norms.append(gradient_norm)
+        if self._bar is not None:
+            self._bar.update()
+
+    def write_line(self, step: int, lr: float, loss_scale: float | None) -> None:
+        """Write the averages since the last line as those of `step` updates."""
+        sums, counts = self._agreement.sum(torch.stack([self._loss_sums, self._loss_counts]))
+        waited, seconds = self._agreement.sum(torch.tensor([self._waited, self._seconds], dtype=torch.float64)).tolist()
+        scalars = {"loss": float(sums.sum() / counts.sum()), "lr": lr}
+        scalars |= {name: float(sums[i] / counts[i]) for i, name in enumerate(BIN_NAMES) if counts[i] > 0}
+        if self._gradient_norms:
+            scalars["gradient_norm"] = sum(self._gradient_norms) / len(self._gradient_norms)
+        if loss_scale is not None:
+            scalars["loss_scale"] = loss_scale
+        scalars["samples_per_second"] = self._steps * self._global_batch / self._seconds
+        scalars["data_wait_share"] = waited / seconds
+        self.write_scalars(step, scalars, "train")
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+            if self._bar.disable:
+                log.info("step %d: loss %.4f, %.0f samples/s", step, scalars["loss"], scalars["samples_per_second"])
+        self._reset()
+
+    def write_scalars(self, step: int, scalars: dict[str, float], group: str) -> None:
+        """One line of metrics.jsonl, and a TensorBoard scalar for each value."""
+        if self._lines is not None:
+            self._lines.write(json.dumps({"step": step, **{f"{group}/{k}": v for k, v in scalars.items()}}) + "\n")
+            self._lines.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def write_picture(self, step: int, name: str, picture: Tensor) -> None:
+        """A picture [3, H, W] in [0, 1] for TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, picture, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._lines is not None and self._bar is not None:
+            self._lines.close()
+            self._board.close()
+            self._bar.close()
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of a metrics.jsonl after `step`, and a last one that was cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept))
+    replacement.replace(path)

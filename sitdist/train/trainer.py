@@ -1,0 +1,370 @@
+"""Training: a run is a pure function of (config, dataset, seed, step), on any number of processes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import sitdist
+from sitdist.config import Config, dump_yaml
+from sitdist.data.format import load_manifest
+from sitdist.data.reader import Batch, BatchReader, ShardReader
+from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
+from sitdist.flow import draws
+from sitdist.flow.endpoint import pose_endpoint, sample_times
+from sitdist.flow.loss import velocity_loss
+from sitdist.flow.path import get_path
+from sitdist.model.codec import draw_latent
+from sitdist.runtime import Agreement, StopSignal, finish, log_on_main, make_accelerator
+from sitdist.train import checkpoint as checkpoints
+from sitdist.train.build import build_model, build_optimizer, load_matching_codec
+from sitdist.train.ema import Ema
+from sitdist.train.monitor import Monitor
+from sitdist.train.schedule import learning_rate
+from sitdist.train.validation import Validation
+
+log = logging.getLogger(__name__)
+
+SMALLEST_LOSS_SCALE = 2.0**-10  # an fp16 scale below it means that every gradient overflows
+
+
+def train(config: Config, run: Path, resume: bool = False) -> None:
+    """Train `config` in the folder `run`, from the newest whole checkpoint with `resume`; every process calls it.
+
+    RunInterrupted after SIGTERM or SIGINT, with a checkpoint of the last step done.
+    """
+    accelerator = make_accelerator(config.train.precision, config.train.deterministic)
+    log_on_main(accelerator)
+    with StopSignal() as stop:
+        trainer = Trainer(config, Path(run), resume, accelerator)
+        try:
+            trainer.run_steps(stop)
+        finally:
+            trainer.close()
+    finish(accelerator)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one forward pass sees: endpoints x0, x1 [B, C, h, w], times t [B], labels y [B], labels to drop [B]."""
+
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    y: Tensor
+    drop_labels: Tensor | None
+
+
+def make_inputs(batch: Batch, config: Config, device: torch.device) -> Inputs:
+    """The inputs of `batch`; every random number is keyed by (seed, global position), not by process."""
+    batch = batch.to(device)
+    positions, moments = batch.positions, batch.moments
+    channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
+
+    def normal(stream: str) -> Tensor:
+        numbers = draws.normal(config.seed, stream, positions, channels * height * width)
+        return numbers.reshape(-1, channels, height, width)
+
+    def uniform(stream: str, count: int) -> Tensor:
+        return draws.uniform(config.seed, stream, positions, count)
+
+    dropout = config.model.class_dropout_prob
+    return Inputs(
+        x0=pose_endpoint(batch.packed_pose, normal("noise"), config.flow.sigma),
+        x1=draw_latent(moments, normal("posterior")),
+        t=sample_times(uniform("time", 2), config.flow.share_at_one, config.flow.share_at_zero),
+        y=batch.label,
+        drop_labels=uniform("dropout", 1)[:, 0] < dropout if dropout > 0 else None,
+    )
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How many samples of a global batch one process has, and how many of them go through the model at a time."""
+
+    local: int
+    micro: int
+
+
+def split_batch(global_batch: int, world: int, max_per_device: int | None) -> BatchSplit:
+    """Equal shares for `world` processes and equal micro-batches of at most `max_per_device` samples."""
+    if global_batch % world:
+        below, above = global_batch // world * world, math.ceil(global_batch / world) * world
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"train.global_batch = {global_batch}: cannot be divided by {world} processes; "
+            f"set it to {nearest}, or start another number of processes"
+        )
+    local = global_batch // world
+    largest = min(local, max_per_device or local)
+    return BatchSplit(local, next(size for size in range(largest, 0, -1) if local % size == 0))
+
+
+class Prefetch:
+    """Reads the batch of the next step while the current one is computed; adds up the time spent waiting."""
+
+    def __init__(self, reader: BatchReader, rank: int, world: int, stop: int) -> None:
+        self._reader, self._rank, self._world, self._stop = reader, rank, world, stop
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> tuple[Batch, float]:
+        """This process's share of the batch of `step`, and the seconds spent waiting for it."""
+        begun = time.perf_counter()
+        pending = self._next if self._next is not None and self._next[0] == step else self._read(step)
+        batch = pending[1].result()
+        self._next = self._read(step + 1) if step + 1 < self._stop else None
+        return batch, time.perf_counter() - begun
+
+    def _read(self, step: int) -> tuple[int, Future[Batch]]:
+        return step, self._pool.submit(self._reader.batch, step, self._rank, self._world)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Trainer:
+    """One process's part of a run: opened at a checkpoint or at step 0, then trained up to `config.train.steps`."""
+
+    def __init__(self, config: Config, run: Path, resume: bool, accelerator: Accelerator) -> None:
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.agreement = Agreement(accelerator)
+        self.dataset = Path(config.data)
+        device, world = accelerator.device, accelerator.num_processes
+
+        # ---- data
+        manifest = load_manifest(self.dataset)
+        self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
+        self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
+        reader = BatchReader(ShardReader(self.dataset, "train"), config.seed, config.train.global_batch)
+
+        # ---- model: the same weights on every process, because every process seeds its CPU generator alike
+        self.path = get_path(config.flow.path)
+        torch.manual_seed(config.seed)
+        self.raw_model = build_model(config.model, manifest).to(device)
+        self.ema = Ema(self.raw_model, config.train.ema_decay)
+        optimizer = build_optimizer(self.raw_model, config.train.optimizer)
+
+        # ---- where it goes on
+        self.saved_step: int | None = None
+        self.step = 0
+        loaded = self._open_run(resume)
+        if loaded is not None:
+            checkpoints.load_tensors(self.raw_model, loaded.tensors["model"], loaded.folder / "model.safetensors")
+            checkpoints.load_tensors(self.ema.model, loaded.tensors["ema"], loaded.folder / "ema.safetensors")
+            checkpoints.load_optimizer(
+                self.raw_model, optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
+            )
+            self.step = self.saved_step = loaded.step
+            if accelerator.scaler is not None and loaded.state["scaler"] is not None:
+                accelerator.scaler.load_state_dict(loaded.state["scaler"])
+        self.model, self.optimizer = accelerator.prepare(self.raw_model, optimizer)
+        self.optimizer_of_model = optimizer
+
+        # ---- what watches it
+        self.validation: Validation | None = None
+        if config.train.validate_every is not None and accelerator.is_main_process:
+            codec = load_matching_codec(self.dataset / "codec", manifest, device)
+            self.validation = Validation(config, self.dataset, manifest, codec, device)
+        if accelerator.is_main_process:
+            self._write_run(loaded)
+        self.agreement.barrier()
+        steps, global_batch = config.train.steps, config.train.global_batch
+        self.prefetch = Prefetch(reader, accelerator.process_index, world, steps)
+        self.monitor = Monitor(self.run, accelerator, self.agreement, self.step, steps, global_batch)
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def run_steps(self, stop: StopSignal) -> None:
+        """Train until the last step, or until a process is asked to stop."""
+        settings = self.config.train
+        while self.step < settings.steps:
+            begun = time.perf_counter()
+            step = self.step
+            batch, waited = self.prefetch.batch(step)
+            inputs = make_inputs(batch, self.config, self.accelerator.device)
+
+            # ---- gradients of the mean loss over the global batch
+            losses = self._accumulate_gradients(inputs)
+            norm = self._clip_gradients()
+
+            # ---- all processes agree before anything changes
+            stopping, diverged = self.agreement.any(stop.requested is not None, self._diverged(losses, norm))
+            if diverged:
+                self._raise_non_finite(batch, losses, norm)
+
+            # ---- update
+            lr = self._learning_rate(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ema.update(step)
+            self.step = step + 1
+
+            # ---- tell, validate, save
+            self.monitor.observe_losses(losses, inputs.t)
+            self.monitor.observe_step(time.perf_counter() - begun, waited, norm)
+            last = self.step == settings.steps
+            if self.step % settings.log_every == 0 or last:
+                scaler = self.accelerator.scaler
+                self.monitor.write_line(self.step, lr, None if scaler is None else scaler.get_scale())
+            if settings.validate_every is not None and (self.step % settings.validate_every == 0 or last):
+                self._validate()
+            if last or stopping or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
+                self._save()
+            if stopping and not last:
+                raise RunInterrupted(
+                    f"stopped after step {self.step} of {settings.steps}; go on with the same command and --resume"
+                )
+
+    def _accumulate_gradients(self, inputs: Inputs) -> Tensor:
+        """Backward over the micro-batches; returns the losses [local batch].
+
+        DDP averages gradients over processes, so each process's share of the global mean is scaled by their number.
+        Gradients are summed over processes with the last micro-batch only.
+        """
+        losses = []
+        starts = range(0, self.split.local, self.split.micro)
+        for start in starts:
+            part = slice(start, start + self.split.micro)
+            drop_labels = None if inputs.drop_labels is None else inputs.drop_labels[part]
+            is_last = start == starts[-1]
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = velocity_loss(
+                    self.model, self.path, inputs.x0[part], inputs.x1[part], inputs.t[part], inputs.y[part], drop_labels
+                )  # [micro]
+                share = self.accelerator.num_processes / self.config.train.global_batch
+                self.accelerator.backward(loss.sum() * share)
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def _clip_gradients(self) -> float:
+        """Clip to `clip_norm`; returns the norm before, which is the same on every process."""
+        limit = self.config.train.optimizer.clip_norm
+        parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        assert norm is not None
+        return float(norm)
+
+    def _learning_rate(self, step: int) -> float:
+        settings = self.config.train
+        return learning_rate(
+            step,
+            base=settings.optimizer.lr,
+            steps=settings.steps,
+            kind=settings.schedule.kind,
+            warmup_steps=settings.schedule.warmup_steps,
+            final_ratio=settings.schedule.final_ratio,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- divergence
+
+    def _diverged(self, losses: Tensor, norm: float) -> bool:
+        """Whether a loss or the gradient is not finite; fp16 gradients may overflow while their scale adapts."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return not (math.isfinite(norm) and bool(losses.isfinite().all()))
+        return scaler.get_scale() < SMALLEST_LOSS_SCALE or not bool(losses.isfinite().all())
+
+    def _raise_non_finite(self, batch: Batch, losses: Tensor, norm: float) -> None:
+        keys = [key for key, finite in zip(batch.keys, losses.isfinite().tolist(), strict=True) if not finite]
+        found = [key for of_process in self.agreement.gather(keys) for key in of_process]
+        where = f"samples {', '.join(found[:8])}{' ...' if len(found) > 8 else ''}" if found else "no single sample"
+        last = f"step {self.saved_step}" if self.saved_step is not None else "none yet"
+        raise NonFiniteError(
+            f"step {self.step}: the loss is not finite for {where} (gradient norm {norm:g}); nothing was updated, last "
+            f"checkpoint: {last}; look at these samples, or lower train.optimizer.lr = {self._learning_rate(0):g}"
+        )
+
+    # ------------------------------------------------------------------------------------------------------- the run
+
+    def _open_run(self, resume: bool) -> checkpoints.Checkpoint | None:
+        """The checkpoint to go on from, checked against config and dataset, or None to start at step 0."""
+        if not resume:
+            found = checkpoints.list_checkpoints(self.run)
+            self.agreement.barrier()
+            if found:
+                raise ConfigError(
+                    f"{self.run}: already holds checkpoints up to {found[-1].name}; add --resume to go on, "
+                    "or choose another --out"
+                )
+            return None
+        loaded = checkpoints.read_newest(self.run) if self.accelerator.is_main_process else None
+        step = self.agreement.of_main(loaded.step if loaded is not None else None)
+        if step is None:
+            log.info("%s: no checkpoint yet, starting at step 0", self.run)
+            return None
+        if loaded is None:
+            loaded = checkpoints.read_checkpoint(checkpoints.folder_of(self.run, step))
+        checkpoints.check_same_config(loaded, self.config)
+        checkpoints.check_same_dataset(loaded, self.dataset, self.fingerprint)
+        if step > self.config.train.steps:
+            raise ConfigError(
+                f"train.steps = {self.config.train.steps}: {loaded.folder} has already seen {step}; set it higher"
+            )
+        log.info("going on from %s", loaded.folder)
+        return loaded
+
+    def _write_run(self, loaded: checkpoints.Checkpoint | None) -> None:
+        """The files that make the run usable without the dataset's folder: config, manifest and codec."""
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            (self.run / "config.yaml").write_text(dump_yaml(self.config))
+            shutil.copyfile(self.dataset / "manifest.json", self.run / "dataset.json")
+            shutil.copytree(self.dataset / "codec", self.run / "codec", dirs_exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.run}: cannot be written: {error.strerror}; choose another --out") from None
+        checkpoints.remove_unfinished(self.run)
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state: dict[str, Any] = {
+                "step": self.step,
+                "config": self.config.model_dump(mode="json"),
+                "dataset": self.fingerprint,
+                "world_size": self.accelerator.num_processes,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "versions": {
+                    "sitdist": sitdist.__version__,
+                    "python": sys.version.split()[0],
+                    "torch": torch.__version__,
+                    "accelerate": version("accelerate"),
+                },
+            }
+            tensors = {
+                "model": self.raw_model.state_dict(),
+                "ema": self.ema.model.state_dict(),
+                "optimizer": checkpoints.optimizer_tensors(self.raw_model, self.optimizer_of_model),
+            }
+            folder = checkpoints.save_checkpoint(self.run, state, tensors, self.config.train.keep_checkpoints)
+            log.info("saved %s", folder)
+        self.saved_step = self.step
+        self.agreement.barrier()
+
+    def _validate(self) -> None:
+        if self.validation is not None:
+            result = self.validation.measure(self.ema.model)
+            self.monitor.write_scalars(self.step, result.scalars, "validation")
+            self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
+
+    def close(self) -> None:
+        """Stop reading ahead and write out what is buffered."""
+        self.prefetch.close()
+        self.monitor.close()

@@ -1,0 +1,36 @@
+"""What several tests share: a small dataset, built once, and single-threaded arithmetic."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from sitdist.config import Recipe, parse
+from sitdist.data.writer import build
+
+torch.set_num_threads(1)
+
+TINY_RECIPE = {
+    "name": "tiny",
+    "image_size": 16,
+    "codec": {"kind": "pca", "patch": 4, "fit_views": 48},
+    "samples_per_shard": 16,
+    "encode_batch": 8,
+    "val_views": 8,
+    "splits": {
+        "train": {"kind": "scene", "views": 56},
+        "test": {"kind": "scene", "views": 12, "radius": [1.0, 7.0], "seed": 1},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 training views of 16x16 pixels in three shards, 8 val and 12 test views; never write into it."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    build(parse(Recipe, TINY_RECIPE, "tiny"), folder)
+    return folder
