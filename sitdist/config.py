@@ -153,9 +153,8 @@ class ModelConfig(Schema):
     def _sized(self) -> ModelConfig:
         given = {name for name in _SIZES if getattr(self, name) is not None}
         if self.preset is None and given != set(_SIZES):
-            raise ValueError(
-                f"give preset, or all of patch_size, hidden_size, depth, num_heads; missing: {sorted(set(_SIZES) - given)}"
-            )
+            missing = ", ".join(name for name in _SIZES if name not in given)
+            raise ValueError(f"give preset, or all of {', '.join(_SIZES)}; missing: {missing}")
         if self.preset is not None and given:
             raise ValueError(f"preset {self.preset} already fixes {sorted(given)}; give one or the other")
         if self.hidden_size is not None and self.num_heads is not None and self.hidden_size % self.num_heads:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import sitdist
 from sitdist.config import EvaluateConfig, Recipe, SceneSource, parse
 from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
 from sitdist.data.reader import ShardReader
@@ -132,6 +134,7 @@ class _Evaluation:
 
     run: Path
     out: Path
+    data: Path
     title: str
     loaded: LoadedRun
     settings: EvaluateConfig
@@ -238,6 +241,7 @@ class _Evaluation:
         return {
             "run": str(self.run),
             "step": self.loaded.step,
+            "dataset": str(self.data),
             "split": self.title,
             "estimator": settings.estimator,
             "function_evaluations": _evaluations(settings.estimator, settings.estimator_steps),
@@ -247,7 +251,13 @@ class _Evaluation:
             "sigma": sigma,
             "noise_floor": asdict(floor),
             "lpips": metrics.LPIPS_NOT_MEASURED if self.lpips is None else self.lpips.identity(),
+            "training_radius": list(self.loaded.manifest.splits["train"].radius),
             "training_views": {"count": len(self.training), "compared": compared, "stride": self._training_stride},
+            "versions": {
+                "sitdist": sitdist.__version__,
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+            },
             "rows": summary_rows(records),
         }
 
@@ -305,6 +315,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     return _Evaluation(
         run=run,
         out=Path(options.out) if options.out else run / "eval" / title,
+        data=data,
         title=title,
         loaded=loaded,
         settings=settings,
@@ -340,7 +351,7 @@ def _check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> No
 def _training_folder(loaded: LoadedRun, data: Path) -> Path:
     """Where the run's training split is: the folder of its config, or `data` if that dataset has moved there."""
     for folder in (Path(loaded.config.data), data):
-        if (folder / "manifest.json").is_file() and load_manifest(folder).statistics == loaded.manifest.statistics:
+        if (folder / "manifest.json").is_file() and load_manifest(folder) == loaded.manifest:
             return folder
     raise DataError(
         f"{loaded.config.data}: not the dataset that the run was trained on, whose training views are the baselines; "

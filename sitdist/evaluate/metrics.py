@@ -45,6 +45,7 @@ def ssim(images: Tensor, true_images: Tensor) -> Tensor:
     values = structural_similarity_index_measure(
         images.float(), true_images.float(), sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
     )
+    assert isinstance(values, Tensor)  # a pair only with return_contrast_sensitivity
     return values.reshape(len(images))
 
 
