@@ -1,0 +1,213 @@
+"""Whole evaluations of a hardly trained run on one process: what is measured, over which views, and what is refused."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from test_units import record
+
+from sitdist.config import Config, Recipe, parse
+from sitdist.data.reader import ShardReader
+from sitdist.data.writer import build
+from sitdist.errors import CodecError, ConfigError
+from sitdist.evaluate.evaluator import EvalOptions, evaluate, summary_rows
+from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
+from sitdist.flow.estimate import estimate_pose
+from sitdist.geometry.packing import PoseStatistics
+from sitdist.geometry.pose import check_rigid, rotation_error_deg
+from sitdist.model.codec import latent_mean
+from sitdist.train.checkpoint import load_run
+from sitdist.train.trainer import train
+
+
+def config_on(data: Path) -> Config:
+    values = {
+        "name": "tiny",
+        "data": str(data),
+        "model": {"patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2},
+        "train": {"steps": 2, "global_batch": 4, "optimizer": {"lr": 1e-2}, "ema_decay": 0.0},
+        "evaluate": {"batch": 2, "generator": "euler", "generator_steps": 2},
+    }
+    return parse(Config, values, "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report():
+    """The report has its own tests; here only the numbers are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sitdist.evaluate.report.write_report", lambda folder: folder / "report.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(config_on(tiny_dataset), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_split(run):
+    return evaluate(run, EvalOptions(split="test"))
+
+
+def rows(folder):
+    with (folder / "records.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_view_of_the_split_has_one_row_with_its_true_and_estimated_pose(run, tiny_dataset, on_split):
+    reader, loaded = ShardReader(tiny_dataset, "test"), load_run(run)
+    table = rows(on_split)
+    assert on_split == run / "eval" / "test"
+    assert [row["key"] for row in table] == sorted(reader.keys())
+    latents = latent_mean(reader.moments(range(len(reader))).float())
+    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
+    poses = estimate_pose(loaded.model, loaded.path, latents, reader.labels(), statistics).camera_to_world
+    true = reader.camera_to_world()
+    for i, row in enumerate(table):
+        for name, expected in (("true", true[i]), ("estimated", poses[i])):
+            matrix = torch.eye(4, dtype=torch.float64)
+            entries = [float(row[f"{name}_{r}{c}"]) for r in range(3) for c in range(4)]
+            matrix[:3] = torch.tensor(entries, dtype=torch.float64).reshape(3, 4)
+            check_rigid(matrix, name)
+            torch.testing.assert_close(matrix, expected, atol=1e-4, rtol=0)
+        angle = rotation_error_deg(poses[i, :3, :3], true[i, :3, :3]).item()
+        assert float(row["rotation_error_deg"]) == pytest.approx(angle, abs=1e-2)
+
+
+def test_the_codec_ceiling_is_what_was_measured_when_the_shards_were_built(tiny_dataset, on_split):
+    built = ShardReader(tiny_dataset, "test").codec_psnr().tolist()
+    assert [float(row["codec_psnr"]) for row in rows(on_split)] == pytest.approx(built, abs=0.02)
+
+
+def test_metrics_name_what_was_not_measured_and_over_how_many_views(on_split):
+    metrics = json.loads((on_split / "metrics.json").read_text())
+    table = rows(on_split)
+    assert metrics["lpips"] == LPIPS_NOT_MEASURED
+    assert {row["lpips"] for row in table} == {""}
+    assert metrics["training_views"] == {"count": 48, "compared": 48, "stride": 1}
+    bins = [row for row in metrics["rows"] if row["radius"][1] - row["radius"][0] == 1]
+    assert sum(row["n"] for row in bins) == len(table)
+    assert any(row["n"] == len(table) for row in metrics["rows"])
+    for row in metrics["rows"]:
+        inside = [float(r["psnr"]) for r in table if row["radius"][0] <= float(r["radius"]) <= row["radius"][1]]
+        assert row["psnr"]["mean"] == pytest.approx(np.mean(inside))
+        assert row["psnr"]["n"] == len(inside) == row["n"]
+        assert "lpips" not in row
+
+
+def test_a_second_start_goes_on_with_the_missing_units_only(run, on_split, monkeypatch):
+    before = (on_split / "records.csv").read_text()
+    kept, lost = on_split / "units" / "unit_00000.jsonl", on_split / "units" / "unit_00001.jsonl"
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    evaluate(run, EvalOptions(split="test"))
+    assert (on_split / "records.csv").read_text() == before
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_another_evaluation_in_the_same_folder_is_refused_with_both_values(run, on_split):
+    with pytest.raises(ConfigError, match="evaluation with seed 0, not 1; give another --out"):
+        evaluate(run, EvalOptions(split="test", seed=1))
+
+
+def test_rendered_views_are_the_first_ones_of_a_larger_evaluation(run, tmp_path):
+    few = evaluate(run, EvalOptions(radii=(2, 4), views_per_radius=2, out=tmp_path / "few"))
+    more = evaluate(run, EvalOptions(radii=(1, 4), views_per_radius=3, batch=3, out=tmp_path / "more"))
+    few_rows, more_rows = rows(few), {row["key"]: row for row in rows(more)}
+    assert [row["bin"] for row in few_rows] == ["2", "2", "3", "3"]
+    assert len(more_rows) == 9
+    for row in few_rows:
+        assert int(row["bin"]) <= float(row["radius"]) <= int(row["bin"]) + 1
+        for name in ("true_00", "psnr", "rotation_error_deg"):  # same camera, same picture, same noise
+            assert float(row[name]) == pytest.approx(float(more_rows[row["key"]][name]), abs=1e-3)
+    with np.load(more / "images.npz") as pictures:
+        assert pictures["true"].shape == (9, 16, 16, 3)
+        assert pictures["bin"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+        error = np.abs(pictures["true"].astype(float) - pictures["rendered"]).mean(axis=(1, 2, 3)) / 255
+    assert error.tolist() == pytest.approx([float(more_rows[k]["mae"]) for k in pictures_keys(more)], abs=3e-3)
+
+
+def pictures_keys(folder):
+    with np.load(folder / "images.npz") as pictures:
+        return pictures["key"].tolist()
+
+
+def test_radii_and_views_per_radius_limit_a_split(run, tiny_dataset, tmp_path):
+    folder = evaluate(run, EvalOptions(split="test", radii=(1, 7), views_per_radius=1, out=tmp_path / "out"))
+    table = rows(folder)
+    everything = rows(run / "eval" / "test") if (run / "eval" / "test" / "records.csv").exists() else []
+    first = {}
+    for row in everything:
+        first.setdefault(row["bin"], row["key"])
+    assert [row["bin"] for row in table].count(table[0]["bin"]) == 1
+    assert not everything or sorted(row["key"] for row in table) == sorted(first.values())
+
+
+def test_lpips_is_measured_with_a_local_backbone(tmp_path):
+    recipe = {
+        "name": "larger",
+        "image_size": 32,
+        "codec": {"kind": "pca", "patch": 4, "fit_views": 8},
+        "encode_batch": 4,
+        "val_views": 2,
+        "splits": {"train": {"kind": "scene", "views": 10}},
+    }
+    build(parse(Recipe, recipe, "larger"), tmp_path / "data")
+    train(config_on(tmp_path / "data"), tmp_path / "run")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
+    options = EvalOptions(split="val", lpips_backbone=str(tmp_path / "alexnet.pth"))
+    folder = evaluate(tmp_path / "run", options)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["lpips"].startswith("alex ")
+    values = [float(row["lpips"]) for row in rows(folder)]
+    assert min(values) > 0
+    assert metrics["rows"][-1]["lpips"]["mean"] == pytest.approx(np.mean(values))
+
+
+def test_a_dataset_of_another_codec_is_refused_with_both_values(run, tiny_dataset, tmp_path):
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["codec"]["weights_sha256"] = "0" * 64
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    ours = load_run(run).codec.identity()["weights_sha256"]
+    with pytest.raises(CodecError, match=f"weights_sha256 {'0' * 64} but the run's is {ours}"):
+        evaluate(run, EvalOptions(split="test", data=tmp_path / "data", out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "train"}, "keeps no pictures"),
+        ({"split": "tset"}, "no split 'tset'; it has test, train, val"),
+        ({"radii": (5, 3)}, "--radii 5:3: expected whole numbers"),
+        ({"radii": (1, 3)}, "say how many by --views-per-radius"),
+        ({"radii": (1, 3), "views_per_radius": 0}, "--views-per-radius 0"),
+        ({"estimator": "rk45"}, "estimator = 'rk45'"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(run, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(run, EvalOptions(**options, out=tmp_path))
+
+
+def test_rows_of_the_table_hold_exactly_the_views_they_name():
+    records = [record(f"v{i}", radius=radius, bin=int(radius)) for i, radius in enumerate([1.5, 3.5, 4.0, 4.5, 6.2])]
+    records.append(record("edge", radius=5.0, bin=5))
+    names = [(row["name"], row["n"]) for row in summary_rows(records)]
+    assert names == [
+        *(("r in [1, 2)", 1), ("r in [3, 4)", 1), ("r in [4, 5)", 2), ("r in [5, 6)", 1), ("r in [6, 7]", 1)),
+        ("r in [3, 5]", 4),  # the view at radius 5 too
+        ("r in [1, 7]", 6),  # all of them; no view has a radius in [2, 3), so it is not the range's own row
+    ]
+    inside = [replace(value, rotation_error_deg=angle) for value, angle in zip(records[1:4], (2, 4, 9), strict=True)]
+    row = next(row for row in summary_rows(inside) if row["radius"] == [3, 5])
+    assert row["rotation_error_deg"] == {"mean": 5.0, "median": 4.0, "n": 3, "share_under_5_deg": pytest.approx(2 / 3)}
