@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,7 +50,7 @@ from sitdist.flow.solve import function_evaluations, generate
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.model.codec import latent_mean
-from sitdist.runtime import Agreement, finish, log, log_on_main, make_accelerator
+from sitdist.runtime import log, processes
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 RANGES = ((3, 5), (1, 7))  # radii that have a row of their own where every unit bin of them holds views
@@ -92,37 +93,51 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
     Started again it goes on with the units that are not on disk yet, on any number of processes; a folder that holds
     units of another checkpoint, dataset or option is a ConfigError. Every process calls it; the main one merges.
     """
-    accelerator = make_accelerator()
-    agreement = Agreement(accelerator)
-    log_on_main(accelerator)
-    evaluation = _open(Path(run), options, accelerator.device)
-    folder, main = evaluation.out / "units", accelerator.is_main_process
-    pending, problem = agreement.of_main(_prepare(evaluation) if main else None)
-    if problem:
-        raise ConfigError(problem)
-    log.info("%d of %d work units to evaluate, into %s", len(pending), len(evaluation.units), evaluation.out)
-    mine = [evaluation.units[number] for number in pending[accelerator.process_index :: accelerator.num_processes]]
-    for unit in tqdm(mine, "evaluate", unit="unit", disable=not main):
-        write_unit(folder, unit, *evaluation.measure(unit))
-    agreement.barrier()
-    if main:
-        evaluation.write_results(merge_records(folder, evaluation.units), merge_pictures(folder, evaluation.units))
-        from sitdist.evaluate.report import write_report
-
-        write_report(evaluation.out)
-    finish(accelerator)
+    with processes() as (accelerator, agreement):
+        main = accelerator.is_main_process
+        with agreement.together():
+            evaluation = _open(Path(run), options, accelerator.device)
+        with agreement.together():
+            pending = _prepare(evaluation) if main else []
+        _measure_all(evaluation, agreement.of_main(pending), accelerator)
+        agreement.barrier()
+        with agreement.together():
+            if main:
+                _write_all(evaluation)
     return evaluation.out
 
 
-def _prepare(evaluation: _Evaluation) -> tuple[list[int], str | None]:
-    """The numbers of the units that are not on disk yet, or why this folder cannot take the evaluation."""
+def _prepare(evaluation: _Evaluation) -> list[int]:
+    """The numbers of the units that are not on disk yet; ConfigError if this folder cannot take the evaluation."""
+    out, folder = evaluation.out, evaluation.out / "units"
+    text = json.dumps(evaluation.plan, indent=2) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (out / "plan.json").exists():
+            write_atomically(out / "plan.json", lambda path: path.write_text(text))
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
+    problem = _plan_conflict(out, evaluation.plan)
+    if problem:
+        raise ConfigError(problem)
+    return [unit.number for unit in evaluation.units if not is_finished(folder, unit)]
+
+
+def _measure_all(evaluation: _Evaluation, pending: list[int], accelerator: Accelerator) -> None:
+    """Measure this process's share of the pending units."""
+    log.info("%d of %d work units to evaluate, into %s", len(pending), len(evaluation.units), evaluation.out)
+    mine = [evaluation.units[number] for number in pending[accelerator.process_index :: accelerator.num_processes]]
+    for unit in tqdm(mine, "evaluate", unit="unit", disable=not accelerator.is_main_process):
+        write_unit(evaluation.out / "units", unit, *evaluation.measure(unit))
+
+
+def _write_all(evaluation: _Evaluation) -> None:
+    """Merge the units with the exactly-once check, and write the tables and the report."""
+    from sitdist.evaluate.report import write_report
+
     folder = evaluation.out / "units"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (evaluation.out / "plan.json").exists():
-        text = json.dumps(evaluation.plan, indent=2) + "\n"
-        write_atomically(evaluation.out / "plan.json", lambda path: path.write_text(text))
-    pending = [unit.number for unit in evaluation.units if not is_finished(folder, unit)]
-    return pending, _plan_conflict(evaluation.out, evaluation.plan)
+    evaluation.write_results(merge_records(folder, evaluation.units), merge_pictures(folder, evaluation.units))
+    write_report(evaluation.out)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring

@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from records import record
 
 from sitdist.errors import DataError
 from sitdist.evaluate.units import (
     PICTURES_PER_BIN,
-    ViewRecord,
     ViewRef,
     is_finished,
     make_units,
@@ -18,16 +18,6 @@ from sitdist.evaluate.units import (
     radius_bins,
     write_unit,
 )
-
-
-def record(key, **values):
-    numbers = {
-        field: 1.0
-        for field in ViewRecord.__dataclass_fields__
-        if field not in ("key", "label", "bin", "lpips", "true", "estimated")
-    }
-    poses = {"true": [float(i) for i in range(12)], "estimated": [0.0] * 12}
-    return ViewRecord(**({"key": key, "label": 0, "bin": 1, "lpips": None} | numbers | poses | values))
 
 
 def references(bins):

@@ -1,0 +1,537 @@
+"""The report of an evaluation: a table for the terminal, plots, one self-contained page, and the same in TensorBoard.
+
+Everything is made from metrics.json, records.csv and images.npz, so that it can be made again without the run. The
+page fetches nothing: its pictures are part of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import itertools
+import json
+import math
+import shutil
+import textwrap
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sitdist.data.format import write_atomically
+from sitdist.errors import DataError
+from sitdist.evaluate import plots
+from sitdist.evaluate.baselines import NoiseFloor
+from sitdist.evaluate.metrics import Summary
+from sitdist.evaluate.units import POSE_ENTRIES, ViewRecord
+
+PICTURES = ("key", "bin", "true", "rendered")
+LINE = 108  # characters of the terminal's table
+NEAREST_POSE = (
+    "Baselines, by their means: constant is the mean training pose, nearest the pose of the training view with the "
+    "nearest latent."
+)
+NOISE_FLOOR = (
+    "The noise floor is what the noise of a packed pose leaves on average to an estimator that recovers x0 exactly; "
+    "one_step estimates the mean of x0 and has none."
+)
+NEAREST_PICTURE = (
+    "Baselines, by their means: codec is the true view encoded and decoded, the ceiling of every rendered view; "
+    "nearest is the training view with the nearest camera, decoded."
+)
+
+
+class Row(BaseModel):
+    """One row of the table: the views with a radius in `radius`, and summaries over exactly these."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    name: str
+    radius: tuple[int, int]
+    n: int
+    rotation_error_deg: Summary
+    translation_error: Summary
+    mae: Summary
+    psnr: Summary
+    ssim: Summary
+    lpips: Summary | None = None
+    constant_rotation_error_deg: Summary
+    constant_translation_error: Summary
+    nearest_rotation_error_deg: Summary
+    nearest_translation_error: Summary
+    nearest_psnr: Summary
+    codec_mae: Summary
+    codec_psnr: Summary
+    codec_ssim: Summary
+
+    @field_validator("rotation_error_deg")
+    @classmethod
+    def _has_share(cls, summary: Summary) -> Summary:
+        if summary.share_under_5_deg is None:
+            raise ValueError("no share_under_5_deg")
+        return summary
+
+    @property
+    def is_bin(self) -> bool:
+        """Whether it is a unit bin, and not a range of them."""
+        return self.radius[1] - self.radius[0] == 1
+
+    def summaries(self) -> dict[str, Summary]:
+        """What was measured, by name."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, Summary)}
+
+
+class Metrics(BaseModel):
+    """metrics.json. `lpips` is the backbone's identity, or why there is none."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    run: str
+    step: int
+    dataset: str
+    split: str
+    estimator: str
+    function_evaluations: int
+    generator: str
+    generator_steps: int
+    seed: int
+    sigma: float
+    noise_floor: NoiseFloor
+    lpips: str
+    training_radius: tuple[float, float]
+    training_views: dict[str, int]
+    versions: dict[str, str]
+    rows: list[Row] = Field(min_length=1)
+
+    @property
+    def bins(self) -> list[Row]:
+        """The rows of unit bins, which hold every view once."""
+        return [row for row in self.rows if row.is_bin]
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """The packing's noise floor, by the metric that it is a floor of."""
+        floor = self.noise_floor
+        return {"rotation_error_deg": floor.rotation_deg, "translation_error": floor.translation}
+
+    @property
+    def lpips_measured(self) -> bool:
+        """Whether every row has LPIPS."""
+        return all(row.lpips is not None for row in self.rows)
+
+
+def write_report(folder: Path) -> Path:
+    """Write plots/*.png, tensorboard/ and report.html into an evaluation's folder, in place of earlier ones.
+
+    DataError if metrics.json, records.csv or images.npz is missing, damaged or of another evaluation. Returns the path
+    of report.html.
+    """
+    folder = Path(folder)
+    metrics = _load_metrics(folder / "metrics.json")
+    records = _load_records(folder / "records.csv", metrics)
+    pictures = _load_pictures(folder / "images.npz", records)
+    figures = _figures(metrics, records, pictures)
+    page = _page(metrics, records, pictures, figures)
+    for old in (folder / "plots").glob("*.png"):
+        if old.stem not in figures:
+            old.unlink()
+    for name, png in figures.items():
+        _write_bytes(folder / "plots" / f"{name}.png", png)
+    _write_tensorboard(folder / "tensorboard", metrics, figures)
+    _write_bytes(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _figures(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """PNG files by name."""
+    figures = {
+        metric.field: plots.metric_figure(records, metric, metrics.training_radius, metrics.floors.get(metric.field))
+        for metric in plots.METRICS
+        if metric.field != "lpips" or metrics.lpips_measured
+    }
+    figures["cameras"] = plots.cameras_figure(records)
+    figures["views"] = plots.views_figure(records, pictures)
+    return {name: plots.to_png(figure) for name, figure in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; run `sitdist eval` first")
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, reason: object) -> DataError:
+    return DataError(f"{path}: damaged ({' '.join(str(reason).split())[:200]}); run `sitdist eval` again")
+
+
+def _load_metrics(path: Path) -> Metrics:
+    try:
+        return _parse_metrics(json.loads(_text(path)))
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _parse_metrics(values: Any) -> Metrics:
+    """ValueError with the first thing that is wrong."""
+    try:
+        return Metrics.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ValueError(f"{where}: {first['msg']}") from None
+
+
+def _load_records(path: Path, metrics: Metrics) -> list[ViewRecord]:
+    """The records, whose bins must hold as many views as metrics.json says."""
+    text = _text(path)
+    if not text.endswith("\n"):
+        raise _damaged(path, "the last line is cut off")
+    try:
+        records = [_record(row) for row in csv.DictReader(io.StringIO(text))]
+    except KeyError as error:
+        raise _damaged(path, f"no column {error}") from None
+    except (TypeError, ValueError, csv.Error) as error:
+        raise _damaged(path, error) from None
+    _check_same_views(path, metrics, records)
+    return records
+
+
+def _check_same_views(path: Path, metrics: Metrics, records: list[ViewRecord]) -> None:
+    """DataError unless the records are those that metrics.json is over: as many in every bin, with or without LPIPS."""
+    count = sum(row.n for row in metrics.bins)
+    if count != len(records):
+        raise _damaged(path, f"{len(records)} views, but metrics.json is over {count}")
+    for row in metrics.bins:
+        found = sum(record.bin == row.radius[0] for record in records)
+        if found != row.n:
+            raise _damaged(path, f"{found} views {row.name}, but metrics.json is over {row.n}")
+    with_lpips = sum(record.lpips is not None for record in records)
+    if with_lpips != (count if metrics.lpips_measured else 0):
+        raise _damaged(path, f"{with_lpips} of {count} views have LPIPS, but metrics.json says '{metrics.lpips}'")
+
+
+def _record(row: dict[str, str]) -> ViewRecord:
+    """One line of records.csv; KeyError, TypeError or ValueError if it is not one."""
+    values: dict[str, Any] = {
+        field.name: _number(row[field.name]) for field in fields(ViewRecord) if field.type == "float"
+    }
+    for name in ("true", "estimated"):
+        values[name] = [_number(row[f"{name}_{entry}"]) for entry in POSE_ENTRIES]
+    lpips = _number(row["lpips"]) if row["lpips"] else None
+    return ViewRecord(key=row["key"], label=int(row["label"]), bin=int(row["bin"]), lpips=lpips, **values)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def _load_pictures(path: Path, records: list[ViewRecord]) -> dict[str, np.ndarray]:
+    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of views that `records` holds."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; run `sitdist eval` first")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pictures = {name: arrays[name] for name in PICTURES}
+    except Exception as error:  # numpy and zipfile raise many types on a damaged file
+        raise _damaged(path, error) from None
+    true, rendered, count = pictures["true"], pictures["rendered"], len(pictures["key"])
+    for name, picture in (("true", true), ("rendered", rendered)):
+        if picture.dtype != np.uint8 or picture.ndim != 4 or picture.shape[3] != 3 or len(picture) != count:
+            raise _damaged(path, f"{name} is {picture.dtype} {list(picture.shape)}, not uint8 [{count}, H, W, 3]")
+    if true.shape != rendered.shape or pictures["bin"].shape != (count,) or count == 0:
+        raise _damaged(path, f"true {list(true.shape)}, rendered {list(rendered.shape)}")
+    strangers = set(pictures["key"].tolist()) - {record.key for record in records}
+    if strangers:
+        raise _damaged(path, f"view {min(strangers)} is not in records.csv")
+    return pictures
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Column:
+    """A statistic of a summary, under `group` and `head`; `style` is how it is written."""
+
+    group: str
+    head: str
+    field: str
+    statistic: str = "mean"
+    style: str = ".2f"
+
+    def cell(self, row: Row) -> str:
+        """The number as text."""
+        return format(getattr(getattr(row, self.field), self.statistic), self.style)
+
+
+def _columns(group: str, field: str, style: str, baselines: dict[str, str], share: bool = False) -> list[Column]:
+    """Mean, median, share under 5 degrees where there is one, and the baselines' means (head -> field)."""
+    columns = [Column(group, "mean", field, "mean", style), Column(group, "median", field, "median", style)]
+    columns += [Column(group, "<5 deg", field, "share_under_5_deg", ".1%")] if share else []
+    return columns + [Column(group, head, name, "mean", style) for head, name in baselines.items()]
+
+
+POSE_COLUMNS = [
+    *_columns(
+        "rotation error (deg)",
+        "rotation_error_deg",
+        ".2f",
+        {"constant": "constant_rotation_error_deg", "nearest": "nearest_rotation_error_deg"},
+        share=True,
+    ),
+    *_columns(
+        "translation error",
+        "translation_error",
+        ".3f",
+        {"constant": "constant_translation_error", "nearest": "nearest_translation_error"},
+    ),
+]
+PICTURE_COLUMNS = [
+    *_columns("PSNR (dB)", "psnr", ".2f", {"codec": "codec_psnr", "nearest": "nearest_psnr"}),
+    *_columns("MAE", "mae", ".4f", {"codec": "codec_mae"}),
+    *_columns("SSIM", "ssim", ".3f", {"codec": "codec_ssim"}),
+]
+LPIPS_COLUMNS = _columns("LPIPS", "lpips", ".3f", {})
+
+
+@dataclass(frozen=True)
+class Table:
+    """A block of the summary: its columns, a line of cells for every row (name and n first), and what it means."""
+
+    title: str
+    columns: list[Column]
+    lines: list[list[str]]
+    notes: list[str]
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The names above the columns, in order, with how many columns each spans."""
+        names = [column.group for column in self.columns]
+        return [(name, names.count(name)) for name in dict.fromkeys(names)]
+
+
+def _tables(metrics: Metrics) -> list[Table]:
+    """Poses and pictures, by radius, beside their baselines."""
+    picture_columns = PICTURE_COLUMNS + (LPIPS_COLUMNS if metrics.lpips_measured else [])
+    pose, picture = (_lines(metrics.rows, columns) for columns in (POSE_COLUMNS, picture_columns))
+    floor = [
+        format(metrics.floors[column.field], column.style) if column.head == "mean" else "" for column in POSE_COLUMNS
+    ]
+    lpips = f"LPIPS backbone: {metrics.lpips}." if metrics.lpips_measured else f"LPIPS {metrics.lpips}."
+    return [
+        Table("Pose of a picture", POSE_COLUMNS, [*pose, ["noise floor", "", *floor]], [NEAREST_POSE, NOISE_FLOOR]),
+        Table("Picture of a pose", picture_columns, picture, [NEAREST_PICTURE, lpips]),
+    ]
+
+
+def _lines(rows: list[Row], columns: list[Column]) -> list[list[str]]:
+    return [[row.name, f"{row.n}", *(column.cell(row) for column in columns)] for row in rows]
+
+
+def format_table(metrics: dict[str, Any]) -> str:
+    """The contents of metrics.json as plain text: what was evaluated and how, poses by radius, pictures by radius.
+
+    DataError if `metrics` is not what an evaluation writes.
+    """
+    try:
+        parsed = _parse_metrics(metrics)
+    except ValueError as error:
+        raise _damaged(Path("metrics.json"), error) from None
+    blocks = [f"{parsed.run}, step {parsed.step}, on {parsed.split} of {parsed.dataset}", _how(parsed)]
+    return "\n".join(blocks + [_plain(table) for table in _tables(parsed)])
+
+
+def _how(metrics: Metrics) -> str:
+    evaluations = metrics.function_evaluations
+    return (
+        f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''}), "
+        f"pictures by {metrics.generator} ({metrics.generator_steps} steps), "
+        f"sigma {metrics.sigma:g}, seed {metrics.seed}"
+    )
+
+
+def _plain(table: Table) -> str:
+    """The table with aligned columns, its groups in a line above the heads, and its notes below."""
+    heads = ["radius", "n", *(column.head for column in table.columns)]
+    widths = [max(map(len, cells)) for cells in zip(heads, *table.lines, strict=True)]
+    widths[0] = max(widths[0], len(table.title) - 1 - widths[1])
+    spans = [2, *(count for _, count in table.groups)]
+    names = [table.title, *(name for name, _ in table.groups)]
+    parts = _parts([" " * width for width in widths], widths, spans)
+    top = [
+        names[0].ljust(len(parts[0])),
+        *(f" {name} ".center(len(part), "-") for name, part in zip(names[1:], parts[1:], strict=True)),
+    ]
+    lines = [top, *(_parts(cells, widths, spans) for cells in (heads, *table.lines))]
+    notes = [textwrap.fill(note, LINE) for note in table.notes]
+    return "\n".join(["", *(" | ".join(line).rstrip() for line in lines), *notes])
+
+
+def _parts(cells: list[str], widths: list[int], spans: list[int]) -> list[str]:
+    """Cells, the first to the left and the others to the right of their columns, joined within each span."""
+    padded = [
+        cells[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
+    ]
+    edges = [sum(spans[:i]) for i in range(len(spans) + 1)]
+    return [" ".join(padded[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+# --------------------------------------------------------------------------------------------------------- tensorboard
+
+
+def _write_tensorboard(folder: Path, metrics: Metrics, figures: dict[str, bytes]) -> None:
+    """One event file in `folder`, in place of earlier ones: the table's numbers as scalars, the plots as images.
+
+    Unit bins are curves, MEASURE/STATISTIC at the bin's lower edge; ranges have tags of their own,
+    radius_A-B/MEASURE/STATISTIC, at the run's step.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with SummaryWriter(str(unfinished)) as board:
+        for row in metrics.rows:
+            low, high = row.radius
+            prefix, step = ("", low) if row.is_bin else (f"radius_{low}-{high}/", metrics.step)
+            for tag, value in _scalars(row).items():
+                board.add_scalar(f"{prefix}{tag}", value, step)
+        for name, value in metrics.floors.items():
+            board.add_scalar(f"noise_floor/{name}", value, metrics.step)
+        for name, png in figures.items():
+            board.add_image(
+                f"report/{name}", np.array(Image.open(io.BytesIO(png)).convert("RGB")), metrics.step, dataformats="HWC"
+            )
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    """MEASURE/STATISTIC -> number, for all that the row holds."""
+    return {
+        f"{measure}/{statistic}": float(value)
+        for measure, summary in row.summaries().items()
+        for statistic, value in summary.to_dict().items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows of one view: pictures (name -> data URI), errors, and the poses' columns, all as text."""
+
+    key: str
+    radius: float
+    pictures: dict[str, str]
+    pose_error: str
+    picture_error: str
+    pose: list[tuple[str, str, str]]  # of what, true, estimated
+
+
+def _view(record: ViewRecord, true: np.ndarray, rendered: np.ndarray) -> View:
+    numbers = [f"PSNR {record.psnr:.2f} dB", f"MAE {record.mae:.4f}", f"SSIM {record.ssim:.3f}"]
+    return View(
+        key=record.key,
+        radius=record.radius,
+        pictures={"true": _picture_uri(true), "rendered": _picture_uri(rendered)},
+        pose_error=f"rotation {record.rotation_error_deg:.2f}° off, translation {record.translation_error:.3f} off",
+        picture_error=", ".join(numbers + ([] if record.lpips is None else [f"LPIPS {record.lpips:.3f}"])),
+        pose=_pose_lines(record),
+    )
+
+
+def _page(
+    metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray], figures: dict[str, bytes]
+) -> str:
+    """report.html: everything in one file that refers to nothing outside it."""
+    shown = [metric for metric in plots.METRICS if metric.field in figures]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = files("sitdist.evaluate").joinpath("report.html.jinja").read_text()
+    return environment.from_string(template).render(
+        metrics=metrics,
+        how=_how(metrics),
+        tables=_tables(metrics),
+        shown=shown,
+        plots={name: _data_uri(png) for name, png in figures.items()},
+        bins=_views_by_bin(metrics, records, pictures),
+        facts=_facts(metrics, records, pictures),
+        definitions=plots.METRICS,
+        kinds={row.name: "bin" if row.is_bin else "range" for row in metrics.rows},
+        size=pictures["true"].shape[1:3],
+    )
+
+
+def _views_by_bin(
+    metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray]
+) -> list[tuple[Row, list[View]]]:
+    by_key = {record.key: record for record in records}
+    views: dict[int, list[View]] = {row.radius[0]: [] for row in metrics.bins}
+    for key, true, rendered in zip(pictures["key"].tolist(), pictures["true"], pictures["rendered"], strict=True):
+        record = by_key[key]
+        views[record.bin].append(_view(record, true, rendered))
+    return [(row, views[row.radius[0]]) for row in metrics.bins]
+
+
+def _pose_lines(record: ViewRecord) -> list[tuple[str, str, str]]:
+    """The columns of both camera_to_world matrices as text."""
+    true, estimated = (np.array(pose).reshape(3, 4) for pose in (record.true, record.estimated))
+    names = (("position", 3), ("right, +x", 0), ("up, +y", 1), ("back, +z", 2))
+    return [(name, _vector(true[:, column]), _vector(estimated[:, column])) for name, column in names]
+
+
+def _vector(values: np.ndarray) -> str:
+    return " ".join(f"{value + 0.0:5.2f}" for value in values.round(2))  # + 0.0 turns -0.0 into 0.0
+
+
+def _facts(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> dict[str, str]:
+    height, width = pictures["true"].shape[1:3]
+    training, evaluations = metrics.training_views, metrics.function_evaluations
+    low, high = metrics.training_radius
+    return {
+        "run": metrics.run,
+        "step": f"{metrics.step}",
+        "dataset": metrics.dataset,
+        "split": metrics.split,
+        "views": f"{len(records)} of {width} x {height} pixels",
+        "pose estimator": f"{metrics.estimator}, {evaluations} function evaluation{'s' if evaluations > 1 else ''}",
+        "picture generator": f"{metrics.generator}, {metrics.generator_steps} steps",
+        "sigma": f"{metrics.sigma:g}",
+        "seed": f"{metrics.seed}",
+        "training radii": f"{low:.2f} to {high:.2f}",
+        "training views": f"{training['count']}, of which {training['compared']} are compared with",
+        "LPIPS": metrics.lpips,
+        "versions": ", ".join(f"{name} {version}" for name, version in metrics.versions.items()),
+    }
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _picture_uri(picture: np.ndarray) -> str:
+    """A picture [H, W, 3] uint8 as it is; the page enlarges small ones."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return _data_uri(buffer.getvalue())

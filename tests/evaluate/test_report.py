@@ -1,0 +1,489 @@
+"""The report against the numbers it is made from: table, page, plots, TensorBoard; and folders that give none."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sitdist.errors import DataError
+from sitdist.evaluate import plots
+from sitdist.evaluate.evaluator import MEASURES, summary_rows
+from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
+from sitdist.evaluate.report import Row, format_table, write_report
+from sitdist.evaluate.units import ViewRecord, save_arrays
+
+BINS = (2, 3, 4, 6)  # no view has a radius in [5, 6)
+VIEWS_PER_BIN = 3
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+def look_down(radius):
+    """Camera above the origin that looks straight down, row-major [3, 4]."""
+    return [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, radius]
+
+
+def make_records(lpips=False):
+    """Three views a bin; in bin b the rotation errors are b, 2 b and 6 b degrees: mean 3 b, median 2 b."""
+    records = []
+    for bin_ in BINS:
+        for i, factor in enumerate((1.0, 2.0, 6.0)):
+            radius, error = bin_ + 0.25 * (i + 1), 0.01 * factor * bin_
+            values = dict.fromkeys(MEASURES, 0.1 * factor + bin_)
+            values |= {"rotation_error_deg": factor * bin_, "translation_error": error, "psnr": 20.0 + factor}
+            values |= {"true": look_down(radius), "estimated": look_down(radius + error)}
+            values |= {"lpips": 0.125 * factor if lpips else None}
+            records.append(ViewRecord(key=f"v{bin_}_{i}", label=0, radius=radius, bin=bin_, **values))
+    return records
+
+
+def write_evaluation(folder, records, size=16, **changes):
+    """metrics.json, records.csv and images.npz (two noise pictures a bin), as an evaluation leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {
+        "run": "runs/tiny & <b>small</b>",
+        "step": 700,
+        "dataset": "datasets/tiny",
+        "split": "test",
+        "estimator": "heun",
+        "function_evaluations": 20,
+        "generator": "midpoint",
+        "generator_steps": 7,
+        "seed": 3,
+        "sigma": 0.125,
+        "noise_floor": {"rotation_deg": 1.25, "translation": 0.0625},
+        "lpips": LPIPS_NOT_MEASURED,
+        "training_radius": [3.01, 4.99],
+        "training_views": {"count": 100, "compared": 50, "stride": 2},
+        "versions": {"sitdist": "0.1.0", "python": "3.11.0", "torch": "2.15.0"},
+        "rows": summary_rows(records),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics | changes))
+    with (folder / "records.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0].row()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(record.row() for record in records)
+    shown = [record for record in records if record.key.endswith(("_0", "_1"))]
+    generator = np.random.default_rng(0)
+    true, rendered = generator.integers(0, 256, (2, len(shown), size, size, 3), np.uint8)
+    keys, bins = np.array([record.key for record in shown]), np.array([record.bin for record in shown])
+    save_arrays(folder / "images.npz", {"key": keys, "bin": bins, "true": true, "rendered": rendered})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An evaluation with its report; never write into it."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_evaluation(folder, make_records())
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_with_lpips(tmp_path_factory):
+    """The same with LPIPS; never write into it."""
+    folder = tmp_path_factory.mktemp("with_lpips")
+    write_evaluation(folder, make_records(lpips=True), lpips="alex 0123abc")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture
+def inputs(folder, tmp_path):
+    """A copy of the evaluation without its report, to be damaged."""
+    for name in ("metrics.json", "records.csv", "images.npz"):
+        shutil.copy(folder / name, tmp_path / name)
+    return tmp_path
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def pose_cells(row):
+    rotation, translation = row["rotation_error_deg"], row["translation_error"]
+    return [
+        row["name"],
+        f"{row['n']}",
+        f"{rotation['mean']:.2f}",
+        f"{rotation['median']:.2f}",
+        f"{100 * rotation['share_under_5_deg']:.1f}%",
+        f"{row['constant_rotation_error_deg']['mean']:.2f}",
+        f"{row['nearest_rotation_error_deg']['mean']:.2f}",
+        f"{translation['mean']:.3f}",
+        f"{translation['median']:.3f}",
+        f"{row['constant_translation_error']['mean']:.3f}",
+        f"{row['nearest_translation_error']['mean']:.3f}",
+    ]
+
+
+def picture_cells(row):
+    columns = [
+        *(("psnr", "mean", 2), ("psnr", "median", 2), ("codec_psnr", "mean", 2), ("nearest_psnr", "mean", 2)),
+        *(("mae", "mean", 4), ("mae", "median", 4), ("codec_mae", "mean", 4)),
+        *(("ssim", "mean", 3), ("ssim", "median", 3), ("codec_ssim", "mean", 3)),
+        *((("lpips", "mean", 3), ("lpips", "median", 3)) if "lpips" in row else ()),
+    ]
+    return [row["name"], f"{row['n']}", *(f"{row[field][which]:.{digits}f}" for field, which, digits in columns)]
+
+
+def squeeze(cells):
+    return re.sub(r"[\s|]+", " ", " ".join(cells)).strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+def test_a_row_of_the_report_holds_all_that_an_evaluation_measures():
+    assert set(MEASURES) == set(Row.model_fields) - {"name", "radius", "n"}
+
+
+def test_the_table_states_the_numbers_of_metrics_json(folder):
+    metrics = metrics_of(folder)
+    lines = [squeeze([line]) for line in format_table(metrics).splitlines()]
+    for row in metrics["rows"]:
+        assert squeeze(pose_cells(row)) in lines
+        assert squeeze(picture_cells(row)) in lines
+    assert "noise floor 1.25 0.062" in lines
+    (line,) = [line for line in lines if line.startswith("r in [2, 3) 3 6.00")]  # errors of 2, 4 and 12 degrees
+    assert line.startswith("r in [2, 3) 3 6.00 4.00 66.7%")
+
+
+def test_the_table_states_how_it_was_measured_on_lines_that_fit_a_terminal(folder):
+    text = format_table(metrics_of(folder))
+    assert "step 700, on test of datasets/tiny" in text
+    assert "poses by heun (20 function evaluations), pictures by midpoint (7 steps), sigma 0.125, seed 3" in text
+    assert max(map(len, text.splitlines())) <= 110
+    bars = [[i for i, letter in enumerate(line) if letter == "|"] for line in text.splitlines() if "|" in line]
+    blocks = {tuple(places) for places in bars}
+    assert len(blocks) == 2  # the separators stand below each other
+
+
+def test_lpips_has_columns_if_measured_and_a_reason_if_not(folder, folder_with_lpips):
+    text = format_table(metrics_of(folder))
+    assert f"LPIPS {LPIPS_NOT_MEASURED}." in text
+    assert "LPIPS -" not in text
+    assert not (folder / "plots" / "lpips.png").exists()
+    metrics = metrics_of(folder_with_lpips)
+    text = format_table(metrics)
+    assert "LPIPS backbone: alex 0123abc." in text
+    assert squeeze(picture_cells(metrics["rows"][0])) in [squeeze([line]) for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 110
+    assert (folder_with_lpips / "plots" / "lpips.png").exists()
+    assert "LPIPS 0.125" in (folder_with_lpips / "report.html").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+class Page(HTMLParser):
+    """Tags that close as they opened, the cells of the summary tables, every attribute, and all text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.stack, self.rows, self.attributes, self.tags, self.text = [], [], [], [], ""
+        self.feed(path.read_text())
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in VOID:
+            self.stack.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.stack and self.stack[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    def sources(self):
+        return [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
+
+
+def decode(uri):
+    assert uri.startswith("data:image/png;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_the_page_states_the_numbers_of_metrics_json(folder):
+    page = Page(folder / "report.html")
+    for row in metrics_of(folder)["rows"]:
+        assert pose_cells(row) in page.rows
+        assert picture_cells(row) in page.rows
+    assert ["noise floor", "", "1.25", *[""] * 4, "0.062", *[""] * 3] in page.rows
+    assert LPIPS_NOT_MEASURED in page.text
+    for fact in ("heun, 20 function evaluations", "midpoint, 7 steps", "0.125", "3.01 to 4.99", "torch 2.15.0", "700"):
+        assert fact in page.text
+
+
+def test_the_page_refers_to_nothing_outside_itself(folder):
+    text, page = (folder / "report.html").read_text(), Page(folder / "report.html")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|srcset", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(page.tags)
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources())
+    assert [name for _, name, _ in page.attributes if name in ("href", "action", "onload")] == []
+
+
+def test_what_a_user_named_is_text_and_not_markup(folder):
+    page = Page(folder / "report.html")
+    assert "b" not in page.tags
+    assert "runs/tiny & <b>small</b>" in page.text
+
+
+def test_the_page_holds_the_plots_and_every_true_and_rendered_picture_as_it_is(folder):
+    embedded = [decode(source) for source in Page(folder / "report.html").sources()]
+    files = [Image.open(folder / "plots" / f"{metric.field}.png") for metric in plots.METRICS[:-1]]
+    files.append(Image.open(folder / "plots" / "cameras.png"))
+    for picture, file in zip(embedded, files, strict=False):
+        np.testing.assert_array_equal(np.array(picture), np.array(file))
+    with np.load(folder / "images.npz") as pictures:
+        expected = [picture for pair in zip(pictures["true"], pictures["rendered"], strict=True) for picture in pair]
+    assert len(embedded) == len(files) + len(expected)
+    for picture, pixels in zip(embedded[len(files) :], expected, strict=True):
+        np.testing.assert_array_equal(np.array(picture), pixels)
+
+
+def test_the_page_states_errors_and_both_poses_of_a_view(folder):
+    page = Page(folder / "report.html")  # v3_1: radius 3.5, estimated 0.06 too far, 6 degrees off
+    assert "rotation 6.00° off, translation 0.060 off" in page.text
+    assert ["position", " 0.00  0.00  3.50", " 0.00  0.00  3.56"] in page.rows
+    assert ["back, +z", " 0.00  0.00  1.00", " 0.00  0.00  1.00"] in page.rows
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def test_every_plot_is_a_picture_that_is_not_blank(folder):
+    names = {"rotation_error_deg", "translation_error", "psnr", "mae", "ssim", "cameras", "views"}
+    assert {path.stem for path in (folder / "plots").iterdir()} == names
+    for name in names:
+        pixels = np.array(Image.open(folder / "plots" / f"{name}.png").convert("L"))
+        assert min(pixels.shape) > 300
+        assert 0.01 < (pixels < 250).mean() < 0.95
+
+
+@pytest.mark.parametrize("size", [16, 100, 256])
+def test_pictures_of_any_size_are_at_least_as_large_in_the_plot(size):
+    records = make_records()[:2]  # one red and one blue pair
+    colours = np.zeros((2, size, size, 3), np.uint8)
+    colours[0, ..., 0] = colours[1, ..., 2] = 255
+    pictures = {
+        "key": np.array([r.key for r in records]),
+        "bin": np.array([2, 2]),
+        "true": colours,
+        "rendered": colours,
+    }
+    pixels = np.array(Image.open(io.BytesIO(plots.to_png(plots.views_figure(records, pictures)))).convert("RGB"))
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        area = (pixels == colour).all(-1).sum()
+        assert 2 * size**2 * 0.9 < area
+        assert area > 2 * 100**2
+
+
+def curve(axes, label):
+    (line,) = [line for line in axes.lines if line.get_label() == label]
+    return np.asarray(line.get_ydata(), dtype=float)
+
+
+def test_a_metric_is_drawn_at_its_means_with_a_gap_where_there_are_no_views():
+    records, metric = make_records(), plots.METRICS[0]
+    (axes,) = plots.metric_figure(records, metric, (3.0, 5.0), floor=1.25).axes
+    np.testing.assert_allclose(curve(axes, "mean"), [6.0, 9.0, 12.0, np.nan, 18.0])
+    np.testing.assert_allclose(curve(axes, "constant pose"), [2.3, 3.3, 4.3, np.nan, 6.3])
+    np.testing.assert_allclose(curve(axes, "packing noise floor"), 1.25)
+    strokes = [segment for segment in axes.collections[0].get_segments() if len(segment)]
+    np.testing.assert_allclose([stroke[0, 1] for stroke in strokes], [4.0, 6.0, 8.0, 12.0])  # the medians
+    assert axes.patches[0].get_y() == pytest.approx(3.0)  # quartiles of 2, 4, 12
+    assert axes.patches[0].get_height() == pytest.approx(5.0)
+    assert axes.get_yscale() == "log"
+
+
+def test_an_error_of_exactly_zero_is_drawn_and_not_dropped_by_a_logarithm():
+    records = [replace(record, rotation_error_deg=0.0) for record in make_records()]
+    (axes,) = plots.metric_figure(records, plots.METRICS[0], (3.0, 5.0)).axes
+    assert axes.get_yscale() == "linear"
+    assert np.nanmax(curve(axes, "mean")) == 0.0
+
+
+def test_many_cameras_are_thinned_evenly_by_radius_and_few_are_all_shown():
+    records = [replace(make_records()[0], key=f"{i:04d}", radius=float(i)) for i in range(1001)]
+    radii = [record.radius for record in plots.evenly(records[::-1], 11)]
+    assert radii == [100.0 * i for i in range(11)]
+    assert len(plots.evenly(records[:5], 48)) == 5
+    title = plots.cameras_figure(records).get_suptitle()
+    assert title == "True and estimated cameras (48 of 1001, evenly by radius)"
+
+
+def test_small_pictures_are_enlarged_by_whole_factors():
+    true, rendered = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    pair = plots._pair(true, rendered)
+    assert pair.shape == (128, 2 * 128 + 4, 3)
+    np.testing.assert_array_equal(pair[::8, :128:8], true)
+    np.testing.assert_array_equal(pair[7::8, 132 + 7 :: 8], rendered)
+
+
+# -------------------------------------------------------------------------------------------------------- tensorboard
+
+
+def read_board(folder):
+    board = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "images": 0})
+    return board.Reload()
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_json_by_radius(folder):
+    board, rows = read_board(folder), metrics_of(folder)["rows"]
+    bins = [row for row in rows if row["radius"][1] - row["radius"][0] == 1]
+    for measure in set(MEASURES) - {"lpips"}:
+        for statistic in ("mean", "median", "n"):
+            events = board.Scalars(f"{measure}/{statistic}")
+            assert [event.step for event in events] == [2, 3, 4, 6]
+            expected = [row[measure][statistic] for row in bins]
+            assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
+    (event,) = board.Scalars("radius_3-5/rotation_error_deg/share_under_5_deg")
+    assert (event.step, event.value) == (700, pytest.approx(1 / 3))  # 3, 6, 18, 4, 8 and 24 degrees
+    (event,) = board.Scalars("noise_floor/translation_error")
+    assert event.value == 0.0625
+
+
+def test_tensorboard_holds_the_plots(folder):
+    board = read_board(folder)
+    names = {path.stem for path in (folder / "plots").iterdir()}
+    assert set(board.Tags()["images"]) == {f"report/{name}" for name in names}
+    (image,) = board.Images("report/psnr")
+    shown = np.array(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    np.testing.assert_array_equal(shown, np.array(Image.open(folder / "plots" / "psnr.png").convert("RGB")))
+
+
+# --------------------------------------------------------------------------------------------------------- once again
+
+
+def test_a_second_report_takes_the_place_of_the_first_and_is_the_same_for_the_same_numbers(
+    folder, folder_with_lpips, tmp_path
+):
+    shutil.copytree(folder_with_lpips, tmp_path, dirs_exist_ok=True)
+    write_evaluation(tmp_path, make_records())  # with no LPIPS now, as in `folder`
+    (tmp_path / ".tensorboard.tmp").mkdir()
+    (tmp_path / ".tensorboard.tmp" / "events.out.tfevents.cut").write_text("left by a report that was killed")
+    write_report(tmp_path)
+    for name in ("report.html", *(f"plots/{path.name}" for path in (folder / "plots").iterdir())):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    for inside in ("", "plots"):
+        names = [sorted(path.name for path in (top / inside).iterdir()) for top in (tmp_path, folder)]
+        assert names[0] == names[1]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert "lpips/mean" in read_board(folder_with_lpips).Tags()["scalars"]
+    assert "lpips/mean" not in read_board(tmp_path).Tags()["scalars"]
+
+
+def change_metrics(change):
+    def damage(folder):
+        metrics = metrics_of(folder)
+        change(metrics)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    return damage
+
+
+def change_records(old, new, count=-1):
+    def damage(folder):
+        text = (folder / "records.csv").read_text()
+        assert old in text
+        (folder / "records.csv").write_text(text.replace(old, new, count))
+
+    return damage
+
+
+def change_pictures(**changes):
+    def damage(folder):
+        with np.load(folder / "images.npz") as arrays:
+            pictures = dict(arrays)
+        for name, change in changes.items():
+            pictures[name] = change(pictures[name])
+        save_arrays(folder / "images.npz", pictures)
+
+    return damage
+
+
+def cut(name, share):
+    def damage(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(share * len(data))])
+
+    return damage
+
+
+def flip_a_pixel(folder):
+    data = bytearray((folder / "images.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "images.npz").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "metrics.json").unlink(), r"metrics\.json: no such file; run `sitdist eval` first"),
+        (lambda folder: (folder / "records.csv").unlink(), r"records\.csv: no such file; run `sitdist eval` first"),
+        (lambda folder: (folder / "images.npz").unlink(), r"images\.npz: no such file; run `sitdist eval` first"),
+        (cut("metrics.json", 0.5), r"metrics\.json: damaged .*; run `sitdist eval` again"),
+        (lambda folder: (folder / "metrics.json").write_bytes(b"\xff\xfe\x00"), r"metrics\.json: damaged"),
+        (lambda folder: (folder / "metrics.json").write_text("[]"), r"metrics\.json: damaged \(the whole: "),
+        (change_metrics(lambda metrics: metrics.pop("sigma")), r"damaged \(sigma: Field required\)"),
+        (change_metrics(lambda metrics: metrics.update(rows=[])), r"damaged \(rows: List should have at least 1 item"),
+        (change_metrics(lambda metrics: metrics["rows"][1]["psnr"].update(mean="x")), r"damaged \(rows\.1\.psnr\.mean"),
+        (
+            change_metrics(lambda metrics: metrics["rows"][0]["mae"].update(mean=np.nan)),
+            r"rows\.0\.mae\.mean: .*finite",
+        ),
+        (change_metrics(lambda metrics: metrics["rows"][0]["rotation_error_deg"].pop("share_under_5_deg")), "no share"),
+        (cut("records.csv", 0.8), r"records\.csv: damaged \(the last line is cut off\)"),
+        (change_records("psnr", "pnsr"), r"records\.csv: damaged \(no column 'psnr'\)"),
+        (change_records("22.0", "2x2"), r"records\.csv: damaged \(could not convert string to float: '2x2'\)"),
+        (change_records("22.0", "nan"), r"records\.csv: damaged \(nan is not finite\)"),
+        (change_records("v2_0", "v2_0\nv2_9", 1), r"records\.csv: damaged"),
+        (change_records(",3.25,3,", ",3.25,2,"), r"damaged \(4 views r in \[2, 3\), but metrics\.json is over 3\)"),
+        (cut("images.npz", 0.5), r"images\.npz: damaged"),
+        (flip_a_pixel, r"images\.npz: damaged"),
+        (change_pictures(true=lambda true: true / 255.0), r"true is float64 \[8, 16, 16, 3\], not uint8"),
+        (
+            change_pictures(rendered=lambda rendered: rendered[:3]),
+            r"rendered is uint8 \[3, 16, 16, 3\], not uint8 \[8,",
+        ),
+        (change_pictures(rendered=lambda rendered: rendered[:, :8]), r"rendered \[8, 8, 16, 3\]"),
+        (change_pictures(key=lambda key: np.char.add("x", key)), r"view xv2_0 is not in records\.csv"),
+    ],
+)
+def test_a_folder_that_no_report_can_be_made_of_is_refused_in_one_line(inputs, damage, message):
+    damage(inputs)
+    with pytest.raises(DataError, match=message) as caught:
+        write_report(inputs)
+    assert "\n" not in str(caught.value)
+    assert str(inputs) in str(caught.value)
+    assert not (inputs / "report.html").exists()
+
+
+def test_records_with_and_metrics_without_lpips_do_not_belong_together(inputs):
+    rows = metrics_of(inputs)["rows"]
+    write_evaluation(inputs, make_records(lpips=True), rows=rows)
+    with pytest.raises(DataError, match=r"12 of 12 views have LPIPS, but metrics\.json says 'not measured"):
+        write_report(inputs)
+
+
+def test_a_table_is_only_made_of_what_an_evaluation_writes():
+    with pytest.raises(DataError, match=r"metrics\.json: damaged \(run: Field required\); run `sitdist eval` again"):
+        format_table({"step": 3})
