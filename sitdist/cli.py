@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
-from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
+from sitdist.errors import CodecError, ConfigError, DataError, RunInterrupted, SitdistError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 GENERATORS = ("euler", "heun", "midpoint")
@@ -48,7 +51,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if code == EXIT_RESUME:  # launchers pass on what a terminal has already sent: the answer stays the same
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +64,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         return options.command(options) or 0
     except SitdistError as error:
-        rank = os.environ.get("RANK")
-        where = f"rank {rank}: " if rank not in (None, "0") else ""
-        print(f"sitdist: error: {where}{error}", file=sys.stderr, flush=True)
+        own = int(os.environ.get("RANK", "0"))
+        rank = own if error.of_rank is None else error.of_rank
+        if own == 0 or error.of_rank is None:
+            print(f"sitdist: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
-    except RunInterrupted as stop:
-        print(f"sitdist: {stop}", file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"sitdist: error: {where}{error.strerror}; free space or name a place you may use", file=sys.stderr)
+        return EXIT_USAGE
+    except RunInterrupted as stop:  # every process raises it
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sitdist: {stop}", file=sys.stderr, flush=True)
         return EXIT_RESUME
     except KeyboardInterrupt:
         print("sitdist: interrupted", file=sys.stderr, flush=True)
@@ -193,6 +208,8 @@ def _codec_fit(options: argparse.Namespace) -> None:
     from sitdist.model.codec_fit import fit_vae
 
     recipe = load_yaml(Recipe, options.recipe, options.set)
+    if options.out.exists():  # before views are rendered
+        raise CodecError(f"{options.out}: already exists; give another --out, or remove it")
     source = open_source(recipe.splits["train"], recipe.image_size)
     images = source.images(range(min(options.views, len(source))))
     fit_vae(
@@ -208,9 +225,11 @@ def _codec_fit(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from sitdist.config import Config, load_yaml
+
+    config = load_yaml(Config, options.config, options.set)  # before what is slow to import
     from sitdist.train.trainer import train
 
-    train(load_yaml(Config, options.config, options.set), options.out, options.resume)
+    train(config, options.out, options.resume)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -19,13 +20,19 @@ from sitdist.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-RadiusRange = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+Word = Annotated[str, Field(min_length=1)]
+
+# YAML has lists, no tuples: these take a list, whose items are as strict as all others.
+RadiusRange = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
+Colour = Annotated[tuple[Share, Share, Share], Field(strict=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
 class Schema(BaseModel):
-    """Base of all schemas: unknown keys are refused, numbers are finite, values are checked on assignment."""
+    """Base of all schemas: unknown keys and other types are refused, numbers are finite, assignments are checked."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True)
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -54,7 +61,7 @@ class NpzSource(Schema):
     """Posed pictures in .npz files (images, poses, focal): one file, several, or a folder of them."""
 
     kind: Literal["npz"]
-    paths: Annotated[list[str], Field(min_length=1)]
+    paths: Annotated[list[Word], Field(min_length=1)]
     label: NonNegative = 0
 
 
@@ -62,8 +69,8 @@ class TransformsSource(Schema):
     """Posed pictures named by a Blender or nerfstudio transforms.json."""
 
     kind: Literal["transforms"]
-    path: str
-    background: tuple[Share, Share, Share] = (1.0, 1.0, 1.0)
+    path: Word
+    background: Colour = (1.0, 1.0, 1.0)
     label: NonNegative = 0
 
 
@@ -83,7 +90,7 @@ class VaeCodecConfig(Schema):
     """diffusers AutoencoderKL from a local folder or a hub id."""
 
     kind: Literal["vae"]
-    path: str
+    path: Word
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -108,6 +115,13 @@ class Recipe(Schema):
             raise ValueError("splits has no 'train'; the pose statistics and the codec come from the training views")
         if "val" in self.splits and "val_views" in self.model_fields_set and self.val_views:
             raise ValueError("both a 'val' split and val_views are given; keep one of them")
+        seeds: dict[int, str] = {}
+        for name, source in self.splits.items():
+            if isinstance(source, SceneSource) and seeds.setdefault(source.seed, name) != name:
+                raise ValueError(
+                    f"splits '{seeds[source.seed]}' and '{name}' have the same seed {source.seed}, so the same random "
+                    "cameras; give each its own seed"
+                )
         if isinstance(self.codec, PcaCodecConfig) and self.image_size % (2 * self.codec.patch):
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of {2 * self.codec.patch} (twice codec.patch): "
@@ -195,7 +209,7 @@ class OptimizerConfig(Schema):
 
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -247,7 +261,7 @@ class Config(Schema):
     """A whole experiment: which dataset, which model, which flow, how it is trained and evaluated."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    data: str
+    data: Word
     seed: NonNegative = 0
     model: ModelConfig
     flow: FlowConfig = FlowConfig()
@@ -267,6 +281,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
             seen.add(key)
@@ -320,8 +336,9 @@ def parse(schema: type[S], values: dict[str, Any], where: str) -> S:
 
 
 def _explain(schema: type[Schema], error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part in _TAGS)]
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # it may explain the others
+    location = [part for place, part in enumerate(first["loc"]) if (first["loc"][0], place) not in _TAG_PLACES]
     key = ".".join(str(part) for part in location) or schema.__name__
     rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -331,42 +348,35 @@ def _explain(schema: type[Schema], error: ValidationError) -> str:
         return f"unknown key '{key}'; {remedy}{rest}"
     if first["type"] == "missing":
         return f"'{key}' is missing; it is required{rest}"
+    if first["type"] == "union_tag_invalid":
+        return f"{key}.kind = '{first['ctx']['tag']}': should be one of {first['ctx']['expected_tags']}{rest}"
     message = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
     shown = "" if isinstance(value, dict | Schema) else f" = {value!r}"
     return f"{key}{shown}: {message[0].lower() + message[1:] if message[1:2].islower() else message}{rest}"
 
 
-_TAGS = {"scene", "npz", "transforms", "pca", "vae"}
+_TAG_PLACES = {("codec", 1), ("splits", 2)}  # where pydantic's locations hold the kind of a union's member
 
 
-def _keys_at(schema: Any, location: list[Any]) -> set[str]:
+def _keys_at(schema: type[BaseModel], location: list[Any]) -> set[str]:
     """The keys a schema knows at a place inside it."""
-    for part in location:
-        annotation = (
-            schema.model_fields[part].annotation if _is_schema(schema) and part in schema.model_fields else schema
-        )
-        schema = _descend(annotation, part)
-    return set(schema.model_fields) if _is_schema(schema) else set()
+    schemas = [schema]
+    for place, part in enumerate(location):
+        tagged = [choice for choice in schemas if (location[0], place) in _TAG_PLACES and part in _kinds(choice)]
+        fields = [choice.model_fields[part] for choice in schemas if part in choice.model_fields]
+        schemas = tagged or [inner for field in fields for inner in _schemas_in(field.annotation)] or schemas
+    return {key for choice in schemas for key in choice.model_fields}
 
 
-def _descend(annotation: Any, part: Any) -> Any:
-    if _is_schema(annotation):
-        return annotation
-    choices = [choice for argument in get_args(annotation) for choice in (argument, *get_args(argument))]
-    schemas = [choice for choice in choices if _is_schema(choice)]
-    tagged = (
-        [choice for choice in schemas if part in get_args(choice.model_fields["kind"].annotation)]
-        if part in _TAGS
-        else []
-    )
-    if tagged:
-        return tagged[0]
-    return schemas[0] if len(schemas) == 1 else annotation
+def _kinds(schema: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(schema.model_fields["kind"].annotation) if "kind" in schema.model_fields else ()
 
 
-def _is_schema(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel)
+def _schemas_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [schema for argument in get_args(annotation) for schema in _schemas_in(argument)]
 
 
 def dump_yaml(value: Schema) -> str:

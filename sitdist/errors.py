@@ -2,7 +2,12 @@
 
 
 class SitdistError(Exception):
-    """Base of every error shown to the user as a single line, without a traceback, with exit code 2."""
+    """Base of every error shown to the user as a single line, without a traceback, with exit code 2.
+
+    `of_rank` is set where every process raises what one of them met: then only the main process shows it.
+    """
+
+    of_rank: int | None = None
 
 
 class ConfigError(SitdistError):
@@ -27,6 +32,10 @@ class CheckpointError(SitdistError):
 
 class NonFiniteError(SitdistError):
     """A loss or a gradient that is not finite."""
+
+
+class ProcessError(SitdistError):
+    """Another process of this command has failed, ended, or does not answer."""
 
 
 class RunInterrupted(BaseException):

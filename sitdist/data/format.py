@@ -1,6 +1,6 @@
 """What a dataset on disk looks like; shards/README.md is the same in prose.
 
-    manifest.json   codec/   SPLIT/00000.tar   SPLIT/00000.index.npz   ...
+    manifest.json   provenance.json   codec/   SPLIT/00000.tar   SPLIT/00000.index.npz   ...
 
 Sample i of a split has the key f"{i:09d}". Its members lie side by side in the tar, and the index says where.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from sitdist.errors import DataError
+from sitdist.geometry.packing import PoseStatistics
 
 FORMAT_VERSION = 1
 MEMBERS = ("camera_to_world.npy", "meta.json", "moments.npy", "packed_pose.npy")
@@ -90,6 +91,17 @@ class DatasetManifest(_Entry):
     codec_psnr: CodecPsnr | None
     splits: dict[str, SplitEntry]
 
+    @field_validator("statistics")
+    @classmethod
+    def _usable(cls, statistics: dict[str, Any]) -> dict[str, Any]:
+        try:
+            usable = bool((PoseStatistics.from_dict(statistics).std > 0).all())
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"not the mean and deviation of rotation and translation: {error!r}") from None
+        if not usable:
+            raise ValueError("a deviation is not positive")
+        return statistics
+
     def labels(self) -> int:
         """How many labels a model must know: one more than the largest."""
         return 1 + max(source.get("label", 0) for source in self.recipe["splits"].values())
@@ -134,17 +146,37 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, and only then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let `write` fill a file beside `path`, flush it to disk, and only then give it its name.
+
+    DataError where the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            flush_file(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: Exception) -> DataError:
+    """The one line for a full disk, a missing permission and the like."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return DataError(
+        f"{path}: cannot be written ({reason}); free space or name a folder you may write to, "
+        "then run the same command again"
+    )
+
+
+def flush_file(path: Path) -> None:
+    """Make the bytes of a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sitdist.data.format import load_index, load_manifest
+from sitdist.data.format import ShardEntry, file_sha256, load_index, load_manifest
 from sitdist.errors import ConfigError, DataError
 from sitdist.flow import draws
 
@@ -33,14 +33,16 @@ class ShardReader:
         entry = self.manifest.splits[split]
         self.shard_names = [shard.name for shard in entry.shards]
         self.shard_counts = [shard.count for shard in entry.shards]
-        indices = [load_index(self._path(shard).with_suffix(".index.npz")) for shard in range(len(self.shard_names))]
+        indices = [self._open_index(shard) for shard in entry.shards]
         self._index = {name: np.concatenate([index[name] for index in indices]) for name in indices[0]}
         self._shard_of = np.repeat(np.arange(len(indices)), self.shard_counts)
         if len(self._index["start"]) != entry.count:
-            raise DataError(f"{folder}/{split}: index and manifest disagree on the number of samples; build again")
+            raise DataError(
+                f"{folder}/{split}: shards of {len(self._index['start'])} samples but the manifest says {entry.count}; "
+                "build the dataset again"
+            )
         latent = self.manifest.latent
         self._moments_shape = (2 * latent.channels, latent.height, latent.width)
-        self._moments_bytes = 2 * int(np.prod(self._moments_shape))
         self._maps: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
@@ -91,6 +93,13 @@ class ShardReader:
                 pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
             pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
         return torch.stack(pictures)
+
+    def _open_index(self, shard: ShardEntry) -> dict[str, np.ndarray]:
+        path = (self.folder / self.split / shard.name).with_suffix(".index.npz")
+        index = load_index(path)
+        if file_sha256(path) != shard.index_sha256 or len(index["start"]) != shard.count:
+            raise DataError(f"{path}: not the index that the manifest names; build the dataset again")
+        return index
 
     def _path(self, shard: int) -> Path:
         return self.folder / self.split / self.shard_names[shard]
@@ -173,6 +182,7 @@ class BatchReader:
 
     def positions(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """Global positions [G / world] int64 of a rank's slice."""
+        assert self.global_batch % world == 0, (self.global_batch, world)
         share = self.global_batch // world
         first = step * self.global_batch + rank * share
         return torch.arange(first, first + share)

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.config import NpzSource, SceneSource, TransformsSource
+from sitdist.data.format import file_sha256
 from sitdist.errors import DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, shell_cameras
@@ -106,6 +109,9 @@ class _NpzViews(ViewSource):
                     f"{file}: images of {image.shape[2]}x{image.shape[1]} pixels but the recipe's image_size is "
                     f"{image_size}; set image_size to the images' size, or resize them (and scale focal)"
                 )
+            if image.dtype != np.uint8:
+                for row in range(len(image)):  # now, before anything is written
+                    _check_pixels(image[row], f"{file}: image {row}")
             images.append(image)
             poses.append(pose)
             focals += [focal] * len(image)
@@ -123,11 +129,15 @@ class _NpzViews(ViewSource):
         for index in indices:
             file = int(np.searchsorted(self._starts, index, side="right")) - 1
             row = index - int(self._starts[file])
-            pictures.append(_picture(self._images[file][row], f"{self._files[file]}: image {row}"))
+            pictures.append(_picture(self._images[file][row]))
         return torch.stack(pictures)
 
     def fingerprint(self) -> str:
-        return _sha256(str(self.label).encode(), *(file.read_bytes() for file in self._files))
+        return _sha256(str(self.label).encode(), *(file_sha256(file).encode() for file in self._files))
+
+
+PINHOLE_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL", "PERSPECTIVE")
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 
 class _TransformsViews(ViewSource):
@@ -141,26 +151,66 @@ class _TransformsViews(ViewSource):
         if not self._file.is_file():
             raise DataError(f"{self._file}: no such file; give the path of a transforms.json or its folder")
         try:
-            self._json = json.loads(self._file.read_text())
-            frames = self._json["frames"]
+            values = json.loads(self._file.read_text())
+            frames = [{**values, **frame} for frame in values["frames"]]  # a frame's own values come first
             matrices = [np.array(frame["transform_matrix"], dtype=np.float64) for frame in frames]
-            self._pictures = [self._find(frame["file_path"]) for frame in frames]
+            names = [str(frame["file_path"]) for frame in frames]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{self._file}: no list of frames with file_path and transform_matrix ({error!r})"
             ) from None
         if not frames:
             raise DataError(f"{self._file}: holds no frames")
-        for key in ("k1", "k2", "k3", "k4", "p1", "p2"):
-            if any(float(where.get(key, 0.0)) != 0.0 for where in (self._json, *frames)):
-                raise DataError(
-                    f"{self._file}: distortion {key} is not 0, which no pinhole camera has; undistort first"
-                )
         poses = [torch.from_numpy(matrix) for matrix in matrices]
-        for pose, frame in zip(poses, frames, strict=True):
-            check_rigid(pose, f"{self._file}: frame {frame['file_path']}")
+        for pose, name in zip(poses, names, strict=True):
+            check_rigid(pose, f"{self._file}: frame {name}")
         self.camera_to_world = torch.stack(poses)
-        self._frames = frames
+        self._intrinsics = [self._pinhole(frame, f"{self._file}: frame {frame['file_path']}") for frame in frames]
+        self._pictures = [self._find(name) for name in names]
+        for path in self._pictures:
+            self._check_size(path)
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._intrinsics[index]
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._read(self._pictures[index]) for index in indices])
+
+    def fingerprint(self) -> str:
+        background = str((self._background, self.label)).encode()
+        return _sha256(background, *(file_sha256(path).encode() for path in (self._file, *self._pictures)))
+
+    def _pinhole(self, values: dict[str, Any], name: str) -> Intrinsics:
+        """A frame's camera; DataError unless it is a pinhole camera for pictures of the recipe's size."""
+        model = values.get("camera_model", "PINHOLE")
+        if model not in PINHOLE_MODELS:
+            raise DataError(f"{name}: camera_model {model} is no pinhole camera; undistort the pictures first")
+        for key in DISTORTION:
+            if _number(values, key, 0.0, name) != 0.0:
+                raise DataError(
+                    f"{name}: distortion {key} is {values[key]}, but a pinhole camera has none; undistort first"
+                )
+        size = self._size
+        for key in ("w", "h"):
+            if _number(values, key, size, name) != size:
+                raise DataError(
+                    f"{name}: {key} is {values[key]} but the recipe's image_size is {size}, and fl_x, cx and the like "
+                    "are in pixels; resize the pictures and scale them alike, or set image_size"
+                )
+        if "fl_x" in values:
+            fx = _number(values, "fl_x", 0.0, name)
+            fy = _number(values, "fl_y", fx, name)
+            cx, cy = (_number(values, key, 0.5 * size, name) for key in ("cx", "cy"))
+            if fx <= 0 or fy <= 0:
+                raise DataError(f"{name}: focal lengths {fx:g} and {fy:g}; expected positive numbers of pixels")
+            return Intrinsics(fx, fy, cx, cy, size, size)
+        angle = _number(values, "camera_angle_x", 0.0, name)
+        if not 0.0 < angle < math.pi:
+            raise DataError(
+                f"{name}: no fl_x, and camera_angle_x is {values.get('camera_angle_x')}; "
+                "give the focal length in pixels, or the angle of view in radians"
+            )
+        return Intrinsics.from_fov(math.degrees(angle), size, size)
 
     def _find(self, name: str) -> Path:
         path = self._file.parent / name
@@ -169,40 +219,37 @@ class _TransformsViews(ViewSource):
                 return candidate
         raise DataError(f"{self._file}: picture {name} is missing (looked for {path}); restore it or remove its frame")
 
-    def intrinsics(self, index: int) -> Intrinsics:
-        values = {**self._json, **self._frames[index]}
-        width = height = self._size
-        if "fl_x" in values:
-            fx = float(values["fl_x"])
-            fy = float(values.get("fl_y", fx))
-            return Intrinsics(
-                fx, fy, float(values.get("cx", 0.5 * width)), float(values.get("cy", 0.5 * height)), width, height
-            )
-        if "camera_angle_x" in values:
-            return Intrinsics.from_fov(math.degrees(float(values["camera_angle_x"])), width, height)
-        raise DataError(f"{self._file}: neither fl_x nor camera_angle_x; the focal length is needed")
-
-    def images(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self._read(self._pictures[index]) for index in indices])
-
-    def _read(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as picture:
-                rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255.0
-        except OSError as error:
-            raise DataError(f"{path}: not a readable picture ({error}); replace it or remove its frame") from None
-        if rgba.shape[:2] != (self._size, self._size):
+    def _check_size(self, path: Path) -> None:
+        with _opened(path) as picture:
+            width, height = picture.size
+        if (width, height) != (self._size, self._size):
             raise DataError(
-                f"{path}: {rgba.shape[1]}x{rgba.shape[0]} pixels but the recipe's image_size is {self._size}; "
+                f"{path}: {width}x{height} pixels but the recipe's image_size is {self._size}; "
                 "all pictures of a dataset have one size"
             )
-        alpha = rgba[..., 3:]
-        colour = rgba[..., :3] * alpha + np.asarray(self._background, dtype=np.float32) * (1.0 - alpha)
-        return _picture(colour.astype(np.float32), str(path))
 
-    def fingerprint(self) -> str:
-        background = str((self._background, self.label)).encode()
-        return _sha256(background, self._file.read_bytes(), *(path.read_bytes() for path in self._pictures))
+    def _read(self, path: Path) -> Tensor:
+        with _opened(path) as picture:
+            rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / np.float32(255.0)
+        alpha = rgba[..., 3:]
+        return _picture(rgba[..., :3] * alpha + np.asarray(self._background, dtype=np.float32) * (1.0 - alpha))
+
+
+def _number(values: dict[str, Any], key: str, default: float, name: str) -> float:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{name}: {key} is {value!r}; expected a number")
+    return float(value)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, open; DataError where it cannot be read, now or while it is used."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: not a readable picture ({error}); replace it or remove its frame") from None
 
 
 def _npz_files(paths: list[str]) -> list[Path]:
@@ -217,6 +264,9 @@ def _npz_files(paths: list[str]) -> list[Path]:
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder; set the recipe's paths to your posed pictures")
+    twice = next((file for place, file in enumerate(files) if file in files[:place]), None)
+    if twice is not None:
+        raise DataError(f"{twice}: given twice; its views would be in the dataset twice, so name it once")
     return files
 
 
@@ -249,29 +299,32 @@ def _read_npz(file: Path) -> tuple[np.ndarray, Tensor, float]:
         raise DataError(
             f"{file}: {len(images)} images but poses of shape {poses.shape}; expected [{len(images)}, 4, 4]"
         )
-    focal = np.unique(np.asarray(focals, dtype=np.float64))
+    if not all(
+        np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer) for array in (poses, focals)
+    ):
+        raise DataError(f"{file}: poses of type {poses.dtype} and focal of type {focals.dtype}; expected real numbers")
+    focal = np.unique(focals.astype(np.float64))
     if len(focal) != 1 or not np.isfinite(focal[0]) or focal[0] <= 0:
-        raise DataError(f"{file}: focal {focals!r}; expected one positive number of pixels")
+        raise DataError(f"{file}: focal {focals.ravel()[:3].tolist()}; expected one positive number of pixels")
     camera_to_world = torch.from_numpy(poses.astype(np.float64))
     for index, pose in enumerate(camera_to_world):
         check_rigid(pose, f"{file}: view {index}")
     return images, camera_to_world, float(focal[0])
 
 
-def _picture(image: np.ndarray, name: str) -> Tensor:
-    """[H, W, 3] uint8 or float in [0, 1] as float32 [3, H, W]; DataError, naming it, for anything else."""
-    if image.dtype == np.uint8:
-        picture = torch.from_numpy(image.astype(np.float32) / np.float32(255.0))
-    else:
-        picture = torch.from_numpy(image.astype(np.float32))
-        if not torch.isfinite(picture).all():
-            raise DataError(f"{name}: pixels hold NaN or infinity; repair or remove the picture")
-        low, high = float(picture.min()), float(picture.max())
-        if low < -1e-3 or high > 1.0 + 1e-3:
-            raise DataError(
-                f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)"
-            )
-    return picture.permute(2, 0, 1).clamp(0.0, 1.0)
+def _check_pixels(image: np.ndarray, name: str) -> None:
+    """DataError, naming the float picture, unless its pixels are in [0, 1]."""
+    low, high = float(image.min()), float(image.max())  # NaN where a pixel is
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise DataError(f"{name}: pixels hold NaN or infinity; repair or remove the picture")
+    if low < -1e-3 or high > 1.0 + 1e-3:
+        raise DataError(f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)")
+
+
+def _picture(image: np.ndarray) -> Tensor:
+    """[H, W, 3] uint8, or float in [0, 1] but for rounding, as float32 [3, H, W] in [0, 1]."""
+    scale = np.float32(255.0) if image.dtype == np.uint8 else np.float32(1.0)
+    return torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1).clamp(0.0, 1.0)
 
 
 def _sha256(*parts: bytes) -> str:

@@ -6,11 +6,14 @@ The same recipe on the same hardware and versions gives the same bytes, also aft
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import platform
 import shutil
 import tarfile
 import zlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +36,10 @@ from sitdist.data.format import (
     LatentShape,
     ShardEntry,
     SplitEntry,
+    cannot_write,
     file_sha256,
+    flush_file,
+    flush_folder,
     load_index,
     load_manifest,
     write_atomically,
@@ -60,11 +67,18 @@ class _Split:
 def build(recipe: Recipe, out: Path) -> DatasetManifest:
     """Make the dataset `out`, or go on where an interrupted build of the same recipe stopped."""
     if (out / "manifest.json").exists():
+        (out / "build.json").unlink(missing_ok=True)
         raise DataError(f"{out}: a finished dataset is there; give another --out, or remove the folder to build again")
     splits = _open_splits(recipe)
-    _begin(recipe, splits, out)
+    plan = _plan(recipe, splits)
+    if not _check_folder(out, plan):
+        codec = _make_codec(recipe, splits["train"])  # before anything is written: it may not be there or not fit
+        _write_json(out / "build.json", plan)
+        _save_codec(codec, out / "codec")
+    elif not (out / "codec").is_dir():
+        _save_codec(_make_codec(recipe, splits["train"]), out / "codec")
+    codec = load_codec(out / "codec")  # always used from there
     statistics = PoseStatistics.from_poses(splits["train"].camera_to_world)
-    codec = _codec(recipe, splits["train"], out)
     entries: dict[str, SplitEntry] = {}
     total = sum(len(split.indices) for split in splits.values())
     with tqdm(total=total, desc="views", unit="view", smoothing=0.05) as progress:
@@ -92,6 +106,7 @@ def build(recipe: Recipe, out: Path) -> DatasetManifest:
         codec_psnr=_held_out_psnr(out, entries),
         splits=entries,
     )
+    _write_json(out / "provenance.json", _environment())
     text = manifest.model_dump_json(indent=1) + "\n"
     write_atomically(out / "manifest.json", lambda path: path.write_text(text))
     (out / "build.json").unlink()
@@ -115,46 +130,97 @@ def _open_splits(recipe: Recipe) -> dict[str, _Split]:
     return splits
 
 
-def _begin(recipe: Recipe, splits: dict[str, _Split], out: Path) -> None:
-    """Leave a plan in the folder; going on with another plan is an error."""
-    plan = {
+def _plan(recipe: Recipe, splits: dict[str, _Split]) -> dict[str, Any]:
+    """What has to be the same when a build goes on."""
+    return {
         "format_version": FORMAT_VERSION,
         "recipe": recipe.model_dump(mode="json"),
         "sources": {name: split.source.fingerprint() for name, split in splits.items()},
+        "environment": _environment(),
     }
-    path = out / "build.json"
-    if path.exists():
-        if json.loads(path.read_text()) != plan:
-            raise DataError(
-                f"{out}: holds an unfinished build of another recipe or other source files; "
-                "give another --out, or remove the folder"
-            )
-        return
+
+
+def _check_folder(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether an unfinished build of this plan is there, tidied up; DataError if something else is."""
+    if (out / "build.json").is_file():
+        _check_plan(out, plan)
+        for leftover in out.rglob(".*.tmp"):  # what a killed build was writing
+            if leftover.is_file():
+                leftover.unlink()
+        return True
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; give another --out")
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty and no unfinished build; give another --out")
-    write_atomically(path, lambda file: file.write_text(json.dumps(plan, indent=1)))
+    return False
 
 
-def _codec(recipe: Recipe, train: _Split, out: Path) -> Codec:
-    """The codec of the dataset, fitted or copied into out/codec once, and always used from there."""
-    folder = out / "codec"
-    if not folder.exists():
-        codec: Codec
-        if isinstance(recipe.codec, PcaCodecConfig):
-            images = train.source.images(train.indices[: recipe.codec.fit_views].tolist())
-            codec = PcaCodec.fit(images, recipe.codec.patch, recipe.codec.channels)
-        else:
-            codec = VaeCodec(recipe.codec.path, recipe.codec.dtype)
-        if recipe.image_size % (2 * codec.downsample) or codec.channels % 4:
+def _check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """DataError unless the unfinished build in the folder was begun with this plan."""
+    try:
+        begun = dict(json.loads((out / "build.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{out}/build.json: damaged ({error}); remove the folder and build again") from None
+    here, there = plan["environment"], begun.pop("environment", {})
+    if begun != {key: value for key, value in plan.items() if key != "environment"}:
+        raise DataError(
+            f"{out}: holds an unfinished build of another recipe or other source files; "
+            "give another --out, or remove the folder"
+        )
+    for key in here:
+        if there.get(key) != here[key]:
             raise DataError(
-                f"image_size {recipe.image_size} with a codec of {codec.channels} channels that shrinks by "
-                f"{codec.downsample}: the latent needs an even size and a multiple of 4 channels to hold a pose"
+                f"{out}: the unfinished build was begun with {key} {there.get(key)} but here it is {here[key]}, which "
+                "may give other bytes; go on as it was begun (OMP_NUM_THREADS sets threads), or remove the folder"
             )
-        temporary = out / ".codec.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _environment() -> dict[str, Any]:
+    """What the bytes of a dataset depend on besides its recipe and its sources."""
+    packages = ("diffusers", "numpy", "pillow", "sitdist", "torch", "webdataset")
+    return {name: version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=1) + "\n"))
+
+
+def _make_codec(recipe: Recipe, train: _Split) -> Codec:
+    """The recipe's codec, fitted or loaded; DataError if its latents could not hold a pose."""
+    codec: Codec
+    if isinstance(recipe.codec, PcaCodecConfig):
+        images = train.source.images(train.indices[: recipe.codec.fit_views].tolist())
+        codec = PcaCodec.fit(images, recipe.codec.patch, recipe.codec.channels)
+    else:
+        codec = VaeCodec(recipe.codec.path, recipe.codec.dtype)
+    if recipe.image_size % (2 * codec.downsample) or codec.channels % 4:
+        raise DataError(
+            f"image_size {recipe.image_size} with a codec of {codec.channels} channels that shrinks by "
+            f"{codec.downsample}: the latent needs an even size and a multiple of 4 channels to hold a pose"
+        )
+    return codec
+
+
+def _save_codec(codec: Codec, folder: Path) -> None:
+    temporary = folder.with_name(".codec.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
         codec.save(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                flush_file(path)
         temporary.rename(folder)
-    return load_codec(folder)
+        flush_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _codec_files(out: Path) -> dict[str, str]:
@@ -348,7 +414,9 @@ def verify(out: Path) -> list[str]:
             if manifest.codec.get(key) != value
         ]
     for name, split in manifest.splits.items():
-        keys = iter(range(split.count))
+        if sum(shard.count for shard in split.shards) != split.count:
+            problems.append(f"manifest.json: the shards of {name} do not hold {split.count} samples; build again")
+        keys = itertools.count()
         for shard in split.shards:
             wanted = [f"{next(keys):09d}" for _ in range(shard.count)]
             problems += [

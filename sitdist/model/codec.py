@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sitdist.errors import CodecError
 
+CONSTANT_DEVIATION = 1e-4  # a component that varies less over the training patches is rounding, not signal
 NO_VARIANCE = -30.0  # log-variance of a codec without a posterior
 
 
@@ -61,7 +62,10 @@ class Codec(ABC):
 
 
 class PcaCodec(Codec):
-    """Projects every patch on the principal components of the training patches; each channel has unit variance."""
+    """Projects every patch on the principal components of the training patches; each channel has unit variance.
+
+    A channel that is constant over the training patches has scale 1, so that rounding does not become signal.
+    """
 
     def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, patch: int) -> None:
         self.mean, self.basis, self.scale = mean, basis, scale  # [3pp], [3pp, C], [C], float32
@@ -82,7 +86,8 @@ class PcaCodec(Codec):
         variance, vectors = torch.linalg.eigh(scatter / count - mean[:, None] * mean)
         basis, variance = vectors.flip(1)[:, :channels], variance.flip(0)[:channels]
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        scale = variance.clamp_min(1e-12).sqrt()
+        deviation = variance.clamp_min(0.0).sqrt()
+        scale = torch.where(deviation < CONSTANT_DEVIATION, torch.ones_like(deviation), deviation)
         return cls(mean.float(), (basis * largest.sign()).float().contiguous(), scale.float(), patch)
 
     def encode_moments(self, images: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
             return VaeCodec(str(folder / "vae"), description["dtype"]).to(device)
         weights = load_file(folder / "weights.safetensors")
         return PcaCodec(weights["mean"], weights["basis"], weights["scale"], description["patch"]).to(device)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CodecError(f"{folder}: no readable codec ({error}); build the dataset again") from None
 
 
@@ -202,11 +207,10 @@ def _state_sha256(state: dict[str, Tensor]) -> str:
 
 
 def _load_vae(path: str) -> Any:
-    from diffusers import AutoencoderKL
-
+    folder = Path(path).expanduser()
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
-    if Path(path).is_dir():
-        source = str(path)
+    if folder.is_dir():
+        source = str(folder)
     elif looks_local:
         raise CodecError(
             f"codec.path {path}: no such folder; give a diffusers AutoencoderKL folder or a hub id such as "
@@ -214,10 +218,12 @@ def _load_vae(path: str) -> Any:
         )
     else:
         source = path
+    from diffusers import AutoencoderKL
+
     try:
-        return AutoencoderKL.from_pretrained(source)
+        return AutoencoderKL.from_pretrained(source, use_safetensors=True)  # and never a pickle
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CodecError(
             f"codec.path {path}: no AutoencoderKL could be loaded ({reason}); check the folder or the hub id, "
             "or download it first and give its folder"

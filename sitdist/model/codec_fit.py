@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -32,13 +33,7 @@ def fit_vae(
     """
     from diffusers import AutoencoderKL
 
-    if folder.exists():
-        raise CodecError(f"{folder}: already exists; give another --out, or remove it")
-    shrink = 2 ** (len(block_out_channels) - 1)
-    if images.shape[-1] % shrink:
-        raise CodecError(
-            f"{len(block_out_channels)} levels shrink by {shrink}, which does not divide {images.shape[-1]} pixels"
-        )
+    _check(images, folder, len(block_out_channels), latent_channels)
     torch.manual_seed(seed)
     held_out, training = images[::HELD_OUT], images[torch.arange(len(images)) % HELD_OUT != 0]
     levels = len(block_out_channels)
@@ -48,7 +43,7 @@ def fit_vae(
         block_out_channels=block_out_channels,
         latent_channels=latent_channels,
         layers_per_block=1,
-        norm_num_groups=min(8, *block_out_channels),
+        norm_num_groups=math.gcd(8, *block_out_channels),
         sample_size=images.shape[-1],
     )
     optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, weight_decay=0.0)
@@ -64,7 +59,7 @@ def fit_vae(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(mse=f"{float(error):.4f}", refresh=False)
+        progress.set_postfix(mse=f"{float(error.detach()):.4f}", refresh=False)
     vae.eval()
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk * 2.0 - 1.0).latent_dist.mean for chunk in training[:1024].split(64)])
@@ -80,3 +75,17 @@ def fit_vae(
         f"scaling factor {vae.config.scaling_factor:.4f}"
     )
     return float(psnr.mean())
+
+
+def _check(images: Tensor, folder: Path, levels: int, latent_channels: int) -> None:
+    """CodecError for what could not be fitted, or not hold a pose afterwards, before any work is done."""
+    if folder.exists():
+        raise CodecError(f"{folder}: already exists; give another --out, or remove it")
+    if len(images) < 2:
+        raise CodecError(f"{len(images)} view to fit on; at least 2 are needed, one of them held out")
+    shrink = 2 ** (levels - 1)
+    if images.shape[-1] % (2 * shrink) or latent_channels % 4:
+        raise CodecError(
+            f"{images.shape[-1]} pixels with {levels} levels, which shrink by {shrink}, and {latent_channels} latent "
+            "channels: the latent needs an even size and a multiple of 4 channels to hold a pose"
+        )

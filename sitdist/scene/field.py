@@ -1,7 +1,8 @@
 """The built-in object: an asymmetric, textured chair of homogeneous solids, as a radiance field.
 
 Its sides all differ (one armrest, four leg colours, a ball on the seat, a striped back with a plain rear), so that no
-two cameras see the same picture. It fits the ball of radius 0.95 about the origin; +z is up.
+two cameras see the same picture. It fits the ball of radius 1 about the origin (the upper corners of its back reach
+0.985), so that a camera at radius 1 is outside; +z is up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 DENSITY = 80.0  # per unit of length: opaque within a few hundredths
+SCALE = 0.9  # from the units of the table below to the scene's
 
 # centre, half size, colour, second colour, texture frequency along x, y, z; a negative first half size: an ellipsoid
 _CHAIR = [
@@ -25,7 +27,7 @@ _CHAIR = [
     ((0.47, 0.02, 0.30), (0.05, 0.37, 0.04), (0.65, 0.25, 0.70), (0.35, 0.10, 0.40), (0.0, 10.0, 0.0)),  # armrest
     ((0.47, 0.34, 0.12), (0.04, 0.04, 0.14), (0.45, 0.20, 0.50), (0.45, 0.20, 0.50), (0.0, 0.0, 0.0)),  # its post
     ((-0.14, 0.16, 0.18), (-0.15, 0.15, 0.15), (0.95, 0.55, 0.10), (0.99, 0.85, 0.60), (16.0, 0.0, 16.0)),  # ball
-    ((-0.30, -0.36, 0.80), (0.12, 0.011, 0.06), (0.10, 0.10, 0.10), (0.10, 0.10, 0.10), (0.0, 0.0, 0.0)),  # label
+    ((-0.30, -0.359, 0.80), (0.12, 0.011, 0.06), (0.10, 0.10, 0.10), (0.10, 0.10, 0.10), (0.0, 0.0, 0.0)),  # label
     ((0.00, 0.41, -0.60), (0.31, 0.03, 0.03), (0.30, 0.30, 0.35), (0.75, 0.75, 0.80), (13.0, 0.0, 0.0)),  # front bar
 ]
 
@@ -79,4 +81,4 @@ def chair(dtype: torch.dtype = torch.float32) -> Solids:
     centre, half, colour, second, frequency = (
         torch.tensor(values, dtype=dtype) for values in zip(*_CHAIR, strict=True)
     )
-    return Solids(centre, half.abs(), colour, second, frequency, half[:, 0] < 0)
+    return Solids(SCALE * centre, SCALE * half.abs(), colour, second, frequency / SCALE, half[:, 0] < 0)

@@ -1,0 +1,238 @@
+"""Configs and recipes: what they refuse, in which words, and that they come back from YAML as they were."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sitdist.config import Config, Recipe, dump_yaml, load_yaml, parse
+from sitdist.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = {
+    "name": "tiny",
+    "data": "datasets/tiny",
+    "model": {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2},
+    "train": {"steps": 10, "global_batch": 8},
+}
+RECIPE = {
+    "name": "tiny",
+    "image_size": 16,
+    "codec": {"kind": "pca"},
+    "splits": {"train": {"kind": "scene", "views": 20}},
+}
+
+
+def changed(values, key, value):
+    """`values` with a.b.c set to a value; the value ... removes it."""
+    first, _, rest = key.partition(".")
+    if rest:
+        return values | {first: changed(values.get(first, {}), rest, value)}
+    return {k: v for k, v in (values | {first: value}).items() if v is not ...}
+
+
+def refusal(schema, values):
+    with pytest.raises(ConfigError) as caught:
+        parse(schema, values, "file.yaml")
+    message = str(caught.value)
+    assert message.startswith("file.yaml: ")
+    assert "\n" not in message
+    return message.removeprefix("file.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        # unknown keys, with the nearest right one
+        ("train.step", 3, "unknown key 'train.step'; did you mean 'steps'?"),
+        ("trian", {}, "unknown key 'trian'; did you mean 'train'?"),
+        ("train.optimizer", {"learning": 1}, "unknown key 'train.optimizer.learning'; known keys: betas, clip_norm,"),
+        ("evaluate.generator_step", 3, "unknown key 'evaluate.generator_step'; did you mean 'generator_steps'?"),
+        # wrong types: nothing is cast
+        ("train.steps", "10", "train.steps = '10': input should be a valid integer"),
+        ("train.steps", 10.0, "train.steps = 10.0: input should be a valid integer"),
+        ("train.steps", True, "train.steps = True: input should be a valid integer"),
+        ("train.deterministic", "yes", "train.deterministic = 'yes': input should be a valid boolean"),
+        ("train.deterministic", 1, "train.deterministic = 1: input should be a valid boolean"),
+        ("train.optimizer", {"lr": "1e-4"}, "train.optimizer.lr = '1e-4': input should be a valid number"),
+        ("train.optimizer", {"betas": [0.9, "0.99"]}, "train.optimizer.betas.1 = '0.99': input should be a valid"),
+        ("train.optimizer", {"betas": [0.9]}, "'train.optimizer.betas.1' is missing"),
+        ("train", 3, "train = 3: input should be a valid"),
+        ("name", 7, "name = 7: input should be a valid string"),
+        ("data", None, "data = None: input should be a valid string"),
+        # out of range
+        ("train.steps", 0, "train.steps = 0: input should be greater than 0"),
+        ("seed", -1, "seed = -1: input should be greater than or equal to 0"),
+        ("flow.sigma", -0.1, "flow.sigma = -0.1: input should be greater than or equal to 0"),
+        ("flow.sigma", float("nan"), "flow.sigma = nan: input should be a finite number"),
+        ("train.ema_decay", 1, "train.ema_decay = 1: input should be less than 1"),
+        ("train.precision", "fp8", "train.precision = 'fp8': input should be 'fp32', 'bf16' or 'fp16'"),
+        ("flow.path", "cubic", "flow.path = 'cubic': input should be 'linear', 'gvp' or 'vp'"),
+        ("data", "", "data = '': string should have at least 1 character"),
+        ("name", "a/b", "name = 'a/b': string should match pattern"),
+        # keys that are wrong together
+        ("flow", {"share_at_one": 0.7, "share_at_zero": 0.5}, "flow: share_at_one + share_at_zero is 1.2, more than 1"),
+        ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set share_at_one and"),
+        ("model", {"preset": "SiT-B/3"}, "model.preset = 'SiT-B/3': 'SiT-B/3' is not a published size; did you mean"),
+        ("model.preset", "SiT-B/8", "model: preset SiT-B/8 already fixes ['depth', 'hidden_size', 'num_heads',"),
+        ("model.depth", ..., "model: give preset, or all of patch_size, hidden_size, depth, num_heads; missing: "),
+        ("model.num_heads", 3, "model: hidden_size 16 is no multiple of num_heads 3"),
+        # missing
+        ("data", ..., "'data' is missing; it is required"),
+        ("train.steps", ..., "'train.steps' is missing; it is required"),
+    ],
+)
+def test_a_wrong_config_is_one_line_with_the_key_the_value_and_the_remedy(key, value, message):
+    parse(Config, CONFIG, "file.yaml")
+    assert refusal(Config, changed(CONFIG, key, value)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_sise", 3, "unknown key 'image_sise'; did you mean 'image_size'?"),
+        ("splits.train.view", 3, "unknown key 'splits.train.view'; did you mean 'views'?"),
+        (
+            "splits.npz",
+            {"kind": "scene", "views": 2, "foV_deg": 3},
+            "unknown key 'splits.npz.foV_deg'; did you mean 'fov",
+        ),
+        ("codec.chanels", 3, "unknown key 'codec.chanels'; did you mean 'channels'?"),
+        ("codec", {"kind": "vae", "paht": "x"}, "unknown key 'codec.paht'; did you mean 'path'? (and 1 more)"),
+        ("splits.train.kind", "scen", "splits.train.kind = 'scen': should be one of 'scene', 'npz', 'transforms'"),
+        ("codec.kind", "svd", "codec.kind = 'svd': should be one of 'pca', 'vae'"),
+        ("codec", 3, "codec = 3: input should be a valid dictionary"),
+        ("codec.channels", 6, "codec.channels = 6: input should be a multiple of 4"),
+        ("splits.train.views", 2.5, "splits.train.views = 2.5: input should be a valid integer"),
+        ("splits.train.radius", [5, 3], "splits.train: radius [5.0, 3.0] runs backwards; write [smaller, larger]"),
+        ("splits.train.radius", [0, 3], "splits.train.radius.0 = 0: input should be greater than 0"),
+        ("splits.train.radius", ["3", 5], "splits.train.radius.0 = '3': input should be a valid number"),
+        ("splits", {}, "Recipe: splits has no 'train'; the pose statistics and the codec come from the training views"),
+        ("splits.test", {"kind": "npz", "paths": []}, "splits.test.paths = []: list should have at least 1 item"),
+        ("splits.test", {"kind": "npz", "paths": [""]}, "splits.test.paths.0 = '': string should have at least 1 char"),
+        ("splits.test", {"kind": "npz", "paths": "a.npz"}, "splits.test.paths = 'a.npz': input should be a valid list"),
+        ("splits.test", {"kind": "transforms", "path": ""}, "splits.test.path = '': string should have at least 1"),
+        (
+            "splits.test",
+            {"kind": "scene", "views": 5},
+            "Recipe: splits 'train' and 'test' have the same seed 0, so the",
+        ),
+        ("image_size", 20, "Recipe: image_size 20 is no multiple of 8 (twice codec.patch)"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_with_the_key_the_value_and_the_remedy(key, value, message):
+    parse(Recipe, RECIPE, "file.yaml")
+    assert refusal(Recipe, changed(RECIPE, key, value)).startswith(message)
+
+
+def test_a_val_split_and_val_views_exclude_each_other():
+    values = changed(RECIPE, "splits.val", {"kind": "scene", "views": 5, "seed": 1})
+    parse(Recipe, values, "file.yaml")
+    assert "both a 'val' split and val_views" in refusal(Recipe, values | {"val_views": 3})
+    parse(Recipe, values | {"val_views": 0}, "file.yaml")
+
+
+def test_a_changed_config_is_checked_too():
+    config = parse(Config, CONFIG, "file.yaml")
+    with pytest.raises(ValueError, match="greater than 0"):
+        config.train.steps = -1
+
+
+def test_a_preset_gives_the_published_sizes():
+    model = parse(Config, CONFIG | {"model": {"preset": "SiT-XL/2"}}, "file.yaml").model
+    assert model.sizes() == {"patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16}
+    assert parse(Config, CONFIG, "file.yaml").model.sizes() == CONFIG["model"]
+
+
+# ------------------------------------------------------------------------------------------------------- YAML files
+
+
+def write(folder, text):
+    (folder / "config.yaml").write_text(text)
+    return folder / "config.yaml"
+
+
+def test_set_changes_single_keys_with_the_types_of_yaml(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(CONFIG))
+    overrides = [
+        "train.steps=20",
+        "train.optimizer.lr=1e-3",
+        "train.optimizer.betas=[0.8, 0.9]",
+        "train.optimizer.clip_norm=null",
+        "evaluate.lpips_backbone=weights.pth",
+        "data=a=b",
+    ]
+    config = load_yaml(Config, path, overrides)
+    assert config.train.steps == 20
+    assert config.train.optimizer.lr == 1e-3
+    assert config.train.optimizer.betas == (0.8, 0.9)
+    assert config.train.optimizer.clip_norm is None
+    assert config.evaluate.lpips_backbone == "weights.pth"
+    assert config.data == "a=b"
+    assert config.train.global_batch == 8  # the rest is as it was
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "--set train.steps: expected KEY=VALUE, such as --set train.steps=100"),
+        ("=3", "--set =3: expected KEY=VALUE"),
+        ("train.stpes=3", "unknown key 'train.stpes'; did you mean 'steps'?"),
+        ("train.steps=ten", "train.steps = 'ten': input should be a valid integer"),
+        ("name.first=x", "--set name.first=x: name is 'tiny', which has no keys below it"),
+        ("train.steps=[1", "--set train.steps=[1: '[1' is not a YAML value"),
+    ],
+)
+def test_a_wrong_set_is_named(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_yaml(Config, write(tmp_path, yaml.safe_dump(CONFIG)), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\ndata: x\nname: b\n", r"not valid YAML: .*key 'name' is given twice .*line 3"),
+        ("train: {steps: 1, steps: 2}", r"key 'steps' is given twice"),
+        ("? [a, b]\n: 1\n", r"\['a', 'b'\] is no key"),
+        ("- a\n- b\n", r"holds list, not a mapping"),
+        ("", r"holds NoneType, not a mapping"),
+        ("a: [1, 2\n", r"not valid YAML"),
+        ("1: 2\n", r"1 = 2: keys should be strings|missing"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*(" + message + ")") as caught:
+        load_yaml(Config, write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named_with_what_it_should_be(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file; give the path of a YAML recipe"):
+        load_yaml(Recipe, tmp_path / "nowhere.yaml")
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    text = yaml.safe_dump(CONFIG) + "flow: {sigma: 1e-2}\n"
+    assert load_yaml(Config, write(tmp_path, text)).flow.sigma == 0.01
+
+
+def test_what_is_dumped_is_read_back_the_same(tmp_path):
+    values = changed(CONFIG, "train.optimizer", {"lr": 1e-7, "betas": [0.5, 0.75], "clip_norm": None})
+    config = parse(Config, changed(values, "model", {"preset": "SiT-S/4"}), "file.yaml")
+    assert load_yaml(Config, write(tmp_path, dump_yaml(config))) == config
+    splits = {
+        "train": {"kind": "scene", "views": 20, "radius": [1, 2.5]},
+        "a": {"kind": "npz", "paths": ["x", "y"], "label": 1},
+        "b": {"kind": "transforms", "path": "z", "background": [0, 0.5, 1]},
+    }
+    recipe = parse(Recipe, RECIPE | {"splits": splits, "codec": {"kind": "vae", "path": "x/y"}}, "file.yaml")
+    assert load_yaml(Recipe, write(tmp_path, dump_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("folder", ["configs", "shards"])
+def test_every_shipped_file_loads_under_its_own_name(folder):
+    files = sorted((REPOSITORY / folder).glob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        assert load_yaml(Config if folder == "configs" else Recipe, file).name == file.stem
