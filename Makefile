@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 DEMO := runs/demo
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup demo test test-fast test-slow lint clean
+.PHONY: setup demo test test-fast test-slow lint lock clean
 
 setup: $(READY)
 
@@ -41,6 +41,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Pin the newest versions that pyproject.toml admits, for every platform, without naming an index.
+lock:
+	uv pip compile -q --universal --no-header --python-version 3.11 --all-extras --upgrade pyproject.toml -o requirements.txt
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache

@@ -7,15 +7,18 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
-from sitdist.errors import ConfigError
+from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError
 
 log = logging.getLogger("sitdist")
 
@@ -46,12 +49,7 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
     AcceleratorState._reset_state(reset_partial_state=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
-        accelerator = Accelerator(
-            cpu=use_cpu,
-            mixed_precision=MIXED_PRECISION[precision],
-            # Rebuilding the buckets after the first step would sum in another order than before a resume.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        accelerator = Accelerator(cpu=use_cpu, mixed_precision=MIXED_PRECISION[precision])
     if accelerator.distributed_type not in SUPPORTED:
         raise ConfigError(
             f"distributed type {accelerator.distributed_type.value}: not supported; "
@@ -71,54 +69,112 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
     return accelerator
 
 
-def finish(accelerator: Accelerator) -> None:
-    """Leave the process group; every process calls it."""
+@contextmanager
+def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[tuple[Accelerator, Agreement]]:
+    """Within `with`: this process is one of those that the launcher started; afterwards it has left their group.
+
+    A process that fails alone leaves without a word to the others, who may never come to where it would wait for them.
+    """
+    accelerator = make_accelerator(precision, deterministic)
+    log_on_main(accelerator)
+    try:
+        yield accelerator, Agreement(accelerator)
+    except (SitdistError, RunInterrupted) as error:
+        if isinstance(error, RunInterrupted) or (error.of_rank is not None and not isinstance(error, ProcessError)):
+            _leave(accelerator)
+        raise
+    _leave(accelerator)
+
+
+def _leave(accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 class Agreement:
-    """Small decisions that all processes take together, over gloo, so that no GPU has to wait for them."""
+    """Small decisions that all processes take together, over gloo, so that no GPU has to wait for them.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.world = accelerator.num_processes
+    Every process calls every method. ProcessError where another one has ended, or does not come within the process
+    group's timeout (half an hour).
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        """Of the accelerator's processes; None: this one is alone."""
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.world = 1 if accelerator is None else accelerator.num_processes
         self._group: Any = None
-        if self.world > 1 and accelerator.device.type != "cpu":
+        if accelerator is not None and self.world > 1 and accelerator.device.type != "cpu":
             self._group = dist.new_group(backend="gloo")
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait for every process at the end of the block; an error that one of them met there is raised on all.
+
+        The block itself must not wait for other processes.
+        """
+        if self.world == 1:
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.any(failure is not None)[0]:
+            self._raise_first(failure)
+
+    def _raise_first(self, failure: Exception | None) -> NoReturn:
+        bug = failure is not None and not isinstance(failure, SitdistError)
+        told = ProcessError(f"{type(failure).__name__}: {failure}") if bug else failure
+        errors = [(rank, error) for rank, error in enumerate(self.gather(told)) if error is not None]
+        rank, first = min(errors, key=lambda entry: not isinstance(entry[1], ProcessError))  # bugs before the rest
+        if failure is not None and bug:
+            raise failure  # the process that met it shows where
+        first.of_rank = rank
+        raise first from None
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether each flag is set on at least one process. Every process calls it."""
+        """Whether each flag is set on at least one process."""
         if self.world == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group)
+        self._meet(dist.all_reduce, raised, op=dist.ReduceOp.MAX)
         return tuple(bool(flag) for flag in raised.tolist())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over processes of a small tensor, on the CPU. Every process calls it."""
+        """The sum over processes of a small tensor, on the CPU."""
         total = values.detach().to("cpu", copy=True)
         if self.world > 1:
-            dist.all_reduce(total, group=self._group)
+            self._meet(dist.all_reduce, total)
         return total
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in rank order. Every process calls it."""
+        """The value of every process, in rank order."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value, group=self._group)
+            self._meet(dist.all_gather_object, values, value)
         return values
 
     def of_main(self, value: Any) -> Any:
-        """The main process's value. Every process calls it."""
+        """The main process's value."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, src=0, group=self._group)
+            self._meet(dist.broadcast_object_list, values, src=0)
         return values[0]
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
-            dist.barrier(group=self._group)
+            self._meet(dist.barrier)
+
+    def _meet(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            collective(*arguments, group=self._group, **options)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ProcessError(
+                f"another process has ended or does not answer ({reason}); what it printed says why"
+            ) from None
 
 
 class StopSignal:
@@ -145,12 +201,19 @@ class StopSignal:
         self.requested = signal.Signals(number)
 
 
+class _StderrLines(logging.Handler):
+    """Messages on stderr, above a progress bar that may be there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def log_on_main(accelerator: Accelerator) -> None:
     """Show messages of level INFO and above on stderr, those of the main process only; warnings of every process."""
     level = logging.INFO if accelerator.is_main_process else logging.WARNING
     log.setLevel(level)
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+    if not any(isinstance(handler, _StderrLines) for handler in log.handlers):
+        handler = _StderrLines()
         handler.setFormatter(logging.Formatter("sitdist: %(message)s"))
         log.addHandler(handler)
         log.propagate = False

@@ -92,12 +92,18 @@ def save_checkpoint(run: Path, state: dict[str, Any], tensors: Mapping[str, Mapp
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; free space and use --resume") from None
-    for old in [other for other in list_checkpoints(run) if other <= folder][:-keep]:
-        unwanted = old.with_name(f".{old.name}.old-{os.getpid()}")
-        os.rename(old, unwanted)
-        shutil.rmtree(unwanted)
-    remove_unfinished(run)
+    _remove_old(run, folder, keep)
     return folder
+
+
+def _remove_old(run: Path, newest: Path, keep: int) -> None:
+    """Hide, then remove all checkpoints but the newest `keep`, and what was left half-removed before."""
+    try:
+        for old in [other for other in list_checkpoints(run) if other <= newest][:-keep]:
+            os.rename(old, old.with_name(f".{old.name}.old-{os.getpid()}"))
+        remove_unfinished(run)
+    except OSError as error:
+        log.warning("%s: an old checkpoint cannot be removed: %s", run, error)
 
 
 def remove_unfinished(run: Path) -> None:
@@ -258,15 +264,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: Path
 ) -> None:
-    """The inverse of `optimizer_tensors`; CheckpointError naming a state that belongs to no parameter of the model."""
+    """The inverse of `optimizer_tensors`; CheckpointError naming a state that fits no parameter of the model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {names[parameter]: place for place, parameter in enumerate(trained)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
-        if name not in ordered:
+        if name not in places:
             raise CheckpointError(f"{where}: optimizer state {key} belongs to no trained parameter of the model")
-        state.setdefault(ordered.index(name), {})[kind] = tensor
+        ours, theirs = tuple(trained[places[name]].shape), tuple(tensor.shape)
+        if theirs not in (ours, ()):  # a scalar counts steps
+            raise CheckpointError(f"{where}: optimizer state {key} is {theirs} but the parameter is {ours}")
+        state.setdefault(places[name], {})[kind] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

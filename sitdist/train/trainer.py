@@ -28,7 +28,7 @@ from sitdist.flow.endpoint import pose_endpoint, sample_times
 from sitdist.flow.loss import velocity_loss
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
-from sitdist.runtime import Agreement, StopSignal, finish, log_on_main, make_accelerator
+from sitdist.runtime import Agreement, StopSignal, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.build import build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
@@ -46,15 +46,13 @@ def train(config: Config, run: Path, resume: bool = False) -> None:
 
     RunInterrupted after SIGTERM or SIGINT, with a checkpoint of the last step done.
     """
-    accelerator = make_accelerator(config.train.precision, config.train.deterministic)
-    log_on_main(accelerator)
-    with StopSignal() as stop:
-        trainer = Trainer(config, Path(run), resume, accelerator)
+    settings = config.train
+    with processes(settings.precision, settings.deterministic) as (accelerator, agreement), StopSignal() as stop:
+        trainer = Trainer(config, Path(run), resume, accelerator, agreement)
         try:
             trainer.run_steps(stop)
         finally:
             trainer.close()
-    finish(accelerator)
 
 
 @dataclass(frozen=True)
@@ -139,52 +137,48 @@ class Prefetch:
 class Trainer:
     """One process's part of a run: opened at a checkpoint or at step 0, then trained up to `config.train.steps`."""
 
-    def __init__(self, config: Config, run: Path, resume: bool, accelerator: Accelerator) -> None:
-        self.config, self.run, self.accelerator = config, run, accelerator
-        self.agreement = Agreement(accelerator)
+    def __init__(self, config: Config, run: Path, resume: bool, accelerator: Accelerator, agreement: Agreement) -> None:
+        self.config, self.run, self.accelerator, self.agreement = config, run, accelerator, agreement
         self.dataset = Path(config.data)
+        self.step = 0
+        self.saved_step: int | None = None
+        self.buckets_settled = False
         device, world = accelerator.device, accelerator.num_processes
 
-        # ---- data
-        manifest = load_manifest(self.dataset)
-        self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
-        self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
-        reader = BatchReader(ShardReader(self.dataset, "train"), config.seed, config.train.global_batch)
-
-        # ---- model: the same weights on every process, because every process seeds its CPU generator alike
-        self.path = get_path(config.flow.path)
-        torch.manual_seed(config.seed)
-        self.raw_model = build_model(config.model, manifest).to(device)
-        self.ema = Ema(self.raw_model, config.train.ema_decay)
-        optimizer = build_optimizer(self.raw_model, config.train.optimizer)
+        # ---- data and model: the same weights on every process, because every process seeds its CPU generator alike
+        with agreement.together():
+            manifest = load_manifest(self.dataset)
+            self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
+            self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
+            reader = BatchReader(ShardReader(self.dataset, "train"), config.seed, config.train.global_batch)
+            self.path = get_path(config.flow.path)
+            torch.manual_seed(config.seed)
+            self.raw_model = build_model(config.model, manifest).to(device)
+            self.ema = Ema(self.raw_model, config.train.ema_decay)
+            self.raw_optimizer = build_optimizer(self.raw_model, config.train.optimizer)
 
         # ---- where it goes on
-        self.saved_step: int | None = None
-        self.step = 0
-        loaded = self._open_run(resume)
-        if loaded is not None:
-            checkpoints.load_tensors(self.raw_model, loaded.tensors["model"], loaded.folder / "model.safetensors")
-            checkpoints.load_tensors(self.ema.model, loaded.tensors["ema"], loaded.folder / "ema.safetensors")
-            checkpoints.load_optimizer(
-                self.raw_model, optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
-            )
-            self.step = self.saved_step = loaded.step
-            if accelerator.scaler is not None and loaded.state["scaler"] is not None:
-                accelerator.scaler.load_state_dict(loaded.state["scaler"])
-        self.model, self.optimizer = accelerator.prepare(self.raw_model, optimizer)
-        self.optimizer_of_model = optimizer
+        newest: checkpoints.Checkpoint | None = None
+        with agreement.together():
+            if accelerator.is_main_process:
+                newest = self._find_newest(resume)
+        start = agreement.of_main(None if newest is None else newest.step)
+        with agreement.together():
+            if start is not None:
+                self._go_on_from(newest or checkpoints.read_checkpoint(checkpoints.folder_of(run, start)))
+        self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
 
         # ---- what watches it
         self.validation: Validation | None = None
-        if config.train.validate_every is not None and accelerator.is_main_process:
-            codec = load_matching_codec(self.dataset / "codec", manifest, device)
-            self.validation = Validation(config, self.dataset, manifest, codec, device)
-        if accelerator.is_main_process:
-            self._write_run(loaded)
-        self.agreement.barrier()
         steps, global_batch = config.train.steps, config.train.global_batch
-        self.prefetch = Prefetch(reader, accelerator.process_index, world, steps)
-        self.monitor = Monitor(self.run, accelerator, self.agreement, self.step, steps, global_batch)
+        with agreement.together():
+            if accelerator.is_main_process:
+                if config.train.validate_every is not None:
+                    codec = load_matching_codec(self.dataset / "codec", manifest, device)
+                    self.validation = Validation(config, self.dataset, manifest, codec, device)
+                self._write_run()
+            self.prefetch = Prefetch(reader, accelerator.process_index, world, steps)
+            self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch)
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -194,8 +188,11 @@ class Trainer:
         while self.step < settings.steps:
             begun = time.perf_counter()
             step = self.step
-            batch, waited = self.prefetch.batch(step)
+            with self.agreement.together():
+                batch, waited = self.prefetch.batch(step)
             inputs = make_inputs(batch, self.config, self.accelerator.device)
+            if not self.buckets_settled:
+                self._settle_buckets(inputs)
 
             # ---- gradients of the mean loss over the global batch
             losses = self._accumulate_gradients(inputs)
@@ -252,6 +249,16 @@ class Trainer:
             losses.append(loss.detach())
         return torch.cat(losses)
 
+    def _settle_buckets(self, inputs: Inputs) -> None:
+        """Let DDP order its buckets before the first update.
+
+        It sums in that order, and finds it in its first backward pass; a resumed run must not differ there.
+        """
+        if self.accelerator.num_processes > 1:
+            self._accumulate_gradients(inputs)
+            self.optimizer.zero_grad(set_to_none=True)
+        self.buckets_settled = True
+
     def _clip_gradients(self) -> float:
         """Clip to `clip_norm`; returns the norm before, which is the same on every process."""
         limit = self.config.train.optimizer.clip_norm
@@ -285,41 +292,50 @@ class Trainer:
         found = [key for of_process in self.agreement.gather(keys) for key in of_process]
         where = f"samples {', '.join(found[:8])}{' ...' if len(found) > 8 else ''}" if found else "no single sample"
         last = f"step {self.saved_step}" if self.saved_step is not None else "none yet"
-        raise NonFiniteError(
-            f"step {self.step}: the loss is not finite for {where} (gradient norm {norm:g}); nothing was updated, last "
-            f"checkpoint: {last}; look at these samples, or lower train.optimizer.lr = {self._learning_rate(0):g}"
-        )
+        with self.agreement.together():
+            raise NonFiniteError(
+                f"step {self.step}: the loss is not finite for {where} (gradient norm {norm:g}); nothing was updated, "
+                f"last checkpoint: {last}; look at these samples, or lower train.optimizer.lr = "
+                f"{self.config.train.optimizer.lr:g}"
+            )
 
     # ------------------------------------------------------------------------------------------------------- the run
 
-    def _open_run(self, resume: bool) -> checkpoints.Checkpoint | None:
-        """The checkpoint to go on from, checked against config and dataset, or None to start at step 0."""
+    def _find_newest(self, resume: bool) -> checkpoints.Checkpoint | None:
+        """The checkpoint to go on from, or None to start at step 0; the main process calls it."""
         if not resume:
             found = checkpoints.list_checkpoints(self.run)
-            self.agreement.barrier()
             if found:
                 raise ConfigError(
                     f"{self.run}: already holds checkpoints up to {found[-1].name}; add --resume to go on, "
                     "or choose another --out"
                 )
             return None
-        loaded = checkpoints.read_newest(self.run) if self.accelerator.is_main_process else None
-        step = self.agreement.of_main(loaded.step if loaded is not None else None)
-        if step is None:
+        newest = checkpoints.read_newest(self.run)
+        if newest is None:
             log.info("%s: no checkpoint yet, starting at step 0", self.run)
-            return None
-        if loaded is None:
-            loaded = checkpoints.read_checkpoint(checkpoints.folder_of(self.run, step))
+        return newest
+
+    def _go_on_from(self, loaded: checkpoints.Checkpoint) -> None:
+        """Take everything from a checkpoint, after checking that config and dataset are the ones that it was of."""
         checkpoints.check_same_config(loaded, self.config)
         checkpoints.check_same_dataset(loaded, self.dataset, self.fingerprint)
-        if step > self.config.train.steps:
+        if loaded.step > self.config.train.steps:
             raise ConfigError(
-                f"train.steps = {self.config.train.steps}: {loaded.folder} has already seen {step}; set it higher"
+                f"train.steps = {self.config.train.steps}: {loaded.folder} has already seen {loaded.step}; "
+                "set it higher"
             )
+        checkpoints.load_tensors(self.raw_model, loaded.tensors["model"], loaded.folder / "model.safetensors")
+        checkpoints.load_tensors(self.ema.model, loaded.tensors["ema"], loaded.folder / "ema.safetensors")
+        checkpoints.load_optimizer(
+            self.raw_model, self.raw_optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
+        )
+        self.step = self.saved_step = loaded.step
+        if self.accelerator.scaler is not None and loaded.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
         log.info("going on from %s", loaded.folder)
-        return loaded
 
-    def _write_run(self, loaded: checkpoints.Checkpoint | None) -> None:
+    def _write_run(self) -> None:
         """The files that make the run usable without the dataset's folder: config, manifest and codec."""
         try:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -333,36 +349,39 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state: dict[str, Any] = {
-                "step": self.step,
-                "config": self.config.model_dump(mode="json"),
-                "dataset": self.fingerprint,
-                "world_size": self.accelerator.num_processes,
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "versions": {
-                    "sitdist": sitdist.__version__,
-                    "python": sys.version.split()[0],
-                    "torch": torch.__version__,
-                    "accelerate": version("accelerate"),
-                },
-            }
-            tensors = {
-                "model": self.raw_model.state_dict(),
-                "ema": self.ema.model.state_dict(),
-                "optimizer": checkpoints.optimizer_tensors(self.raw_model, self.optimizer_of_model),
-            }
-            folder = checkpoints.save_checkpoint(self.run, state, tensors, self.config.train.keep_checkpoints)
-            log.info("saved %s", folder)
+        with self.agreement.together():
+            if self.accelerator.is_main_process:
+                tensors = {
+                    "model": self.raw_model.state_dict(),
+                    "ema": self.ema.model.state_dict(),
+                    "optimizer": checkpoints.optimizer_tensors(self.raw_model, self.raw_optimizer),
+                }
+                keep = self.config.train.keep_checkpoints
+                log.info("saved %s", checkpoints.save_checkpoint(self.run, self._state(), tensors, keep))
         self.saved_step = self.step
-        self.agreement.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "config": self.config.model_dump(mode="json"),
+            "dataset": self.fingerprint,
+            "world_size": self.accelerator.num_processes,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "versions": {
+                "sitdist": sitdist.__version__,
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "accelerate": version("accelerate"),
+            },
+        }
 
     def _validate(self) -> None:
-        if self.validation is not None:
-            result = self.validation.measure(self.ema.model)
-            self.monitor.write_scalars(self.step, result.scalars, "validation")
-            self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
+        with self.agreement.together():
+            if self.validation is not None:
+                result = self.validation.measure(self.ema.model)
+                self.monitor.write_scalars(self.step, result.scalars, "validation")
+                self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
 
     def close(self) -> None:
         """Stop reading ahead and write out what is buffered."""

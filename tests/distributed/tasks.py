@@ -1,0 +1,117 @@
+"""What single ranks do in tests beside the plain commands; the processes import this file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from sitdist import cli
+from sitdist.runtime import make_accelerator, processes
+from sitdist.train import checkpoint as checkpoints
+from sitdist.train import trainer as trainer_module
+from sitdist.train.trainer import Trainer
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def train_and_record(folder: Path, *arguments: str) -> None:
+    """Train, and leave what each step of this rank saw in `folder`."""
+    make = trainer_module.make_inputs
+
+    def make_and_record(batch, config, device):
+        inputs = make(batch, config, device)
+        seen = {"keys": batch.keys, "positions": batch.positions, "x0": inputs.x0, "x1": inputs.x1, "t": inputs.t}
+        step = int(batch.positions[0]) // config.train.global_batch
+        torch.save(seen | {"drop_labels": inputs.drop_labels}, folder / f"step_{step}_rank_{rank()}.pt")
+        return inputs
+
+    trainer_module.make_inputs = make_and_record
+    cli.main(arguments)
+
+
+def train_without_sync(*arguments: str) -> None:
+    """Train while no process tells the others its gradients."""
+    accumulate = Trainer._accumulate_gradients
+
+    def accumulate_alone(self, inputs):
+        with self.accelerator.no_sync(self.model):
+            return accumulate(self, inputs)
+
+    Trainer._accumulate_gradients = accumulate_alone
+    cli.main(arguments)
+
+
+def train_and_die(checkpoint: int, file: str, *arguments: str) -> None:
+    """Train, and get SIGKILL in the middle of writing a file of the n-th checkpoint (from 0) of this process."""
+    write, checkpoints_begun = checkpoints._write, -1
+
+    def write_and_die(path: Path, content: bytes) -> None:
+        nonlocal checkpoints_begun
+        checkpoints_begun += path.name == "model.safetensors"
+        if checkpoints_begun == checkpoint and path.name == file:
+            write(path, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    checkpoints._write = write_and_die
+    cli.main(arguments)
+
+
+def train_on_a_full_disk(*arguments: str) -> None:
+    """Train where no checkpoint can be written."""
+
+    def refuse(path: Path, content: bytes) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints._write = refuse
+    cli.main(arguments)
+
+
+def with_extra_on(own: int, extra: list[str], *arguments: str) -> None:
+    """A command to which one rank alone gets `extra` arguments."""
+    cli.main([*arguments, *extra] if rank() == own else arguments)
+
+
+def train_with_nan_on(own: int, *arguments: str) -> None:
+    """Train, and see a latent that is not a number in step 2, on one rank alone."""
+    make = trainer_module.make_inputs
+
+    def make_poisoned(batch, config, device):
+        inputs = make(batch, config, device)
+        if rank() == own and int(batch.positions[0]) // config.train.global_batch == 2:
+            inputs.x1[3] = torch.nan
+            print(batch.keys[3], flush=True)
+        return inputs
+
+    trainer_module.make_inputs = make_poisoned
+    cli.main(arguments)
+
+
+def fail_on(own: int, where: str) -> None:
+    """Fail on one rank, by a bug, inside a block that all go through together or outside of any."""
+    with processes() as (_, agreement):
+        if where == "outside" and rank() == own:
+            raise RuntimeError("a bug")
+        with agreement.together():
+            if where == "inside" and rank() == own:
+                raise RuntimeError("a bug")
+
+
+def count_processes(folder: Path) -> None:
+    """Leave the number of processes that this one sees."""
+    (folder / f"sees_{rank()}").write_text(str(make_accelerator().num_processes))
+
+
+def be_alone(folder: Path) -> None:
+    """Form a group of one, whatever the launcher says, before the command starts."""
+    store = dist.FileStore(str(folder / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    cli.main(["eval", str(folder)])

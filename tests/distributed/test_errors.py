@@ -1,0 +1,134 @@
+"""What one process meets ends all of them, soon, with a single line that names it."""
+
+import json
+import shutil
+
+import pytest
+import ranks
+
+from sitdist.config import Config, load_yaml
+from sitdist.data.reader import BatchReader, ShardReader
+from sitdist.errors import ConfigError
+from sitdist.runtime import make_accelerator
+from sitdist.train.checkpoint import read_newest
+
+GRACE = 20  # seconds after the first failure; all are expected to need less than one
+
+
+def assert_one_line(started, *parts):
+    """All processes end with exit code 2, and one line in all says why."""
+    assert started.wait(grace=GRACE) == [2] * len(started.errors_by_rank()), started.errors()
+    lines = [line for line in started.errors().splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, started.errors()
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dataset_that_one_process_cannot_see(train, tmp_path, rank):
+    from tasks import with_extra_on
+
+    missing = ["--set", f"data={tmp_path / 'nowhere'}"]
+    started = train(2, tmp_path / "run", task=with_extra_on, task_arguments=[rank, missing])
+    assert_one_line(started, "sitdist: error: rank 1: " if rank else "sitdist: error: ", "no dataset")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_settings_that_are_refused_leave_one_line_and_no_folder(train, tmp_path):
+    started = train(2, tmp_path / "run", "train.global_batch=13")
+    assert_one_line(started, "train.global_batch = 13: cannot be divided by 2 processes; set it to 12 or 14")
+    started = train(2, tmp_path / "run", "model.patch_size=3")
+    assert_one_line(started, "model.patch_size = 3: does not divide")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_a_run_that_is_refused_stays_as_it_was(train, tmp_path):
+    run = tmp_path / "run"
+    train(2, run, "train.steps=1").run()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert_one_line(train(2, run), "already holds checkpoints up to step_00000001; add --resume to go on")
+    assert_one_line(train(2, run, "seed=1", resume=True), "seed is 1 but", "was trained with 0")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.distributed
+def test_an_altered_byte_that_one_process_reads(train, tmp_path, tiny_dataset, tiny_yaml):
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    config = load_yaml(Config, tiny_yaml)
+    reader = ShardReader(tmp_path / "data", "train")
+    batches = BatchReader(reader, config.seed, config.train.global_batch)
+    sample = batches.sample_indices(batches.positions(1, rank=1, world=2))[0]  # rank 1 reads it in step 1
+    tar = tmp_path / "data" / "train" / reader.shard_names[sample // 16]
+    with tar.open("r+b") as file:
+        file.seek(int(reader._index["start"][sample]) + 600)
+        file.write(b"altered")
+    started = train(2, tmp_path / "run", f"data={tmp_path / 'data'}")
+    assert_one_line(started, "sitdist: error: rank 1: ", f"{tar}: sample {sample:09d}: altered bytes")
+
+
+@pytest.mark.distributed
+def test_a_full_disk(train, tmp_path):
+    from tasks import train_on_a_full_disk
+
+    run = tmp_path / "run"
+    train(2, run, "train.steps=3").run()
+    started = train(2, run, resume=True, task=train_on_a_full_disk)
+    assert_one_line(started, "step_00000006: cannot be written: No space left on device; free space and use --resume")
+    assert read_newest(run).step == 3
+    assert not any(run.glob("checkpoints/.*"))
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_on_one_process(train, tmp_path):
+    from tasks import train_with_nan_on
+
+    run = tmp_path / "run"
+    started = train(2, run, "train.checkpoint_every=1", task=train_with_nan_on, task_arguments=[1])
+    started.wait(grace=GRACE)
+    key = (tmp_path / "log" / "rank_1.out").read_text().split()[0]
+    assert_one_line(started, f"step 2: the loss is not finite for samples {key} (", "last checkpoint: step 2")
+    assert read_newest(run).step == 2
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_bug_shows_its_traceback_once_and_ends_all(tmp_path, where):
+    from tasks import fail_on
+
+    started = ranks.Ranks(tmp_path, 2, fail_on, 1, where)
+    codes = started.wait(grace=GRACE)
+    assert codes[1] == 1
+    assert codes[0] > 0  # by itself, not killed
+    assert "RuntimeError: a bug" in started.errors(1)
+    told = "RuntimeError: a bug" if where == "inside" else "another process has ended or does not answer"
+    assert f"ProcessError: {told}" in started.errors(0)
+
+
+# ----------------------------------------------------------------------------------------------- what cannot be started
+
+
+@pytest.mark.distributed
+def test_processes_that_do_not_see_each_other_are_noticed(tmp_path):
+    from tasks import be_alone
+
+    started = ranks.Ranks(tmp_path, 1, be_alone, tmp_path, WORLD_SIZE="2")
+    message = "the launcher started WORLD_SIZE = 2 processes but they form 1; start them as launch/README.md says"
+    assert_one_line(started, message)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_other_kinds_of_parallelism_are_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    message = rf"{variable}=true: not supported; start plain data parallelism \(see launch/README.md\)"
+    with pytest.raises(ConfigError, match=message):
+        make_accelerator()
+
+
+def test_accumulation_by_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS = 4: accumulation follows from"):
+        make_accelerator()

@@ -1,0 +1,92 @@
+"""What a run writes about itself: averages by time bin, lines that survive a resume, TensorBoard read back."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sitdist.runtime import Agreement, make_accelerator
+from sitdist.train.monitor import BIN_NAMES, Monitor, keep_lines_until, time_bin
+
+
+@pytest.fixture
+def open_monitor(tmp_path):
+    def open_at(start: int) -> Monitor:
+        accelerator = make_accelerator()
+        return Monitor(tmp_path, accelerator, Agreement(accelerator), start, steps=100, global_batch=4)
+
+    return open_at
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def board(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_times_fall_into_quarters_and_the_two_ends_are_bins_of_their_own():
+    t = torch.tensor([0.0, 1e-6, 0.2499, 0.25, 0.5, 0.7499, 0.75, 0.9999999, 1.0])
+    names = [BIN_NAMES[i].removeprefix("loss_by_t/") for i in time_bin(t).tolist()]
+    assert names == ["0", "0-0.25", "0-0.25", "0.25-0.5", "0.5-0.75", "0.5-0.75", "0.75-1", "0.75-1", "1"]
+
+
+def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tmp_path):
+    monitor = open_monitor(0)
+    monitor.observe_losses(torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0.0, 0.1, 0.2, 1.0]))
+    monitor.observe_step(seconds=1.0, waited=0.5, gradient_norm=2.0)
+    monitor.observe_losses(torch.tensor([3.0, 3.0, 3.0, 3.0]), torch.tensor([0.0, 0.9, 0.9, 0.9]))
+    monitor.observe_step(seconds=3.0, waited=0.5, gradient_norm=4.0)
+    monitor.write_line(2, lr=0.1, loss_scale=None)
+    monitor.observe_losses(torch.full((4,), 7.0), torch.full((4,), 0.3))
+    monitor.observe_step(seconds=1.0, waited=0.0, gradient_norm=float("inf"))  # a step skipped under fp16
+    monitor.write_line(3, lr=0.2, loss_scale=1024.0)
+    monitor.close()
+    first, second = lines(tmp_path / "metrics.jsonl")
+    assert first == {
+        "step": 2,
+        "train/loss": 3.0,
+        "train/lr": 0.1,
+        "train/loss_by_t/0": 2.0,
+        "train/loss_by_t/0-0.25": 2.5,
+        "train/loss_by_t/0.75-1": 3.0,
+        "train/loss_by_t/1": 6.0,
+        "train/gradient_norm": 3.0,
+        "train/samples_per_second": 2.0,
+        "train/data_wait_share": 0.25,
+    }
+    assert second["train/loss"] == second["train/loss_by_t/0.25-0.5"] == 7.0
+    assert second["train/loss_scale"] == 1024.0
+    assert "train/gradient_norm" not in second
+
+
+def test_lines_after_the_resumed_step_and_a_cut_last_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "trai')
+    keep_lines_until(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_lines_until(path, 0)
+    assert path.read_text() == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_holds_the_same_values_and_no_step_twice_after_a_resume(open_monitor, tmp_path):
+    monitor = open_monitor(0)
+    for step in (1, 2, 3, 4):
+        monitor.write_scalars(step, {"loss": 10.0 * step}, "train")
+    monitor.close()
+    monitor = open_monitor(2)  # killed after step 4, its newest checkpoint was of step 2
+    monitor.write_scalars(3, {"loss": 0.5}, "train")
+    monitor.write_picture(3, "validation/views", torch.rand(3, 8, 6))
+    monitor.close()
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path / "metrics.jsonl")] == [
+        *((1, 10.0), (2, 20.0), (3, 0.5))
+    ]
+    read = board(tmp_path / "tensorboard")
+    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 10.0), (2, 20.0), (3, 0.5)]
+    (picture,) = read.Images("validation/views")
+    assert (picture.step, picture.width, picture.height) == (3, 6, 8)
