@@ -97,8 +97,20 @@ def _parser() -> _Parser:
     command = shards.add_parser("build", help="render or load views, encode them and pack them into shards")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML)")
     command.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    command.add_argument(
+        "--splits", type=_names, metavar="A,B", help="build only these splits, train among them (default: all)"
+    )
     _add_set(command)
     command.set_defaults(command=_shards_build)
+    command = shards.add_parser("cameras", help="write the cameras of a split for nerfstudio to render")
+    command.add_argument("recipe", type=Path, help="dataset recipe (YAML)")
+    command.add_argument("--split", required=True, help="split of the recipe")
+    command.add_argument("--out", type=Path, required=True, help="camera path to write (JSON)")
+    command.add_argument(
+        "--transforms", type=Path, metavar="FILE", help="also write the transforms.json of the pictures 00000.png, ..."
+    )
+    _add_set(command)
+    command.set_defaults(command=_shards_cameras)
     for name, function, text in (
         ("verify", _shards_verify, "read everything again and report what is damaged"),
         ("info", _shards_info, "say what a dataset holds"),
@@ -119,6 +131,23 @@ def _parser() -> _Parser:
     command.add_argument("--seed", type=int, default=0)
     _add_set(command)
     command.set_defaults(command=_codec_fit)
+
+    scene = commands.add_parser("scene", help="make scenes from photos").add_subparsers(required=True, metavar="ACTION")
+    command = scene.add_parser("fit", help="fit a radiance field to posed photos of one object")
+    command.add_argument("photos", type=Path, help=".npz or a folder of them, transforms.json, or a COLMAP folder")
+    command.add_argument("--out", type=Path, required=True, help="folder of the scene")
+    command.add_argument("--images", type=Path, help="folder of the pictures that a COLMAP model names")
+    command.add_argument(
+        "--background", type=_share, nargs=3, metavar=("R", "G", "B"), help="colour behind the object, 0 to 1 each"
+    )
+    command.add_argument("--keep-frame", action="store_true", help="give the scene's poses in the capture's own frame")
+    command.add_argument("--no-view-dependence", action="store_true", help="one colour from all sides: 3 times smaller")
+    command.add_argument("--resolutions", type=_positive, nargs="+", metavar="N", help="N^3 voxels at every level")
+    command.add_argument("--steps", type=_positive, nargs="+", metavar="N", help="steps at every level")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
+    command.set_defaults(command=_scene_fit)
 
     command = commands.add_parser("train", help="train a flow, or go on with a run")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
@@ -143,6 +172,16 @@ def _parser() -> _Parser:
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     command.set_defaults(command=_eval)
 
+    bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT")
+    command = bench.add_parser("data", help="reading samples, beside stock webdataset; rendering and encoding views")
+    command.add_argument("dataset", help="folder or URL of a dataset")
+    command.add_argument("--split", default="train")
+    command.add_argument("--batch", type=_positive, default=256)
+    command.add_argument("--samples", type=_positive, default=20_000, help="samples a measure")
+    command.add_argument("--synthetic", type=_count, metavar="N", help="also the order of N samples, such as 1e9")
+    command.add_argument("--views", type=int, default=0, metavar="N", help="also render and encode N views")
+    command.set_defaults(command=_bench_data)
+
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, help="folder that holds metrics.json and records.csv")
     command.set_defaults(command=_report)
@@ -155,6 +194,23 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of names; write them once each, such as train,val")
+    return names
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -163,6 +219,17 @@ def _positive(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
     return value
+
+
+def _count(text: str) -> int:
+    """A positive whole number, also as 1e9."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.5
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return int(value)
 
 
 def _radii(text: str) -> tuple[int, int]:
@@ -177,14 +244,32 @@ def _radii(text: str) -> tuple[int, int]:
 
 def _shards_build(options: argparse.Namespace) -> None:
     from sitdist.config import Recipe, load_yaml
-    from sitdist.data.writer import build, info
 
-    build(load_yaml(Recipe, options.recipe, options.set), options.out)
-    print(info(options.out))
+    recipe = load_yaml(Recipe, options.recipe, options.set)  # before what is slow to import
+    from sitdist.data.verify import info
+    from sitdist.data.writer import build
+    from sitdist.runtime import processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        build(recipe, options.out, options.splits)
+    else:
+        with processes() as (_, agreement):
+            build(recipe, options.out, options.splits, agreement)
+    if os.environ.get("RANK", "0") == "0":
+        print(info(options.out))
+
+
+def _shards_cameras(options: argparse.Namespace) -> None:
+    from sitdist.config import Recipe, load_yaml
+    from sitdist.data.camera_path import write_camera_path
+
+    recipe = load_yaml(Recipe, options.recipe, options.set)
+    count = write_camera_path(recipe, options.split, options.out, options.transforms)
+    print(f"{options.out}: {count} cameras of {options.split}")
 
 
 def _shards_verify(options: argparse.Namespace) -> None:
-    from sitdist.data.writer import info, verify
+    from sitdist.data.verify import info, verify
 
     problems = verify(options.dataset)
     for problem in problems[1:]:
@@ -197,7 +282,7 @@ def _shards_verify(options: argparse.Namespace) -> None:
 
 
 def _shards_info(options: argparse.Namespace) -> None:
-    from sitdist.data.writer import info
+    from sitdist.data.verify import info
 
     print(info(options.dataset))
 
@@ -223,6 +308,38 @@ def _codec_fit(options: argparse.Namespace) -> None:
     )
 
 
+def _scene_fit(options: argparse.Namespace) -> None:
+    import torch
+
+    from sitdist.data.photos import read_photos
+    from sitdist.evaluate import metrics
+    from sitdist.scene.fit import FitOptions, fit_scene, turntable
+    from sitdist.scene.store import check_free, save_scene
+
+    check_free(options.out)
+    background = (options.background[0], options.background[1], options.background[2]) if options.background else None
+    photos = read_photos(options.photos, background, options.images)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    measures = {"psnr": metrics.psnr}
+    if min(photos.images.shape[-2:]) >= metrics.SSIM_WINDOW:
+        measures["ssim"] = metrics.ssim
+    if options.lpips_backbone:
+        measures["lpips"] = metrics.Lpips(options.lpips_backbone)
+    fit_options = FitOptions(
+        resolutions=tuple(options.resolutions or FitOptions.resolutions),
+        steps=tuple(options.steps or FitOptions.steps),
+        view_dependent=not options.no_view_dependence,
+        background=background,
+        keep_frame=options.keep_frame,
+        seed=options.seed,
+    )
+    scene = fit_scene(photos, fit_options, measures, device)
+    save_scene(scene, options.out, turntable(scene, photos))
+    names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}"}
+    held_out = ", ".join(names[name].format(scene.held_out[name]) for name in measures)
+    print(f"{options.out}: {held_out} on {scene.held_out['views']:.0f} of {len(photos)} photos, held out from the fit")
+
+
 def _train(options: argparse.Namespace) -> None:
     from sitdist.config import Config, load_yaml
 
@@ -239,6 +356,12 @@ def _eval(options: argparse.Namespace) -> None:
     folder = evaluate(options.run, EvalOptions(**{name: getattr(options, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
         _print_results(folder)
+
+
+def _bench_data(options: argparse.Namespace) -> None:
+    from sitdist.data.bench import bench_data
+
+    print(bench_data(options.dataset, options.split, options.batch, options.samples, options.synthetic, options.views))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sitdist.errors import ConfigError
 
@@ -25,6 +35,12 @@ Word = Annotated[str, Field(min_length=1)]
 # YAML has lists, no tuples: these take a list, whose items are as strict as all others.
 RadiusRange = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
 Colour = Annotated[tuple[Share, Share, Share], Field(strict=False)]
+Elevation = Annotated[float, Field(ge=-90.0, le=90.0)]
+ElevationRange = Annotated[tuple[Elevation, Elevation], Field(strict=False)]
+Azimuth = Annotated[float, Field(ge=-360.0, le=360.0)]
+AzimuthRange = Annotated[tuple[Azimuth, Azimuth], Field(strict=False)]
+Fov = Annotated[float, Field(gt=1.0, lt=170.0)]
+FovRange = Annotated[tuple[Fov, Fov], Field(strict=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
@@ -39,22 +55,85 @@ class Schema(BaseModel):
 
 
 class SceneSource(Schema):
-    """Views of the built-in object, rendered when the shards are built."""
+    """Views of the built-in object, or of a scene fitted to photos, rendered when the shards are built.
+
+    Cameras stand on a shell about the origin and look at it, upright; the options say otherwise. `radius_bins`: edges
+    of bins with equally many views each, in the place of `radius`; `elevation_deg`: in the place of `sphere`;
+    `fov_range_deg`: the field of view varies, in the place of `fov_deg`; `target_jitter`: they look at points of a ball
+    of this radius about the origin; `roll_deg`: they are rolled by up to this angle to either side; `background`: in
+    the place of the scene's own. `scene`: folder of a fitted scene, in the place of the built-in object.
+    """
 
     kind: Literal["scene"]
     views: Positive
     radius: RadiusRange = (3.0, 5.0)
+    radius_bins: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)] | None = None
     sphere: Literal["upper", "full"] = "upper"
-    fov_deg: Annotated[float, Field(gt=1.0, lt=170.0)] = 40.0
+    elevation_deg: ElevationRange | None = None
+    azimuth_deg: AzimuthRange = (0.0, 360.0)
+    fov_deg: Fov = 40.0
+    fov_range_deg: FovRange | None = None
+    target_jitter: Annotated[float, Field(ge=0)] = 0.0
+    roll_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    background: Colour | None = None
+    scene: Word | None = None
     supersample: Annotated[int, Field(ge=1, le=8)] = 2
     seed: NonNegative = 0
     label: NonNegative = 0
+    name: Word | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """What an option says of one that is not given, so that a resolved recipe reads the same."""
+        if not isinstance(values, dict):
+            return values
+        bins, elevation, fov = (_numbers(values.get(key)) for key in ("radius_bins", "elevation_deg", "fov_range_deg"))
+        filled: dict[str, Any] = {"radius": [bins[0], bins[-1]]} if bins else {}
+        filled |= {"sphere": "full"} if elevation and elevation[0] < 0 else {}
+        filled |= {"fov_deg": 0.5 * (fov[0] + fov[-1])} if fov else {}
+        return filled | values
 
     @model_validator(mode="after")
     def _ordered(self) -> SceneSource:
-        if self.radius[0] > self.radius[1]:
-            raise ValueError(f"radius {list(self.radius)} runs backwards; write [smaller, larger]")
+        for name in ("radius", "elevation_deg", "azimuth_deg", "fov_range_deg"):
+            range_ = getattr(self, name)
+            if range_ is not None and range_[0] > range_[1]:
+                raise ValueError(f"{name} {list(range_)} runs backwards; write [smaller, larger]")
+        bins = self.radius_bins
+        if bins is not None and any(low >= high for low, high in pairwise(bins)):
+            raise ValueError(f"radius_bins {bins} do not rise; write the edges of the bins, such as [1, 2, 3]")
         return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SceneSource:
+        bins, elevation, fov = self.radius_bins, self.elevation_deg, self.fov_range_deg
+        if bins is not None and self.radius != (bins[0], bins[-1]):
+            raise ValueError(f"radius {list(self.radius)} and radius_bins {bins} disagree; give one of them")
+        count = 1 if bins is None else len(bins) - 1
+        if self.views % count:
+            fewer = self.views - self.views % count
+            nearest = f"{fewer} or {fewer + count}" if fewer else f"{count}"
+            raise ValueError(f"views {self.views} cannot be divided among {count} radius_bins; set it to {nearest}")
+        if elevation is not None and self.sphere == "upper" and elevation[0] < 0:
+            raise ValueError(f"elevation_deg {list(elevation)} goes below the upper sphere; leave sphere out")
+        if fov is not None and not fov[0] <= self.fov_deg <= fov[1]:
+            raise ValueError(f"fov_deg {self.fov_deg:g} is outside fov_range_deg {list(fov)}; give one of them")
+        if self.azimuth_deg[1] - self.azimuth_deg[0] > 360.0:
+            raise ValueError(f"azimuth_deg {list(self.azimuth_deg)} spans more than 360 degrees; go around once")
+        if self.target_jitter >= self.radius[0]:
+            raise ValueError(
+                f"target_jitter {self.target_jitter:g} reaches the nearest cameras (radius {self.radius[0]:g}), which "
+                "could not look at their target; make it smaller"
+            )
+        return self
+
+
+def _numbers(value: Any) -> list[float]:
+    """A list of numbers as it is; of anything else, none."""
+    if not isinstance(value, list | tuple):
+        return []
+    return list(value) if all(isinstance(each, int | float) and not isinstance(each, bool) for each in value) else []
 
 
 class NpzSource(Schema):
@@ -63,6 +142,7 @@ class NpzSource(Schema):
     kind: Literal["npz"]
     paths: Annotated[list[Word], Field(min_length=1)]
     label: NonNegative = 0
+    name: Word | None = None
 
 
 class TransformsSource(Schema):
@@ -72,9 +152,14 @@ class TransformsSource(Schema):
     path: Word
     background: Colour = (1.0, 1.0, 1.0)
     label: NonNegative = 0
+    name: Word | None = None
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
+Sources = Annotated[
+    Annotated[Source, Tag("one")] | Annotated[list[Source], Field(min_length=1), Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+]
 
 
 class PcaCodecConfig(Schema):
@@ -98,36 +183,79 @@ Codec = Annotated[PcaCodecConfig | VaeCodecConfig, Field(discriminator="kind")]
 
 
 class Recipe(Schema):
-    """How a dataset is made: the views of every split, the codec, and the size of the shards."""
+    """How a dataset is made: each split's views (of one source or of a list), the codec, and the shards' size."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     image_size: Positive
     codec: Codec
-    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Source]
+    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sources]
     val_views: NonNegative = 64
     samples_per_shard: Positive = 1000
     encode_batch: Positive = 64
     seed: NonNegative = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """A recipe with a val split holds no views out, so that a resolved recipe reads the same."""
+        if isinstance(values, dict) and isinstance(values.get("splits"), dict) and "val" in values["splits"]:
+            return {"val_views": 0} | values
+        return values
+
     @model_validator(mode="after")
     def _complete(self) -> Recipe:
         if "train" not in self.splits:
             raise ValueError("splits has no 'train'; the pose statistics and the codec come from the training views")
-        if "val" in self.splits and "val_views" in self.model_fields_set and self.val_views:
+        if "val" in self.splits and self.val_views:
             raise ValueError("both a 'val' split and val_views are given; keep one of them")
         seeds: dict[int, str] = {}
-        for name, source in self.splits.items():
-            if isinstance(source, SceneSource) and seeds.setdefault(source.seed, name) != name:
-                raise ValueError(
-                    f"splits '{seeds[source.seed]}' and '{name}' have the same seed {source.seed}, so the same random "
-                    "cameras; give each its own seed"
-                )
+        for name in self.splits:
+            for seed in {source.seed for source in self.sources(name) if isinstance(source, SceneSource)}:
+                if seeds.setdefault(seed, name) != name:
+                    raise ValueError(
+                        f"splits '{seeds[seed]}' and '{name}' have the same seed {seed}, so the same random cameras; "
+                        "give each its own seed"
+                    )
         if isinstance(self.codec, PcaCodecConfig) and self.image_size % (2 * self.codec.patch):
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of {2 * self.codec.patch} (twice codec.patch): "
                 "the latent could not be divided into quadrants"
             )
         return self
+
+    @model_validator(mode="after")
+    def _objects_apart(self) -> Recipe:
+        """A label is one object, and an object has one label, one name and one scene."""
+        names: dict[int, str] = {}
+        scenes: dict[int, str | None] = {}
+        for source in [source for split in self.splits for source in self.sources(split)]:
+            label, name = source.label, source.name
+            if name is not None and names.setdefault(label, name) != name:
+                raise ValueError(f"label {label} is both '{names[label]}' and '{name}'; give each object its own label")
+            if isinstance(source, SceneSource) and scenes.setdefault(label, source.scene) != source.scene:
+                raise ValueError(f"label {label} has views of two scenes; give each object its own label")
+        labels = {name: label for label, name in names.items()}
+        if len(labels) < len(names):
+            name = next(name for label, name in names.items() if labels[name] != label)
+            raise ValueError(f"'{name}' is the name of several labels; give each object one label")
+        return self
+
+    @model_validator(mode="after")
+    def _no_view_twice(self) -> Recipe:
+        for split in self.splits:
+            cameras = [(each.label, each.seed) for each in self.sources(split) if isinstance(each, SceneSource)]
+            for label, seed in cameras:
+                if cameras.count((label, seed)) > 1:
+                    raise ValueError(
+                        f"split '{split}' has label {label} with seed {seed} twice, so the same cameras twice; give "
+                        "another object its own label, or the same one another seed"
+                    )
+        return self
+
+    def sources(self, split: str) -> list[SceneSource | NpzSource | TransformsSource]:
+        """Those of a split, also where it is only one."""
+        given = self.splits[split]
+        return given if isinstance(given, list) else [given]
 
 
 # ----------------------------------------------------------------------------------------------------- experiments
@@ -257,6 +385,22 @@ class EvaluateConfig(Schema):
     lpips_backbone: str | None = None
 
 
+class ReaderConfig(Schema):
+    """How the training samples are read; none of it changes which samples a batch holds, while none is damaged.
+
+    `workers` threads read ahead; `resident`: all samples are kept on the device. A damaged sample stops the run, or
+    another is put in its place, for at most `max_bad_samples` of them in a process. `cache`: the folder in which files
+    of a dataset behind a URL are kept (default: ~/.cache/sitdist), and `cache_gb` how many GB of them.
+    """
+
+    workers: Positive = 2
+    resident: bool = False
+    on_bad_sample: Literal["stop", "replace"] = "stop"
+    max_bad_samples: NonNegative = 10
+    cache: Word | None = None
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+
+
 class Config(Schema):
     """A whole experiment: which dataset, which model, which flow, how it is trained and evaluated."""
 
@@ -266,6 +410,7 @@ class Config(Schema):
     model: ModelConfig
     flow: FlowConfig = FlowConfig()
     train: TrainConfig
+    reader: ReaderConfig = ReaderConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
@@ -338,11 +483,11 @@ def parse(schema: type[S], values: dict[str, Any], where: str) -> S:
 def _explain(schema: type[Schema], error: ValidationError) -> str:
     errors = error.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # it may explain the others
-    location = [part for place, part in enumerate(first["loc"]) if (first["loc"][0], place) not in _TAG_PLACES]
+    location = [part for place, part in enumerate(first["loc"]) if place not in _tag_places(first["loc"])]
     key = ".".join(str(part) for part in location) or schema.__name__
     rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _keys_at(schema, list(first["loc"][:-1]))
+        known = _keys_at(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(location[-1]), known, 1, 0.6)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key '{key}'; {remedy}{rest}"
@@ -356,14 +501,20 @@ def _explain(schema: type[Schema], error: ValidationError) -> str:
     return f"{key}{shown}: {message[0].lower() + message[1:] if message[1:2].islower() else message}{rest}"
 
 
-_TAG_PLACES = {("codec", 1), ("splits", 2)}  # where pydantic's locations hold the kind of a union's member
+def _tag_places(location: Sequence[Any]) -> set[int]:
+    """Where in pydantic's location of an error names of unions' members stand, which are no keys."""
+    if location[:1] == ("codec",):
+        return {1}
+    if location[:1] == ("splits",):
+        return {2, 4 if location[2:3] == ("several",) else 3}
+    return set()
 
 
-def _keys_at(schema: type[BaseModel], location: list[Any]) -> set[str]:
+def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> set[str]:
     """The keys a schema knows at a place inside it."""
     schemas = [schema]
     for place, part in enumerate(location):
-        tagged = [choice for choice in schemas if (location[0], place) in _TAG_PLACES and part in _kinds(choice)]
+        tagged = [choice for choice in schemas if place in _tag_places(location) and part in _kinds(choice)]
         fields = [choice.model_fields[part] for choice in schemas if part in choice.model_fields]
         schemas = tagged or [inner for field in fields for inner in _schemas_in(field.annotation)] or schemas
     return {key for choice in schemas for key in choice.model_fields}

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from sitdist import cli
-from sitdist.data import writer
+from sitdist.data import shard as shard_module
+from sitdist.data import verify
 from sitdist.data.format import load_index
 from sitdist.errors import RunInterrupted
 from sitdist.geometry.camera import look_at
@@ -82,7 +83,7 @@ def test_interruptions_have_exit_codes_of_their_own(monkeypatch, capsys):
         def stop(*_, error=error):
             raise error
 
-        monkeypatch.setattr(writer, "info", stop)
+        monkeypatch.setattr(verify, "info", stop)
         assert cli.run(["shards", "info", "x"]) == code
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -91,7 +92,7 @@ def test_an_error_of_the_system_that_is_not_the_disks_is_not_hidden(monkeypatch)
     def lose(*_):
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
-    monkeypatch.setattr(writer, "info", lose)
+    monkeypatch.setattr(verify, "info", lose)
     with pytest.raises(ConnectionResetError):
         cli.run(["shards", "info", "x"])
 
@@ -182,7 +183,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "_write_tar", full)
+    monkeypatch.setattr(shard_module, "_write_tar", full)
     recipe = write(tmp_path / "recipe.yaml", RECIPE)
     assert cli.run(["shards", "build", str(recipe), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (  # after the progress bar's line

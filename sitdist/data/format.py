@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from sitdist.errors import DataError
 from sitdist.geometry.packing import PoseStatistics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MEMBERS = ("camera_to_world.npy", "meta.json", "moments.npy", "packed_pose.npy")
 IMAGE_MEMBER = "image.png"  # in every split but train
 
@@ -52,12 +52,38 @@ class ShardEntry(_Entry):
     index_sha256: str
 
 
+class CameraFacts(_Entry):
+    """What holds for every view of a split, as measured: what a pose need not say, and what it says besides.
+
+    `looks_at_origin`: the optical axis meets the world's origin, in front of the camera; `upright`: the x axis is level
+    and the y axis does not point down (both to 1e-4); `same_intrinsics`: one camera took all views.
+    """
+
+    looks_at_origin: bool
+    upright: bool
+    same_intrinsics: bool
+
+
 class SplitEntry(_Entry):
-    """The shards of a split, in the order of the keys, and the range of its cameras' radii."""
+    """The shards of a split, in the order of the keys, the range of its cameras' radii, and what its cameras share."""
 
     count: int
     radius: tuple[float, float]
     shards: list[ShardEntry]
+    cameras: CameraFacts | None = None  # None: built as format version 1, which did not look
+
+
+class ObjectEntry(_Entry):
+    """One object: its label, its name, its views in every split.
+
+    `similarity` is what took the frame of its capture to that of the poses, where they were moved: scale, rotation
+    [3, 3] and translation [3] of x -> scale * rotation @ x + translation.
+    """
+
+    label: int
+    name: str
+    views: dict[str, int]
+    similarity: dict[str, Any] | None
 
 
 class LatentShape(_Entry):
@@ -84,6 +110,7 @@ class DatasetManifest(_Entry):
     recipe: dict[str, Any]
     sources: dict[str, str]
     image_size: int
+    objects: list[ObjectEntry]
     statistics: dict[str, Any]
     codec: dict[str, Any]
     codec_files: dict[str, str]
@@ -104,7 +131,7 @@ class DatasetManifest(_Entry):
 
     def labels(self) -> int:
         """How many labels a model must know: one more than the largest."""
-        return 1 + max(source.get("label", 0) for source in self.recipe["splits"].values())
+        return 1 + max(entry.label for entry in self.objects)
 
 
 def load_manifest(folder: str | Path) -> DatasetManifest:
@@ -118,7 +145,9 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
     try:
         values = json.loads(path.read_text())
         version = values["format_version"]
-        if version != FORMAT_VERSION:
+        if version == 1:
+            values = _from_version_1(values)
+        elif version != FORMAT_VERSION:
             raise DataError(
                 f"{path}: format_version {version} but this sitdist reads {FORMAT_VERSION}; "
                 + ("update sitdist" if version > FORMAT_VERSION else "build the dataset again")
@@ -127,6 +156,19 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged ({reason}); build the dataset again") from None
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format version 1, whose splits had one source and so one object each, as one of version 2."""
+    labels = {name: source["label"] for name, source in values["recipe"]["splits"].items()}
+    views: dict[int, dict[str, int]] = {}
+    for name, split in values["splits"].items():
+        views.setdefault(labels.get(name, labels["train"]), {})[name] = split["count"]  # val may be held out of train
+    objects = [
+        {"label": label, "name": f"object {label}", "views": counts, "similarity": None}
+        for label, counts in sorted(views.items())
+    ]
+    return {**values, "format_version": FORMAT_VERSION, "objects": objects}
 
 
 def load_index(path: Path) -> dict[str, np.ndarray]:

@@ -3,137 +3,261 @@
 from __future__ import annotations
 
 import io
+import logging
 import mmap
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sitdist.data.format import ShardEntry, file_sha256, load_index, load_manifest
+from sitdist.data.caching import Recent
+from sitdist.data.format import file_sha256, load_index, load_manifest
+from sitdist.data.order import WINDOW, BlockShuffle
+from sitdist.data.store import Store, open_store
 from sitdist.errors import ConfigError, DataError
-from sitdist.flow import draws
 
-WINDOW = 8  # shards that are shuffled together
+log = logging.getLogger(__name__)
+
+OPEN_SHARDS = 8 * WINDOW  # of which the index and the memory map are kept
+STAND_INS = 100  # tried in the place of a damaged sample
+READ_FIELDS = ("start", "stop", "crc32", "moments", "packed_pose", "image", "image_bytes", "label")
+COLUMNS = ("camera_to_world", "label", "codec_psnr")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Moments [B, 2C, h, w] float16, packed poses [B, 4, 4] float32 and labels [B] of some samples.
+
+    `faults` says what is wrong with each row that cannot be used; the numbers in such a row mean nothing.
+    """
+
+    moments: Tensor
+    packed_pose: Tensor
+    label: Tensor
+    faults: dict[int, str]
+
+
+class SampleSource(Protocol):
+    """Samples by number, in shards: on disk or in memory."""
+
+    shard_counts: list[int]
+
+    def samples(self, indices: np.ndarray) -> Samples: ...
+
+    def expect(self, shards: list[int]) -> None: ...
 
 
 class ShardReader:
-    """The samples of one split, by index. Every read checks the CRC of what it reads."""
+    """The samples of one split, by number. Every read checks the CRC of what it reads.
 
-    def __init__(self, folder: str | Path, split: str) -> None:
-        self.folder, self.split = Path(folder), split
-        self.manifest = load_manifest(folder)
+    A shard's index is loaded, and checked against the manifest, when the first of its samples is read; those of the
+    OPEN_SHARDS shards used last are kept, so memory does not grow with the dataset.
+    """
+
+    def __init__(self, dataset: str | Path | Store, split: str) -> None:
+        self.store = open_store(dataset) if isinstance(dataset, str | Path) else dataset
+        self.folder, self.split = self.store.folder, split
+        self.manifest = load_manifest(self.folder)
         if split not in self.manifest.splits:
-            raise ConfigError(f"{folder}: no split '{split}'; it has {', '.join(sorted(self.manifest.splits))}")
+            raise ConfigError(f"{self.folder}: no split '{split}'; it has {', '.join(sorted(self.manifest.splits))}")
         entry = self.manifest.splits[split]
+        self._shards = entry.shards
         self.shard_names = [shard.name for shard in entry.shards]
         self.shard_counts = [shard.count for shard in entry.shards]
-        indices = [self._open_index(shard) for shard in entry.shards]
-        self._index = {name: np.concatenate([index[name] for index in indices]) for name in indices[0]}
-        self._shard_of = np.repeat(np.arange(len(indices)), self.shard_counts)
-        if len(self._index["start"]) != entry.count:
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_counts, dtype=np.int64)])
+        if len(self) != entry.count:
             raise DataError(
-                f"{folder}/{split}: shards of {len(self._index['start'])} samples but the manifest says {entry.count}; "
+                f"{self.folder}/{split}: shards of {len(self)} samples but the manifest says {entry.count}; "
                 "build the dataset again"
             )
         latent = self.manifest.latent
-        self._moments_shape = (2 * latent.channels, latent.height, latent.width)
-        self._maps: dict[int, mmap.mmap] = {}
+        self._moments = _Member("moments", "<f2", (2 * latent.channels, latent.height, latent.width))
+        self._packed_pose = _Member("packed_pose", "<f4", (4, 4))
+        self._open = Recent(self._open_shard, OPEN_SHARDS)
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return int(self._starts[-1])
 
     def keys(self) -> list[str]:
         """The key of every sample, in order."""
-        return [f"{index:09d}" for index in range(len(self))]
+        return _keys(range(len(self)))
 
     def camera_to_world(self) -> Tensor:
-        """Poses of all samples, [N, 4, 4] float64."""
-        return torch.from_numpy(self._index["camera_to_world"])
+        """Poses of all samples, [N, 4, 4] float64. The first call of this or of the next two reads every index."""
+        return torch.from_numpy(self._columns["camera_to_world"])
 
     def labels(self) -> Tensor:
         """Labels of all samples, [N] int64."""
-        return torch.from_numpy(self._index["label"])
+        return torch.from_numpy(self._columns["label"])
 
     def codec_psnr(self) -> Tensor:
         """PSNR in dB of every sample's codec round trip, [N] float64; NaN in the training split."""
-        return torch.from_numpy(self._index["codec_psnr"])
+        return torch.from_numpy(self._columns["codec_psnr"])
+
+    def samples(self, indices: np.ndarray) -> Samples:
+        """The samples `indices` [B] int64; what is damaged is told in `faults`."""
+        moments, poses = self._moments.room(len(indices)), self._packed_pose.room(len(indices))
+        labels = np.empty(len(indices), dtype=np.int64)
+        faults: dict[int, str] = {}
+        for number, rows in self._by_shard(indices):
+            shard, places = self._open(number), indices[rows] - self._starts[number]
+            whole = shard.are_whole(places)
+            for row in rows[~whole].tolist():
+                faults[row] = self._fault(int(indices[row]))
+            rows, places = rows[whole], places[whole]
+            moments[rows] = self._moments.read(shard, places)
+            poses[rows] = self._packed_pose.read(shard, places)
+            labels[rows] = shard.index["label"][places]
+        return Samples(self._moments.tensor(moments), self._packed_pose.tensor(poses), torch.from_numpy(labels), faults)
 
     def moments(self, indices: Sequence[int]) -> Tensor:
-        """Moments [B, 2C, h, w] float16 of these samples."""
+        """Moments [B, 2C, h, w] float16 of these samples; DataError for the first that is damaged."""
         return self.moments_and_poses(indices)[0]
 
     def moments_and_poses(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Moments [B, 2C, h, w] float16 and packed poses [B, 4, 4] float32 of these samples."""
-        moments = np.empty((len(indices), *self._moments_shape), dtype=np.float16)
-        poses = np.empty((len(indices), 4, 4), dtype=np.float32)
-        for row, index in enumerate(indices):
-            data, start = self._sample(index)
-            offset = self._data_offset(data, "moments", index) - start
-            moments[row] = np.frombuffer(data, np.float16, moments[row].size, offset).reshape(self._moments_shape)
-            offset = self._data_offset(data, "packed_pose", index) - start
-            poses[row] = np.frombuffer(data, np.float32, 16, offset).reshape(4, 4)
-        return torch.from_numpy(moments), torch.from_numpy(poses)
+        """Moments [B, 2C, h, w] float16 and packed poses [B, 4, 4] float32 of these samples, likewise."""
+        samples = self.samples(np.asarray(indices, dtype=np.int64))
+        if samples.faults:
+            raise DataError(samples.faults[min(samples.faults)])
+        return samples.moments, samples.packed_pose
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Pictures [B, 3, H, W] float32 in [0, 1] of these samples; the training split keeps none."""
         pictures = []
         for index in indices:
-            size = int(self._index["image_bytes"][index])
-            if not size:
-                raise DataError(f"{self._name(index)}: keeps no picture (the training split never does)")
-            data, start = self._sample(index)
-            offset = int(self._index["image"][index]) - start
-            with Image.open(io.BytesIO(data[offset : offset + size]), formats=["PNG"]) as picture:
+            with Image.open(io.BytesIO(self._png(index)), formats=["PNG"]) as picture:
                 pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
             pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
         return torch.stack(pictures)
 
-    def _open_index(self, shard: ShardEntry) -> dict[str, np.ndarray]:
-        path = (self.folder / self.split / shard.name).with_suffix(".index.npz")
+    def expect(self, shards: list[int]) -> None:
+        """Have these shards read, or fetched, in the background: their samples will be asked for."""
+        self.store.expect([file for number in shards for file in self._files(number)])
+
+    def _png(self, index: int) -> bytes:
+        number, place = self._place(index)
+        shard = self._open(number)
+        offset, size = int(shard.index["image"][place]), int(shard.index["image_bytes"][place])
+        if not size:
+            raise DataError(f"{self._name(index)}: keeps no picture (the training split never does)")
+        if not shard.are_whole(np.asarray([place])).all():
+            raise DataError(self._fault(index))
+        return shard.tar[offset : offset + size]
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        indexes = []
+        for number in range(len(self._shards)):
+            index = self._load_index(number)
+            indexes.append({name: index[name] for name in COLUMNS})
+        return {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}
+
+    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Every shard that holds some of these samples, and which of them, in the order in which they lie there."""
+        rows = np.argsort(indices, kind="stable")
+        numbers = np.searchsorted(self._starts, indices[rows], side="right") - 1
+        firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        yield from zip(numbers[firsts].tolist(), np.split(rows, firsts[1:]), strict=False)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a sample, and its place there."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, int(index - self._starts[number])
+
+    def _files(self, number: int) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Index and tar of a shard, each by its name in the dataset and its SHA-256."""
+        shard = self._shards[number]
+        tar = f"{self.split}/{shard.name}"
+        return (tar.removesuffix(".tar") + ".index.npz", shard.index_sha256), (tar, shard.sha256)
+
+    def _load_index(self, number: int) -> dict[str, np.ndarray]:
+        file, sha256 = self._files(number)[0]
+        path = self.store.path(file, sha256)
         index = load_index(path)
-        if file_sha256(path) != shard.index_sha256 or len(index["start"]) != shard.count:
+        if file_sha256(path) != sha256 or len(index["start"]) != self.shard_counts[number]:
             raise DataError(f"{path}: not the index that the manifest names; build the dataset again")
         return index
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / self.split / self.shard_names[shard]
+    def _open_shard(self, number: int) -> _Shard:
+        index = self._load_index(number)
+        path = self.store.path(*self._files(number)[1])
+        try:
+            with path.open("rb") as file:
+                tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); build the dataset again") from None
+        return _Shard(path, {name: index[name] for name in READ_FIELDS}, tar)
 
     def _name(self, index: int) -> str:
-        return f"{self._path(int(self._shard_of[index]))}: sample {index:09d}"
+        file, _ = self._files(self._place(index)[0])[1]
+        return f"{self.folder / file}: sample {index:09d}"
 
-    def _sample(self, index: int) -> tuple[bytes, int]:
-        """The bytes of a sample, checked, and where in the tar they start."""
-        start, stop = int(self._index["start"][index]), int(self._index["stop"][index])
-        data = self._map(int(self._shard_of[index]))[start:stop]
-        if len(data) != stop - start:
-            raise DataError(f"{self._name(index)}: truncated tar; `sitdist shards verify {self.folder}` tells how much")
-        if zlib.crc32(data) != self._index["crc32"][index]:
+    def _fault(self, index: int) -> str:
+        """What is wrong with a sample that is not whole."""
+        number, place = self._place(index)
+        shard = self._open(number)
+        if shard.index["stop"][place] > len(shard.tar):
+            return f"{self._name(index)}: truncated tar; `sitdist shards verify {self.folder}` tells how much"
+        return f"{self._name(index)}: altered bytes (CRC differs); `sitdist shards verify {self.folder}` tells more"
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A memory-mapped tar and its index, without what training never reads."""
+
+    path: Path
+    index: dict[str, np.ndarray]
+    tar: mmap.mmap
+
+    def are_whole(self, places: np.ndarray) -> np.ndarray:
+        """Whether each of the samples at `places` [n] is all there and has its CRC, [n] bool."""
+        starts, stops, wanted = (self.index[name][places] for name in ("start", "stop", "crc32"))
+        crc32, data = zlib.crc32, memoryview(self.tar)
+        crcs = [crc32(data[start:stop]) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return (np.asarray(crcs, dtype=np.uint32) == wanted) & (stops <= len(self.tar))
+
+    def windows(self, size: int) -> np.ndarray:
+        """The `size` bytes from every byte of the tar on, [tar - size + 1, size]; a view, nothing is copied."""
+        return np.ndarray((len(self.tar) - size + 1, size), np.uint8, self.tar, strides=(1, 1))
+
+
+class _Member:
+    """How to read one .npy member of many samples at once: all have the same header, so the same size."""
+
+    def __init__(self, field: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.field, self.dtype, self.shape = field, np.dtype(dtype), shape
+        file, array = io.BytesIO(), np.zeros(shape, dtype)
+        np.save(file, array)
+        self._file_size, self._size = file.tell(), array.nbytes
+        self._header = np.frombuffer(file.getvalue(), np.uint8)[: -self._size]
+
+    def room(self, count: int) -> np.ndarray:
+        """Room for the bytes of `count` arrays."""
+        return np.empty((count, self._size), np.uint8)
+
+    def read(self, shard: _Shard, places: np.ndarray) -> np.ndarray:
+        """The bytes of the arrays of whole samples, [n, bytes]; DataError if one is of another type or shape."""
+        if not len(places):
+            return self.room(0)
+        files = shard.windows(self._file_size)[shard.index[self.field][places]]
+        if not (files[:, : len(self._header)] == self._header).all():
             raise DataError(
-                f"{self._name(index)}: altered bytes (CRC differs); `sitdist shards verify {self.folder}` tells more"
+                f"{shard.path}: holds a {self.field}.npy that is no {self.dtype} array of {list(self.shape)} in .npy "
+                "version 1.0; build the dataset again"
             )
-        return data, start
+        return files[:, len(self._header) :]
 
-    def _map(self, shard: int) -> mmap.mmap:
-        if shard not in self._maps:
-            path = self._path(shard)
-            try:
-                with path.open("rb") as file:
-                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read ({error}); build the dataset again") from None
-        return self._maps[shard]
-
-    def _data_offset(self, data: bytes, member: str, index: int) -> int:
-        """Where the numbers of a .npy member begin in the tar: after a header of version 1 whose length it states."""
-        offset, start = int(self._index[member][index]), int(self._index["start"][index])
-        header = data[offset - start : offset - start + 10]
-        return offset + 10 + int.from_bytes(header[8:10], "little")
+    def tensor(self, data: np.ndarray) -> Tensor:
+        """Bytes as arrays, [n, *shape]."""
+        return torch.from_numpy(data.view(self.dtype).reshape(-1, *self.shape))
 
 
 @dataclass(frozen=True)
@@ -159,26 +283,38 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """All tensors on `device`."""
-        moments, packed_pose, label, positions = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.moments, self.packed_pose, self.label, self.positions)
-        )
-        return Batch(moments, packed_pose, label, positions, self.keys)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU run beside other work."""
+        return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        moments, packed_pose, label = change(self.moments), change(self.packed_pose), change(self.label)
+        return Batch(moments, packed_pose, label, change(self.positions), self.keys)
 
 
 class BatchReader:
     """Global batch k is positions [k G, (k + 1) G) of the endless sequence of permutations; each rank takes its slice.
 
-    An epoch's order shuffles the shards, then the samples inside windows of WINDOW shards, so that disks read in long
-    runs. Nothing is remembered from step to step: any step's batch can be asked for at any time.
+    Nothing is remembered from step to step: any step's batch can be asked for at any time, by several threads. With
+    `on_bad_sample` replace, another sample of its window takes the place of a damaged one, chosen by (seed, position);
+    `bad_samples` counts how often each was met by this process, and more than `max_bad_samples` of them are an error.
     """
 
-    def __init__(self, reader: ShardReader, seed: int, global_batch: int) -> None:
-        self.reader, self.seed, self.global_batch = reader, seed, global_batch
-        self._starts = np.cumsum([0, *reader.shard_counts])
-        self._labels = reader.labels()
-        self._window_bounds = lru_cache(maxsize=2)(self._make_window_bounds)
-        self._window = lru_cache(maxsize=4)(self._make_window)
+    def __init__(
+        self,
+        reader: SampleSource,
+        seed: int,
+        global_batch: int,
+        on_bad_sample: Literal["stop", "replace"] = "stop",
+        max_bad_samples: int = 0,
+    ) -> None:
+        self.reader, self.global_batch = reader, global_batch
+        self.order = BlockShuffle(reader.shard_counts, seed)
+        self.bad_samples: Counter[str] = Counter()
+        self._on_bad_sample, self._max_bad_samples = on_bad_sample, max_bad_samples
+        self._expected: tuple[int, int] | None = None
 
     def positions(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """Global positions [G / world] int64 of a rank's slice."""
@@ -189,30 +325,54 @@ class BatchReader:
 
     def sample_indices(self, positions: Tensor) -> list[int]:
         """The samples at global positions."""
-        return [self._sample_index(*divmod(position, len(self.reader))) for position in positions.tolist()]
+        return self.order.samples(positions.numpy()).tolist()
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """A rank's slice of the global batch of `step`."""
+        """A rank's slice of the global batch of `step`; DataError for damage that is not to be replaced."""
         positions = self.positions(step, rank, world)
-        indices = self.sample_indices(positions)
-        moments, poses = self.reader.moments_and_poses(indices)
-        keys = [f"{index:09d}" for index in indices]
-        return Batch(moments.float(), poses, self._labels[indices], positions, keys)
+        self._read_ahead(positions)
+        indices = self.order.samples(positions.numpy())
+        samples = self.reader.samples(indices)
+        for row in sorted(samples.faults):
+            indices[row] = self._replace(samples, row, int(indices[row]), int(positions[row]))
+        return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, _keys(indices.tolist()))
 
-    def _sample_index(self, epoch: int, place: int) -> int:
-        _, bounds = self._window_bounds(epoch)
-        window = int(np.searchsorted(bounds, place, side="right")) - 1
-        return int(self._window(epoch, window)[place - int(bounds[window])])
+    def _read_ahead(self, positions: Tensor) -> None:
+        """Whenever a window is begun, have it and the next one fetched."""
+        window = self.order.windows(positions[-1:].numpy())[0]
+        if window != self._expected:
+            self._expected = window
+            following = self.order.window_after(*window)
+            self.reader.expect([*self.order.shards(*window), *self.order.shards(*following)])
 
-    def _make_window_bounds(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of the shards, and the place at which each window begins."""
-        order = draws.permutation(self.seed, "shard order", len(self.reader.shard_counts), epoch).numpy()
-        ends = np.cumsum(np.asarray(self.reader.shard_counts)[order])
-        return order, np.concatenate([[0], ends[WINDOW - 1 :: WINDOW], ends[-1:]])
+    def _replace(self, samples: Samples, row: int, index: int, position: int) -> int:
+        """Put another sample in the place of a damaged one; returns which."""
+        fault = samples.faults[row]
+        if self._on_bad_sample == "stop":
+            raise DataError(fault)
+        self._count(index, fault)
+        for attempt in range(STAND_INS):
+            stand_in = self.order.stand_in(position, attempt)
+            found = self.reader.samples(np.asarray([stand_in]))
+            if not found.faults:
+                for whole, one in zip(_tensors(samples), _tensors(found), strict=True):
+                    whole[row] = one[0]
+                return stand_in
+        raise DataError(f"{fault}; and {STAND_INS} others that were to replace it are damaged too")
 
-    def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """The samples of a window, in the epoch's order."""
-        order, _ = self._window_bounds(epoch)
-        shards = order[window * WINDOW : (window + 1) * WINDOW]
-        samples = np.concatenate([np.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
-        return samples[draws.permutation(self.seed, f"window {window}", len(samples), epoch).numpy()]
+    def _count(self, index: int, fault: str) -> None:
+        (key,) = _keys([index])
+        self.bad_samples[key] += 1
+        count = len(self.bad_samples)
+        if count > self._max_bad_samples:
+            raise DataError(f"{fault}; the {count} bad samples of this process are more than {self._max_bad_samples}")
+        if self.bad_samples[key] == 1:
+            log.warning("%s; replaced (bad sample %d of at most %d)", fault, count, self._max_bad_samples)
+
+
+def _tensors(samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+    return samples.moments, samples.packed_pose, samples.label
+
+
+def _keys(indices: Iterable[int]) -> list[str]:
+    return [f"{index:09d}" for index in indices]

@@ -1,4 +1,4 @@
-"""Where views come from: the built-in scene, .npz files, or a transforms.json. Poses are known before pictures."""
+"""Where views come from: scenes, .npz files, or a transforms.json. Poses are known before pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sitdist.config import NpzSource, SceneSource, TransformsSource
 from sitdist.data.format import file_sha256
+from sitdist.data.scene import capture_similarity, open_scene, random_cameras, random_fov_deg, render, scene_files
 from sitdist.errors import DataError
-from sitdist.flow import draws
-from sitdist.geometry.camera import Intrinsics, shell_cameras
+from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.pose import check_rigid
 
 
@@ -36,10 +36,13 @@ class View:
 
 
 class ViewSource(ABC):
-    """Views by index; poses and intrinsics of all are cheap, pictures are made when they are asked for."""
+    """Views by index; poses and intrinsics of all are cheap, pictures are made when they are asked for.
+
+    Several threads may ask at once.
+    """
 
     camera_to_world: Tensor  # [N, 4, 4] float64
-    label: int
+    labels: Tensor  # [N] int64
 
     def __len__(self) -> int:
         return len(self.camera_to_world)
@@ -56,17 +59,26 @@ class ViewSource(ABC):
     def fingerprint(self) -> str:
         """SHA-256 of everything the views depend on."""
 
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        """By label, what took the frame of an object's capture to that of the poses, where that is known."""
+        return {}
+
     def views(self, indices: Sequence[int]) -> list[View]:
         """These views, pictures and all."""
         images = self.images(indices)
         return [
-            View(image, self.camera_to_world[index], self.intrinsics(index), self.label)
+            View(image, self.camera_to_world[index], self.intrinsics(index), int(self.labels[index]))
             for image, index in zip(images, indices, strict=True)
         ]
 
 
-def open_source(config: SceneSource | NpzSource | TransformsSource, image_size: int) -> ViewSource:
+SourceConfig = SceneSource | NpzSource | TransformsSource
+
+
+def open_source(config: SourceConfig | list[SourceConfig], image_size: int) -> ViewSource:
     """The views that `config` describes, as square pictures of `image_size` pixels; DataError, PoseError."""
+    if isinstance(config, list):
+        return _MixedViews([open_source(each, image_size) for each in config])
     if isinstance(config, SceneSource):
         return _SceneViews(config, image_size)
     if isinstance(config, NpzSource):
@@ -74,32 +86,76 @@ def open_source(config: SceneSource | NpzSource | TransformsSource, image_size: 
     return _TransformsViews(config, image_size)
 
 
-class _SceneViews(ViewSource):
-    """The built-in object from random cameras; view i is a pure function of (seed, i)."""
+class _MixedViews(ViewSource):
+    """Views of several sources, mixed evenly: any stretch of them holds every source in proportion.
 
-    def __init__(self, config: SceneSource, image_size: int) -> None:
-        self.config, self.label = config, config.label
-        uniforms = draws.uniform(config.seed, "cameras", torch.arange(config.views), 3)
-        self.camera_to_world = shell_cameras(uniforms, config.radius, config.sphere)
-        self._intrinsics = Intrinsics.from_fov(config.fov_deg, image_size, image_size)
+    View j of a source of n views has the place (j + 1/2) / n; all views are in order of their places, then sources.
+    """
+
+    def __init__(self, sources: Sequence[ViewSource]) -> None:
+        self._sources = sources
+        places = torch.cat([(torch.arange(len(source)).double() + 0.5) / len(source) for source in sources])
+        order = places.argsort(stable=True)
+        self._source = torch.repeat_interleave(torch.tensor([len(source) for source in sources]))[order]
+        self._view = torch.cat([torch.arange(len(source)) for source in sources])[order]
+        self.camera_to_world = torch.cat([source.camera_to_world for source in sources])[order]
+        self.labels = torch.cat([source.labels for source in sources])[order]
 
     def intrinsics(self, index: int) -> Intrinsics:
-        return self._intrinsics
+        return self._sources[int(self._source[index])].intrinsics(int(self._view[index]))
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        from sitdist.scene.volume import render_views
-
-        return render_views(self.camera_to_world[list(indices)], self._intrinsics, self.config.supersample)
+        return torch.cat([self._sources[int(self._source[i])].images([int(self._view[i])]) for i in indices])
 
     def fingerprint(self) -> str:
-        return _sha256(self.config.model_dump_json().encode(), str(self._intrinsics).encode())
+        return _sha256(*(source.fingerprint().encode() for source in self._sources))
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        return {label: value for source in self._sources for label, value in source.similarities().items()}
+
+
+class _SceneViews(ViewSource):
+    """Pictures of a scene from random cameras; view i is a pure function of (seed, i)."""
+
+    def __init__(self, config: SceneSource, image_size: int) -> None:
+        self.config, self._size = config, image_size
+        self._scene = open_scene(config.scene)
+        positions = torch.arange(config.views)
+        self.camera_to_world = random_cameras(config, positions)
+        self._fov_deg = random_fov_deg(config, positions)
+        self.labels = torch.full((config.views,), config.label)
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return Intrinsics.from_fov(float(self._fov_deg[index]), self._size, self._size)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        pictures = [
+            render(
+                self._scene,
+                self.camera_to_world[index],
+                self.intrinsics(index),
+                self.config.supersample,
+                self.config.background,
+            )
+            for index in indices
+        ]
+        return torch.stack(pictures)
+
+    def fingerprint(self) -> str:
+        files = [] if self.config.scene is None else scene_files(self.config.scene)
+        hashes = [file_sha256(file).encode() for file in files]
+        return _sha256(self.config.model_dump_json().encode(), str(self._size).encode(), *hashes)
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        similarity = capture_similarity(self._scene)
+        return {} if similarity is None else {self.config.label: similarity}
 
 
 class _NpzViews(ViewSource):
     """images [N, H, W, 3] (uint8, or float in [0, 1]), poses [N, 4, 4], focal in pixels, from several files."""
 
     def __init__(self, config: NpzSource, image_size: int) -> None:
-        self.label = config.label
+        self._label = config.label
         self._files = _npz_files(config.paths)
         images, poses, focals = [], [], []
         for file in self._files:
@@ -119,6 +175,7 @@ class _NpzViews(ViewSource):
         self._focals = focals
         self._starts = np.cumsum([0, *map(len, images)])
         self.camera_to_world = torch.cat(poses)
+        self.labels = torch.full((len(self.camera_to_world),), config.label)
 
     def intrinsics(self, index: int) -> Intrinsics:
         size = self._images[0].shape[1]
@@ -133,7 +190,7 @@ class _NpzViews(ViewSource):
         return torch.stack(pictures)
 
     def fingerprint(self) -> str:
-        return _sha256(str(self.label).encode(), *(file_sha256(file).encode() for file in self._files))
+        return _sha256(str(self._label).encode(), *(file_sha256(file).encode() for file in self._files))
 
 
 PINHOLE_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL", "PERSPECTIVE")
@@ -144,7 +201,7 @@ class _TransformsViews(ViewSource):
     """Frames of a Blender or nerfstudio transforms.json: OpenGL camera-to-world matrices and picture files."""
 
     def __init__(self, config: TransformsSource, image_size: int) -> None:
-        self.label, self._background = config.label, config.background
+        self._label, self._background = config.label, config.background
         self._file, self._size = Path(config.path), image_size
         if self._file.is_dir():
             self._file = self._file / "transforms.json"
@@ -165,6 +222,7 @@ class _TransformsViews(ViewSource):
         for pose, name in zip(poses, names, strict=True):
             check_rigid(pose, f"{self._file}: frame {name}")
         self.camera_to_world = torch.stack(poses)
+        self.labels = torch.full((len(poses),), config.label)
         self._intrinsics = [self._pinhole(frame, f"{self._file}: frame {frame['file_path']}") for frame in frames]
         self._pictures = [self._find(name) for name in names]
         for path in self._pictures:
@@ -177,7 +235,7 @@ class _TransformsViews(ViewSource):
         return torch.stack([self._read(self._pictures[index]) for index in indices])
 
     def fingerprint(self) -> str:
-        background = str((self._background, self.label)).encode()
+        background = str((self._background, self._label)).encode()
         return _sha256(background, *(file_sha256(path).encode() for path in (self._file, *self._pictures)))
 
     def _pinhole(self, values: dict[str, Any], name: str) -> Intrinsics:

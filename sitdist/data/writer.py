@@ -1,137 +1,156 @@
 """From a recipe to a finished dataset: poses, statistics and codec first, then shard by shard, the manifest last.
 
-The same recipe on the same hardware and versions gives the same bytes, also after any number of interruptions.
+The same recipe on the same hardware and versions gives the same bytes: for any number of processes and of threads, and
+after any number of interruptions.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
+import fcntl
 import json
+import logging
+import os
 import platform
 import shutil
-import tarfile
-import zlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from errno import ENOLCK, ENOSYS, ENOTSUP
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import webdataset
-from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
 from tqdm import tqdm
 
 from sitdist.config import PcaCodecConfig, Recipe
 from sitdist.data.format import (
     FORMAT_VERSION,
-    IMAGE_MEMBER,
-    INDEX_FIELDS,
-    MEMBERS,
+    CameraFacts,
     CodecPsnr,
     DatasetManifest,
     LatentShape,
-    ShardEntry,
+    ObjectEntry,
     SplitEntry,
     cannot_write,
     file_sha256,
     flush_file,
     flush_folder,
-    load_index,
-    load_manifest,
     write_atomically,
 )
-from sitdist.data.sources import ViewSource, open_source
-from sitdist.errors import DataError
+from sitdist.data.shard import SampleMaker, Shard, Split, Written, shards_of, write_shards
+from sitdist.data.sources import open_source
+from sitdist.errors import ConfigError, DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import camera_radius
-from sitdist.geometry.packing import PoseStatistics, standardize
-from sitdist.model.codec import Codec, PcaCodec, VaeCodec, latent_mean, load_codec
+from sitdist.geometry.packing import PoseStatistics
+from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
+from sitdist.runtime import Agreement
+
+log = logging.getLogger("sitdist")
+
+BEAT = 0.5  # seconds between two moments at which the processes tell each other how far they are
 
 
-class _Split:
-    """Some views of a source, in order."""
+def build(
+    recipe: Recipe, out: Path, only: Collection[str] | None = None, agreement: Agreement | None = None
+) -> DatasetManifest:
+    """Make the dataset `out`, or go on where an interrupted build of the same recipe stopped.
 
-    def __init__(self, name: str, source: ViewSource, indices: Tensor) -> None:
-        self.name, self.source, self.indices = name, source, indices
-        self.camera_to_world = source.camera_to_world[indices]
-
-    def shards(self, size: int) -> list[list[int]]:
-        """The source's indices of every shard."""
-        return [chunk.tolist() for chunk in self.indices.split(size)]
-
-
-def build(recipe: Recipe, out: Path) -> DatasetManifest:
-    """Make the dataset `out`, or go on where an interrupted build of the same recipe stopped."""
-    if (out / "manifest.json").exists():
-        (out / "build.json").unlink(missing_ok=True)
-        raise DataError(f"{out}: a finished dataset is there; give another --out, or remove the folder to build again")
-    splits = _open_splits(recipe)
-    plan = _plan(recipe, splits)
-    if not _check_folder(out, plan):
-        codec = _make_codec(recipe, splits["train"])  # before anything is written: it may not be there or not fit
-        _write_json(out / "build.json", plan)
-        _save_codec(codec, out / "codec")
-    elif not (out / "codec").is_dir():
-        _save_codec(_make_codec(recipe, splits["train"]), out / "codec")
-    codec = load_codec(out / "codec")  # always used from there
-    statistics = PoseStatistics.from_poses(splits["train"].camera_to_world)
-    entries: dict[str, SplitEntry] = {}
-    total = sum(len(split.indices) for split in splits.values())
-    with tqdm(total=total, desc="views", unit="view", smoothing=0.05) as progress:
-        for split in splits.values():
-            shards = []
-            for number, indices in enumerate(split.shards(recipe.samples_per_shard)):
-                first = number * recipe.samples_per_shard
-                shards.append(_shard(recipe, split, number, first, indices, statistics, codec, out / split.name))
-                progress.update(len(indices))
-            radius = camera_radius(split.camera_to_world)
-            entries[split.name] = SplitEntry(
-                count=len(split.indices), radius=(float(radius.min()), float(radius.max())), shards=shards
-            )
-    size = recipe.image_size // codec.downsample
-    manifest = DatasetManifest(
-        format_version=FORMAT_VERSION,
-        name=recipe.name,
-        recipe=recipe.model_dump(mode="json"),
-        sources={name: split.source.fingerprint() for name, split in splits.items()},
-        image_size=recipe.image_size,
-        statistics=statistics.to_dict(),
-        codec=codec.identity(),
-        codec_files=_codec_files(out),
-        latent=LatentShape(channels=codec.channels, height=size, width=size),
-        codec_psnr=_held_out_psnr(out, entries),
-        splits=entries,
-    )
-    _write_json(out / "provenance.json", _environment())
-    text = manifest.model_dump_json(indent=1) + "\n"
-    write_atomically(out / "manifest.json", lambda path: path.write_text(text))
-    (out / "build.json").unlink()
-    return manifest
+    `only`: the splits to build (None: all of the recipe, and the views held out as val). `agreement`: of the processes
+    that share the work (None: this one is alone); all of them call this and get the manifest.
+    """
+    agreement = agreement or Agreement()
+    with _one_thread_each() as (pool, depth), ExitStack() as held:
+        with agreement.together():
+            splits = open_splits(recipe, only)
+            plan = _plan(recipe, splits)
+        plans = agreement.gather(plan)
+        with agreement.together():
+            _check_same_plans(out, plans)
+        with agreement.together():
+            if agreement.rank == 0:
+                held.enter_context(_begin(recipe, out, splits, plan, pool))
+        with agreement.together():
+            if agreement.rank > 0:
+                held.enter_context(_join(out))
+            codec = load_codec(out / "codec")  # always used from there
+            statistics = PoseStatistics.from_poses(splits["train"].camera_to_world)
+            make = SampleMaker(codec, statistics, recipe.encode_batch)
+        written = _share(splits, recipe.samples_per_shard, make, out, pool, depth, agreement)
+        manifest: DatasetManifest | None = None
+        with agreement.together():
+            if agreement.rank == 0:
+                manifest = _manifest(recipe, out, splits, written, make)
+                _finish(out, manifest)
+        return agreement.of_main(manifest)
 
 
-def _open_splits(recipe: Recipe) -> dict[str, _Split]:
+@contextmanager
+def _one_thread_each() -> Iterator[tuple[Executor, int]]:
+    """Within `with`: a pool of as many threads as torch would use, in each of which torch uses one, and its look-ahead.
+
+    How torch divides a sum among threads decides its rounding: this way their number decides nothing.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads, "samples", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool, threads + 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def open_splits(recipe: Recipe, only: Collection[str] | None = None) -> dict[str, Split]:
+    """The views of every split, with `val` held out of `train` where the recipe says so; of all, or of `only` some.
+
+    Which views are training views does not depend on `only`.
+    """
+    names = [*recipe.splits, *(["val"] if "val" not in recipe.splits and recipe.val_views else [])]
+    _check_only(names, only)
     splits = {}
     for name, config in recipe.splits.items():
-        source = open_source(config, recipe.image_size)
-        splits[name] = _Split(name, source, torch.arange(len(source)))
-    if "val" not in splits and recipe.val_views:
-        train = splits["train"]
-        if recipe.val_views >= len(train.source):
-            raise DataError(
-                f"val_views {recipe.val_views} leaves none of the {len(train.source)} training views to train on"
-            )
-        order = draws.permutation(recipe.seed, "val views", len(train.source), 0)
-        held_out, kept = order[: recipe.val_views].sort().values, order[recipe.val_views :].sort().values
-        splits["train"], splits["val"] = _Split("train", train.source, kept), _Split("val", train.source, held_out)
+        if only is None or name in only:
+            source = open_source(config, recipe.image_size)
+            splits[name] = Split(name, source, torch.arange(len(source)))
+    if "val" not in recipe.splits and recipe.val_views:
+        splits["train"], val = _hold_out(recipe, splits["train"])
+        if only is None or "val" in only:
+            splits["val"] = val
     return splits
 
 
-def _plan(recipe: Recipe, splits: dict[str, _Split]) -> dict[str, Any]:
-    """What has to be the same when a build goes on."""
+def _check_only(names: Sequence[str], only: Collection[str] | None) -> None:
+    for name in only or ():
+        if name not in names:
+            raise ConfigError(f"--splits: the recipe has no split '{name}'; it has {', '.join(names)}")
+    if only is not None and "train" not in only:
+        raise ConfigError(
+            f"--splits {','.join(only)}: 'train' is missing; the pose statistics and the codec come from it"
+        )
+
+
+def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
+    """The training views without `val_views` of them, and these."""
+    if recipe.val_views >= len(train):
+        raise DataError(f"val_views {recipe.val_views} leaves none of the {len(train)} training views to train on")
+    order = draws.permutation(recipe.seed, "val views", len(train), 0)
+    held_out, kept = order[: recipe.val_views].sort().values, order[recipe.val_views :].sort().values
+    return Split("train", train.source, kept), Split("val", train.source, held_out)
+
+
+# ------------------------------------------------------------------------------------------ beginning, and going on
+
+
+def _plan(recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
+    """What has to be the same when a build goes on, and on all of its processes."""
     return {
         "format_version": FORMAT_VERSION,
         "recipe": recipe.model_dump(mode="json"),
@@ -140,19 +159,109 @@ def _plan(recipe: Recipe, splits: dict[str, _Split]) -> dict[str, Any]:
     }
 
 
-def _check_folder(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether an unfinished build of this plan is there, tidied up; DataError if something else is."""
-    if (out / "build.json").is_file():
-        _check_plan(out, plan)
-        for leftover in out.rglob(".*.tmp"):  # what a killed build was writing
-            if leftover.is_file():
-                leftover.unlink()
-        return True
+def _environment() -> dict[str, Any]:
+    """What the bytes of a dataset depend on besides its recipe and its sources."""
+    packages = ("diffusers", "numpy", "pillow", "sitdist", "torch", "webdataset")
+    return {name: version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+    }
+
+
+def _check_same_plans(out: Path, plans: Sequence[dict[str, Any]]) -> None:
+    """DataError where a process would give other bytes than the main one, for what it sees or what it runs on."""
+    for rank, plan in enumerate(plans):
+        for key, value in plans[0]["environment"].items():
+            if plan["environment"].get(key) != value:
+                raise DataError(
+                    f"{out}: process {rank} runs with {key} {plan['environment'].get(key)} but process 0 with {value}, "
+                    "which may give other bytes; use machines of one kind and one installation"
+                )
+        if plan != plans[0]:
+            raise DataError(f"{out}: process {rank} sees another recipe or other source files than process 0")
+
+
+@contextmanager
+def _begin(recipe: Recipe, out: Path, splits: dict[str, Split], plan: dict[str, Any], pool: Executor) -> Iterator[None]:
+    """Within `with`: the folder is this build's, with its plan and its codec, and no other build can begin there."""
+    _refuse_finished(out)
+    codec = None
+    if not (out / "build.json").is_file():
+        _check_empty(out)
+        codec = _make_codec(recipe, splits["train"], pool)  # before anything is written: it may not be there or not fit
+    with _open_plan(out / "build.json") as handle:
+        _lock(handle, fcntl.LOCK_EX, out)
+        _refuse_finished(out)  # by a build that has ended meanwhile
+        if os.fstat(handle).st_size == 0:
+            _write_plan(handle, plan, out / "build.json")
+        else:
+            _check_plan(out, plan)
+            _tidy_up(out)
+        if not (out / "codec").is_dir():
+            _save_codec(codec or _make_codec(recipe, splits["train"], pool), out / "codec")
+        _lock(handle, fcntl.LOCK_SH, out)  # the other processes of this build hold it too
+        yield
+
+
+@contextmanager
+def _join(out: Path) -> Iterator[None]:
+    """Within `with`: this process belongs to the build that the main one has begun, which lasts until the last ends."""
+    with _open_plan(out / "build.json") as handle:
+        _lock(handle, fcntl.LOCK_SH, out)
+        yield
+
+
+def _refuse_finished(out: Path) -> None:
+    if (out / "manifest.json").exists():
+        (out / "build.json").unlink(missing_ok=True)
+        raise DataError(f"{out}: a finished dataset is there; give another --out, or remove the folder to build again")
+
+
+def _check_empty(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file; give another --out")
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty and no unfinished build; give another --out")
-    return False
+
+
+@contextmanager
+def _open_plan(path: Path) -> Iterator[int]:
+    """A handle on build.json, which is made, empty, if it is not there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, kind: int, out: Path) -> None:
+    """Lock build.json until it is closed, even by the end of the process; DataError if another build holds it."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(
+            f"{out}: another build is at work there; wait until it has ended, or give another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
+            raise cannot_write(out / "build.json", error) from None
+        log.warning("%s: its file system has no locks; see to it that no other build is at work there", out)
+
+
+def _write_plan(handle: int, plan: dict[str, Any], path: Path) -> None:
+    try:
+        os.write(handle, (json.dumps(plan, indent=1) + "\n").encode())
+        os.fsync(handle)
+        flush_folder(path.parent)
+    except OSError as error:
+        path.unlink()
+        raise cannot_write(path, error) from None
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -164,38 +273,33 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     here, there = plan["environment"], begun.pop("environment", {})
     if begun != {key: value for key, value in plan.items() if key != "environment"}:
         raise DataError(
-            f"{out}: holds an unfinished build of another recipe or other source files; "
+            f"{out}: holds an unfinished build of another recipe, of other splits or other source files; "
             "give another --out, or remove the folder"
         )
     for key in here:
         if there.get(key) != here[key]:
             raise DataError(
                 f"{out}: the unfinished build was begun with {key} {there.get(key)} but here it is {here[key]}, which "
-                "may give other bytes; go on as it was begun (OMP_NUM_THREADS sets threads), or remove the folder"
+                "may give other bytes; go on as it was begun, or remove the folder"
             )
 
 
-def _environment() -> dict[str, Any]:
-    """What the bytes of a dataset depend on besides its recipe and its sources."""
-    packages = ("diffusers", "numpy", "pillow", "sitdist", "torch", "webdataset")
-    return {name: version(name) for name in packages} | {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-    }
+def _tidy_up(out: Path) -> None:
+    """Remove what a killed build was writing."""
+    for leftover in out.rglob(".*.tmp"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=1) + "\n"))
+# --------------------------------------------------------------------------------------------------------------- codec
 
 
-def _make_codec(recipe: Recipe, train: _Split) -> Codec:
+def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
     """The recipe's codec, fitted or loaded; DataError if its latents could not hold a pose."""
     codec: Codec
     if isinstance(recipe.codec, PcaCodecConfig):
-        images = train.source.images(train.indices[: recipe.codec.fit_views].tolist())
+        chunks = train.indices[: recipe.codec.fit_views].split(recipe.encode_batch)
+        images = torch.cat(list(pool.map(lambda chunk: train.source.images(chunk.tolist()), chunks)))
         codec = PcaCodec.fit(images, recipe.codec.patch, recipe.codec.channels)
     else:
         codec = VaeCodec(recipe.codec.path, recipe.codec.dtype)
@@ -228,267 +332,144 @@ def _codec_files(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out / "codec")): file_sha256(path) for path in files}
 
 
-def _shard(
-    recipe: Recipe,
-    split: _Split,
-    number: int,
-    first: int,
-    indices: list[int],
-    statistics: PoseStatistics,
-    codec: Codec,
-    folder: Path,
-) -> ShardEntry:
-    """Write one shard and its index, unless an earlier run of the same build has."""
-    tar, index_path = folder / f"{number:05d}.tar", folder / f"{number:05d}.index.npz"
-    if not index_path.exists():  # the index gets its name after the tar
-        keep_images = split.name != "train"
-        samples, psnr = [], []
-        for start in range(0, len(indices), recipe.encode_batch):
-            chunk = indices[start : start + recipe.encode_batch]
-            images = split.source.images(chunk)
-            moments = _encode(codec, images, recipe.encode_batch, f"{split.name} view {chunk[0]} to {chunk[-1]}")
-            psnr += _psnr(codec, moments, images, recipe.encode_batch) if keep_images else [float("nan")] * len(chunk)
-            for row, view in enumerate(chunk):
-                key = f"{first + start + row:09d}"
-                samples.append(
-                    _sample(key, split, view, moments[row], images[row] if keep_images else None, statistics)
-                )
-        write_atomically(tar, lambda path: _write_tar(path, samples))
-        index = _index(tar, samples, split, indices, psnr)
-        write_atomically(index_path, lambda path: _save_index(path, index))
-    return ShardEntry(
-        name=tar.name,
-        count=len(indices),
-        bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
-        index_sha256=file_sha256(index_path),
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def _share(
+    splits: dict[str, Split],
+    size: int,
+    make: SampleMaker,
+    out: Path,
+    pool: Executor,
+    depth: int,
+    agreement: Agreement,
+) -> dict[str, Written]:
+    """Have all shards written, each by one of the processes; what there is to know of every one, by name."""
+    shards = [shard for split in splits.values() for shard in shards_of(split, size)]
+    missing = agreement.of_main({shard.name for shard in shards if not shard.index(out).exists()})
+    order = sorted(shards, key=lambda shard: shard.name not in missing)  # what is to be made is spread evenly
+    mine = order[agreement.rank :: agreement.world]
+    total, before = sum(map(len, shards)), sum(len(shard) for shard in shards if shard.name not in missing)
+    bar = tqdm(total=total, initial=before, desc="views", unit="view", smoothing=0.05, disable=agreement.rank > 0)
+    with bar:
+        parts = agreement.gather(_work(mine, make, out, pool, depth, agreement, bar))
+    return {name: written for part in parts for name, written in part.items()}
+
+
+def _work(
+    shards: Sequence[Shard],
+    make: SampleMaker,
+    out: Path,
+    pool: Executor,
+    depth: int,
+    agreement: Agreement,
+    bar: tqdm,
+) -> dict[str, Written]:
+    """Write this process's shards in a thread of its own, while the processes tell each other how far they are.
+
+    All end soon after one of them has failed, and none waits for long without a word from the others.
+    """
+    counts: list[int] = []
+    shown, stop = 0, threading.Event()
+    with ThreadPoolExecutor(1, "shards", initializer=torch.set_num_threads, initargs=(1,)) as writer:
+        work = writer.submit(write_shards, shards, make, out, pool, depth, counts.append, stop)
+        try:
+            while True:
+                wait([work], timeout=BEAT)
+                ended = work.done()
+                failed = ended and work.exception() is not None
+                views, at_work, failures = agreement.sum(torch.tensor([sum(counts), not ended, failed])).tolist()
+                bar.update(views - shown)
+                shown = views
+                if failures or not at_work:
+                    break
+        finally:
+            stop.set()
+    written: dict[str, Written] = {}
+    with agreement.together():
+        written = work.result()
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def _manifest(
+    recipe: Recipe, out: Path, splits: dict[str, Split], written: dict[str, Written], make: SampleMaker
+) -> DatasetManifest:
+    size = recipe.image_size // make.codec.downsample
+    shards = {name: shards_of(split, recipe.samples_per_shard) for name, split in splits.items()}
+    return DatasetManifest(
+        format_version=FORMAT_VERSION,
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        sources={name: split.source.fingerprint() for name, split in splits.items()},
+        image_size=recipe.image_size,
+        objects=_objects(recipe, splits),
+        statistics=make.statistics.to_dict(),
+        codec=make.codec.identity(),
+        codec_files=_codec_files(out),
+        latent=LatentShape(channels=make.codec.channels, height=size, width=size),
+        codec_psnr=_held_out_psnr({name: [written[shard.name] for shard in shards[name]] for name in splits}),
+        splits={
+            name: _split_entry(split, [written[shard.name] for shard in shards[name]]) for name, split in splits.items()
+        },
     )
 
 
-def _padded(batch: Tensor, size: int) -> Tensor:
-    """`batch` filled up to `size` rows by repeating the last: arithmetic then does not depend on the batch's length."""
-    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+def _split_entry(split: Split, written: Sequence[Written]) -> SplitEntry:
+    radius = camera_radius(split.camera_to_world)
+    return SplitEntry(
+        count=len(split),
+        radius=(float(radius.min()), float(radius.max())),
+        cameras=_camera_facts(split),
+        shards=[each.entry for each in written],
+    )
 
 
-@torch.no_grad()
-def _encode(codec: Codec, images: Tensor, batch: int, name: str) -> Tensor:
-    moments = codec.encode_moments(_padded(images, batch))[: len(images)].to(torch.float16)
-    if not torch.isfinite(moments).all():
-        raise DataError(
-            f"{name}: latent is not finite in float16; check the codec (codec.dtype: fp32) and the pictures"
-        )
-    return moments
+def _camera_facts(split: Split) -> CameraFacts:
+    poses = split.camera_to_world
+    right, up, backward, position = poses[:, :3, :4].unbind(-1)  # [n, 3] each
+    distance = (position * backward).sum(-1)  # of the origin, along the line of sight
+    beside = torch.linalg.vector_norm(position - distance[:, None] * backward, dim=-1)
+    aimed = (beside <= 1e-4 * camera_radius(poses)) & (distance > 0)
+    level = (right[:, 2].abs() <= 1e-4) & (up[:, 2] >= -1e-4)
+    first = split.source.intrinsics(int(split.indices[0]))
+    return CameraFacts(
+        looks_at_origin=bool(aimed.all()),
+        upright=bool(level.all()),
+        same_intrinsics=all(split.source.intrinsics(view) == first for view in split.indices.tolist()),
+    )
 
 
-@torch.no_grad()
-def _psnr(codec: Codec, moments: Tensor, images: Tensor, batch: int) -> list[float]:
-    """PSNR in dB of every image against its decoded, stored latent mean."""
-    decoded = codec.decode(_padded(latent_mean(moments.float()), batch))[: len(images)]
-    return (-10.0 * (decoded - images).square().flatten(1).mean(1).double().clamp_min(1e-10).log10()).tolist()
+def _objects(recipe: Recipe, splits: dict[str, Split]) -> list[ObjectEntry]:
+    """Every object that has views in the dataset, by label."""
+    sources = [source for name in recipe.splits for source in recipe.sources(name)]
+    names = {source.label: source.name for source in sources if source.name is not None}
+    labels = {name: split.source.labels[split.indices] for name, split in splits.items()}
+    similarities = {label: value for split in splits.values() for label, value in split.source.similarities().items()}
+    entries = []
+    for label in torch.cat(list(labels.values())).unique().tolist():
+        counts = {name: int((mine == label).sum()) for name, mine in labels.items()}
+        views = {name: count for name, count in counts.items() if count}
+        name = names.get(label, f"object {label}")
+        entries.append(ObjectEntry(label=label, name=name, views=views, similarity=similarities.get(label)))
+    return entries
 
 
-def _sample(
-    key: str, split: _Split, view: int, moments: Tensor, image: Tensor | None, statistics: PoseStatistics
-) -> dict[str, Any]:
-    camera_to_world = split.source.camera_to_world[view]
-    intrinsics = split.source.intrinsics(view)
-    meta = {
-        "fx": intrinsics.fx,
-        "fy": intrinsics.fy,
-        "cx": intrinsics.cx,
-        "cy": intrinsics.cy,
-        "width": intrinsics.width,
-        "height": intrinsics.height,
-        "label": split.source.label,
-        "radius": float(camera_radius(camera_to_world)),
-    }
-    sample = {
-        "__key__": key,
-        "camera_to_world.npy": _npy(camera_to_world),
-        "meta.json": json.dumps(meta).encode(),
-        "moments.npy": _npy(moments),
-        "packed_pose.npy": _npy(standardize(camera_to_world, statistics).float()),
-    }
-    if image is not None:
-        pixels = (image.permute(1, 2, 0) * 255.0).round().to(torch.uint8).numpy()
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, format="PNG")
-        sample[IMAGE_MEMBER] = png.getvalue()
-    return sample
-
-
-def _npy(tensor: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, tensor.contiguous().numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _write_tar(path: Path, samples: Sequence[dict[str, Any]]) -> None:
-    with path.open("wb") as file:
-        writer = webdataset.TarWriter(file, user="sitdist", group="sitdist", mode=0o644, mtime=0.0, encoder=False)
-        for sample in samples:
-            writer.write(sample)
-        writer.close()
-
-
-def _index(
-    tar: Path, samples: Sequence[dict[str, Any]], split: _Split, indices: list[int], psnr: list[float]
-) -> dict[str, np.ndarray]:
-    """Where every sample lies, read back from the finished tar."""
-    index: dict[str, list[Any]] = {name: [] for name in INDEX_FIELDS}
-    members = read_members(tar)
-    data = tar.read_bytes()
-    for sample, view, value in zip(samples, indices, psnr, strict=True):
-        mine = members[sample["__key__"]]
-        start, stop = sample_range(mine)
-        image = mine.get(IMAGE_MEMBER)
-        row = {
-            "start": start,
-            "stop": stop,
-            "crc32": zlib.crc32(data[start:stop]),
-            "moments": mine["moments.npy"].offset_data,
-            "packed_pose": mine["packed_pose.npy"].offset_data,
-            "image": image.offset_data if image else 0,
-            "image_bytes": image.size if image else 0,
-            "label": split.source.label,
-            "camera_to_world": split.source.camera_to_world[view].numpy(),
-            "codec_psnr": value,
-        }
-        for name, field in row.items():
-            index[name].append(field)
-    return {name: np.asarray(index[name], dtype=dtype) for name, dtype in INDEX_FIELDS.items()}
-
-
-def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
-
-
-def read_members(tar: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """key -> extension -> where it is, of all whole members of a tar, in order."""
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    with tarfile.open(tar, "r:") as file:
-        for member in file:
-            key, _, extension = member.name.partition(".")
-            members.setdefault(key, {})[extension] = member
-    return members
-
-
-def sample_range(members: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
-    """First byte of the first header and one past the padding of the last member."""
-    start = min(member.offset for member in members.values())
-    stop = max(member.offset_data + -(-member.size // 512) * 512 for member in members.values())
-    return start, stop
-
-
-def _held_out_psnr(out: Path, entries: dict[str, SplitEntry]) -> CodecPsnr | None:
-    for split in ("val", *sorted(set(entries) - {"train", "val"})):
-        if split in entries:
-            values = np.concatenate(
-                [
-                    load_index((out / split / shard.name).with_suffix(".index.npz"))["codec_psnr"]
-                    for shard in entries[split].shards
-                ]
-            )
+def _held_out_psnr(written: dict[str, list[Written]]) -> CodecPsnr | None:
+    """Of val, else of the first other split in order of names; there is none of the training views."""
+    for split in ("val", *sorted(set(written) - {"train", "val"})):
+        if split in written:
+            values = np.array([value for shard in written[split] for value in shard.codec_psnr])
             return CodecPsnr(mean=float(values.mean()), n=len(values), split=split)
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- verifying
-
-
-def verify(out: Path) -> list[str]:
-    """Everything wrong with a dataset, a line each, by shard and sample; an empty list if nothing is."""
-    manifest = load_manifest(out)
-    statistics = PoseStatistics.from_dict(manifest.statistics)
-    problems = []
-    for name, expected in manifest.codec_files.items():
-        path = out / "codec" / name
-        if not path.is_file() or file_sha256(path) != expected:
-            problems.append(f"codec/{name}: missing or altered; build the dataset again")
-    if not problems:
-        identity = load_codec(out / "codec").identity()
-        problems += [
-            f"manifest.json: codec {key} is {manifest.codec.get(key)} but the codec folder's is {value}; build again"
-            for key, value in identity.items()
-            if manifest.codec.get(key) != value
-        ]
-    for name, split in manifest.splits.items():
-        if sum(shard.count for shard in split.shards) != split.count:
-            problems.append(f"manifest.json: the shards of {name} do not hold {split.count} samples; build again")
-        keys = itertools.count()
-        for shard in split.shards:
-            wanted = [f"{next(keys):09d}" for _ in range(shard.count)]
-            problems += [
-                f"{name}/{shard.name}: {line}" for line in _verify_shard(out / name, name, shard, wanted, statistics)
-            ]
-    return problems
-
-
-def _verify_shard(
-    folder: Path, split: str, shard: ShardEntry, keys: list[str], statistics: PoseStatistics
-) -> list[str]:
-    tar, index_path = folder / shard.name, (folder / shard.name).with_suffix(".index.npz")
-    if not tar.is_file() or not index_path.is_file():
-        return [f"missing ({'tar' if not tar.is_file() else 'index'}); build the dataset again"]
-    if file_sha256(index_path) != shard.index_sha256:
-        return ["index altered; build the dataset again"]
-    index = load_index(index_path)
-    if len(index["start"]) != shard.count:
-        return [f"index of {len(index['start'])} samples but the manifest says {shard.count}"]
-    data = tar.read_bytes()
-    if len(data) < shard.bytes:
-        lost = int((index["stop"] > len(data)).sum())
-        return [f"truncated: {len(data)} of {shard.bytes} bytes, {lost} of {shard.count} samples lost; build again"]
-    problems = []
-    for row, key in enumerate(keys):
-        start, stop = int(index["start"][row]), int(index["stop"][row])
-        if zlib.crc32(data[start:stop]) != index["crc32"][row]:
-            problems.append(f"sample {key}: bytes altered (CRC differs); build the dataset again")
-            continue
-        problems += [
-            f"sample {key}: {line}" for line in _verify_sample(data[start:stop], key, split, index, row, statistics)
-        ]
-    if not problems and file_sha256(tar) != shard.sha256:
-        problems.append("bytes outside the samples altered; build the dataset again")
-    return problems
-
-
-def _verify_sample(
-    data: bytes, key: str, split: str, index: dict[str, np.ndarray], row: int, statistics: PoseStatistics
-) -> list[str]:
-    with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode="r:") as file:
-        members = {member.name: file.extractfile(member).read() for member in file}  # type: ignore[union-attr]
-    names = [*MEMBERS] if split == "train" else sorted([*MEMBERS, IMAGE_MEMBER])
-    if sorted(members) != [f"{key}.{name}" for name in names]:
-        return [f"members {sorted(members)}; expected {', '.join(names)}"]
-    try:
-        camera_to_world, packed_pose = (
-            torch.from_numpy(np.load(io.BytesIO(members[f"{key}.{name}.npy"]), allow_pickle=False))
-            for name in ("camera_to_world", "packed_pose")
-        )
-    except ValueError as error:
-        return [f"unreadable array ({error})"]
-    if not torch.equal(camera_to_world, torch.from_numpy(index["camera_to_world"][row])):
-        return ["camera_to_world differs from the index's"]
-    if not torch.allclose(standardize(camera_to_world, statistics).float(), packed_pose, atol=1e-6):
-        return ["packed_pose is not camera_to_world standardized with the manifest's statistics"]
-    return []
-
-
-def info(out: Path) -> str:
-    """A few lines that say what a dataset holds."""
-    manifest = load_manifest(out)
-    latent, psnr = manifest.latent, manifest.codec_psnr
-    lines = [
-        f"{manifest.name}: {manifest.image_size}x{manifest.image_size} pixels, latents "
-        f"{latent.channels}x{latent.height}x{latent.width}, codec {manifest.codec['kind']}"
-        + (f" (round trip {psnr.mean:.2f} dB on {psnr.n} views of {psnr.split})" if psnr else "")
-    ]
-    for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards) / 1e6
-        low, high = split.radius
-        lines.append(
-            f"  {name}: {split.count} views, radius {low:.2f} to {high:.2f}, {len(split.shards)} shards, {size:.1f} MB"
-        )
-    return "\n".join(lines)
+def _finish(out: Path, manifest: DatasetManifest) -> None:
+    """Write what makes the folder a dataset."""
+    provenance = json.dumps(_environment(), indent=1) + "\n"
+    write_atomically(out / "provenance.json", lambda path: path.write_text(provenance))
+    text = manifest.model_dump_json(indent=1) + "\n"
+    write_atomically(out / "manifest.json", lambda path: path.write_text(text))
+    (out / "build.json").unlink(missing_ok=True)

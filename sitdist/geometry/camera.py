@@ -31,6 +31,17 @@ class Intrinsics:
         focal = 0.5 * width / math.tan(0.5 * math.radians(fov_deg))
         return cls(focal, focal, 0.5 * width, 0.5 * height, width, height)
 
+    def scaled(self, factor: int) -> Intrinsics:
+        """The same camera with every pixel cut into factor^2."""
+        return Intrinsics(
+            factor * self.fx,
+            factor * self.fy,
+            factor * self.cx,
+            factor * self.cy,
+            factor * self.width,
+            factor * self.height,
+        )
+
     def to_list(self) -> list[float]:
         """[fx, fy, cx, cy] in pixels."""
         return [self.fx, self.fy, self.cx, self.cy]
@@ -41,8 +52,8 @@ def camera_radius(camera_to_world: Tensor) -> Tensor:
     return torch.linalg.vector_norm(camera_to_world[..., :3, 3], dim=-1)
 
 
-def look_at(position: Tensor, target: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
-    """Upright camera_to_world [..., 4, 4] (float64) of cameras at `position` [..., 3] that look at `target`.
+def look_at(position: Tensor, target: Sequence[float] | Tensor = (0.0, 0.0, 0.0)) -> Tensor:
+    """Upright camera_to_world [..., 4, 4] (float64) of cameras at `position` [..., 3] that look at `target` [..., 3].
 
     Straight above or below the target, where "upright" says nothing, the camera's x axis is the world's +x or -x.
     """
@@ -70,12 +81,38 @@ def shell_cameras(uniforms: Tensor, radius: tuple[float, float], sphere: str) ->
     `uniforms` [N, 3] are uniform numbers in (0, 1), for view i `draws.uniform(seed, "cameras", i, 3)`. Directions are
     uniform in area over the "upper" half (z >= 0) or the "full" sphere, the radius is uniform in `radius`.
     """
-    azimuth = 2.0 * math.pi * uniforms[:, 0]
-    z = uniforms[:, 1] if sphere == "upper" else 2.0 * uniforms[:, 1] - 1.0  # Archimedes: height is uniform in area
+    low, high = (torch.full_like(uniforms[:, 0], edge) for edge in radius)
+    return look_at(shell_positions(uniforms, low, high, (0.0 if sphere == "upper" else -90.0, 90.0)))
+
+
+def shell_positions(
+    uniforms: Tensor,
+    low: Tensor,
+    high: Tensor,
+    elevation_deg: tuple[float, float] = (-90.0, 90.0),
+    azimuth_deg: tuple[float, float] = (0.0, 360.0),
+) -> Tensor:
+    """Points [N, 3] (float64) about the origin: radii uniform in [low, high], [N] each, directions uniform in area.
+
+    `uniforms` [N, 3] in (0, 1) place azimuth (degrees from +x towards +y), elevation (above the horizon) and radius.
+    """
+    start, stop = (math.radians(angle) for angle in azimuth_deg)
+    bottom, top = (math.sin(math.radians(angle)) for angle in elevation_deg)
+    azimuth = start + (stop - start) * uniforms[:, 0]
+    z = bottom + (top - bottom) * uniforms[:, 1]  # Archimedes: height is uniform in area
     ring = (1.0 - z.square()).clamp_min(0.0).sqrt()
     direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), z], dim=-1)  # [N, 3]
-    distance = radius[0] + (radius[1] - radius[0]) * uniforms[:, 2:3]
-    return look_at(distance * direction)
+    return (low + (high - low) * uniforms[:, 2])[:, None] * direction
+
+
+def rolled(camera_to_world: Tensor, angle_deg: Tensor) -> Tensor:
+    """Cameras [N, 4, 4] turned about their own line of sight by angles [N] in degrees, counterclockwise as they see."""
+    angle = angle_deg.to(torch.float64).deg2rad()[:, None]
+    right, up = camera_to_world[:, :3, 0], camera_to_world[:, :3, 1]
+    turned = camera_to_world.clone()
+    turned[:, :3, 0] = angle.cos() * right + angle.sin() * up
+    turned[:, :3, 1] = angle.cos() * up - angle.sin() * right
+    return turned
 
 
 def camera_rays(camera_to_world: Tensor, intrinsics: Intrinsics) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +20,10 @@ from torch import Tensor
 import sitdist
 from sitdist.config import Config, dump_yaml
 from sitdist.data.format import load_manifest
+from sitdist.data.prefetch import Prefetch
 from sitdist.data.reader import Batch, BatchReader, ShardReader
+from sitdist.data.resident import ResidentSamples
+from sitdist.data.store import Store, open_store
 from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import pose_endpoint, sample_times
@@ -111,35 +113,11 @@ def split_batch(global_batch: int, world: int, max_per_device: int | None) -> Ba
     return BatchSplit(local, next(size for size in range(largest, 0, -1) if local % size == 0))
 
 
-class Prefetch:
-    """Reads the batch of the next step while the current one is computed; adds up the time spent waiting."""
-
-    def __init__(self, reader: BatchReader, rank: int, world: int, stop: int) -> None:
-        self._reader, self._rank, self._world, self._stop = reader, rank, world, stop
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._next: tuple[int, Future[Batch]] | None = None
-
-    def batch(self, step: int) -> tuple[Batch, float]:
-        """This process's share of the batch of `step`, and the seconds spent waiting for it."""
-        begun = time.perf_counter()
-        pending = self._next if self._next is not None and self._next[0] == step else self._read(step)
-        batch = pending[1].result()
-        self._next = self._read(step + 1) if step + 1 < self._stop else None
-        return batch, time.perf_counter() - begun
-
-    def _read(self, step: int) -> tuple[int, Future[Batch]]:
-        return step, self._pool.submit(self._reader.batch, step, self._rank, self._world)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class Trainer:
     """One process's part of a run: opened at a checkpoint or at step 0, then trained up to `config.train.steps`."""
 
     def __init__(self, config: Config, run: Path, resume: bool, accelerator: Accelerator, agreement: Agreement) -> None:
         self.config, self.run, self.accelerator, self.agreement = config, run, accelerator, agreement
-        self.dataset = Path(config.data)
         self.step = 0
         self.saved_step: int | None = None
         self.buckets_settled = False
@@ -147,10 +125,12 @@ class Trainer:
 
         # ---- data and model: the same weights on every process, because every process seeds its CPU generator alike
         with agreement.together():
+            store = open_store(config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
+            self.dataset = store.folder
             manifest = load_manifest(self.dataset)
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
-            reader = BatchReader(ShardReader(self.dataset, "train"), config.seed, config.train.global_batch)
+            reader = self._open_reader(store)
             self.path = get_path(config.flow.path)
             torch.manual_seed(config.seed)
             self.raw_model = build_model(config.model, manifest).to(device)
@@ -177,8 +157,21 @@ class Trainer:
                     codec = load_matching_codec(self.dataset / "codec", manifest, device)
                     self.validation = Validation(config, self.dataset, manifest, codec, device)
                 self._write_run()
-            self.prefetch = Prefetch(reader, accelerator.process_index, world, steps)
+            workers, pin = config.reader.workers, device.type == "cuda"
+            self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, workers, pin)
             self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch)
+
+    def _open_reader(self, store: Store) -> BatchReader:
+        settings = self.config.reader
+        shards = ShardReader(store, "train")
+        samples = ResidentSamples(shards, self.accelerator.device) if settings.resident else shards
+        return BatchReader(
+            samples,
+            self.config.seed,
+            self.config.train.global_batch,
+            settings.on_bad_sample,
+            settings.max_bad_samples,
+        )
 
     # ------------------------------------------------------------------------------------------------------- the loop
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,12 @@ import torch
 import torch.distributed as dist
 
 from sitdist import cli
+from sitdist.config import Recipe, parse
+from sitdist.data import shard as shard_module
+from sitdist.data import writer
+from sitdist.data.sources import ViewSource
+from sitdist.flow import draws
+from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.runtime import make_accelerator, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train import trainer as trainer_module
@@ -115,3 +122,44 @@ def be_alone(folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     cli.main(["eval", str(folder)])
+
+
+def build_and_die(own: int, number: int, *arguments: str) -> None:
+    """Build shards, and get SIGKILL on one rank in the middle of the n-th tar (from 0) that it writes."""
+    write, begun = shard_module._write_tar, -1
+
+    def write_and_die(path, samples):
+        nonlocal begun
+        begun += 1
+        write(path, samples)
+        if rank() == own and begun == number:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shard_module._write_tar = write_and_die
+    cli.main(arguments)
+
+
+class Grey(ViewSource):
+    """Pictures without anything on them, from cameras that all differ."""
+
+    def __init__(self, views: int, size: int) -> None:
+        self.camera_to_world = look_at(draws.uniform(0, "places", torch.arange(views), 3) + 1.0)
+        self.labels, self._size = torch.zeros(views, dtype=torch.int64), size
+
+    def intrinsics(self, index):
+        return Intrinsics.from_fov(40.0, self._size, self._size)
+
+    def images(self, indices):
+        return torch.full((len(indices), 3, self._size, self._size), 0.5)
+
+    def fingerprint(self):
+        return "grey"
+
+
+def build_large(recipe: dict, size: int, out: Path) -> None:
+    """Build a dataset whose pictures take `size` bytes each, and leave this process's largest resident size there."""
+    writer.open_source = lambda config, image_size: Grey(config.views, image_size)
+    shard_module._png = lambda image: os.urandom(size)
+    writer.build(parse(Recipe, recipe, "large"), out)
+    (out / "peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -7,6 +7,7 @@ import pytest
 import ranks
 
 from sitdist.config import Config, load_yaml
+from sitdist.data.format import load_index
 from sitdist.data.reader import BatchReader, ShardReader
 from sitdist.errors import ConfigError
 from sitdist.runtime import make_accelerator
@@ -63,7 +64,7 @@ def test_an_altered_byte_that_one_process_reads(train, tmp_path, tiny_dataset, t
     sample = batches.sample_indices(batches.positions(1, rank=1, world=2))[0]  # rank 1 reads it in step 1
     tar = tmp_path / "data" / "train" / reader.shard_names[sample // 16]
     with tar.open("r+b") as file:
-        file.seek(int(reader._index["start"][sample]) + 600)
+        file.seek(int(load_index(tar.with_suffix(".index.npz"))["start"][sample % 16]) + 600)
         file.write(b"altered")
     started = train(2, tmp_path / "run", f"data={tmp_path / 'data'}")
     assert_one_line(started, "sitdist: error: rank 1: ", f"{tar}: sample {sample:09d}: altered bytes")

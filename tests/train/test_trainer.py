@@ -335,7 +335,7 @@ def test_a_codec_that_did_not_encode_the_dataset_is_refused_with_both_values(con
 
 def test_a_model_that_knows_too_few_labels_is_refused(config, tiny_dataset):
     manifest = load_manifest(tiny_dataset)
-    manifest.recipe["splits"]["train"]["label"] = 2
+    manifest.objects[0].label = 2
     message = "model.num_classes = 1: the dataset tiny has 3 labels; set it to 3 or more"
     with pytest.raises(ConfigError, match=message):
         build_model(config().model, manifest)

@@ -1,0 +1,67 @@
+"""Reading ahead changes when a batch is read, never what it holds."""
+
+import time
+
+import pytest
+import torch
+
+from sitdist.data.prefetch import Prefetch
+from sitdist.data.reader import BatchReader, ShardReader
+from sitdist.errors import DataError
+
+
+class Slow:
+    """Batches that say which they are and take a while; step 5 is damaged."""
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.asked = seconds, []
+
+    def batch(self, step, rank, world):
+        self.asked.append(step)
+        time.sleep(self.seconds)
+        if step == 5:
+            raise DataError("sample 5: altered bytes")
+        return step
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_come_in_the_order_in_which_they_are_asked_for(tiny_dataset, workers):
+    reader = BatchReader(ShardReader(tiny_dataset, "train"), 0, 16)
+    prefetch = Prefetch(reader, 1, 2, 1000, workers)
+    for step in (*range(10), 3, 4, 700, 701):
+        batch, _ = prefetch.batch(step)
+        alone = reader.batch(step, 1, 2)
+        assert batch.keys == alone.keys
+        assert torch.equal(batch.moments, alone.moments)
+    prefetch.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_as_many_steps_as_threads_are_read_ahead_and_none_after_the_last(workers):
+    reader = Slow()
+    prefetch = Prefetch(reader, 0, 1, 5, workers)
+    assert [prefetch.batch(0)[0]] == [0]
+    prefetch.close()
+    assert set(reader.asked) <= set(range(workers + 1))
+    reader = Slow()
+    prefetch = Prefetch(reader, 0, 1, 5, workers)
+    assert [prefetch.batch(step)[0] for step in range(5)] == [0, 1, 2, 3, 4]
+    prefetch.close()
+    assert sorted(reader.asked) == [0, 1, 2, 3, 4]  # each once, and never 5
+
+
+def test_damage_is_told_at_the_step_it_belongs_to():
+    prefetch = Prefetch(Slow(), 0, 1, 10, workers=2)
+    assert [prefetch.batch(step)[0] for step in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="sample 5"):
+        prefetch.batch(5)
+    prefetch.close()
+
+
+def test_more_threads_wait_less():
+    waited = {}
+    for workers in (1, 4):
+        prefetch = Prefetch(Slow(0.05), 0, 1, 5, workers)
+        waited[workers] = sum(prefetch.batch(step)[1] for step in range(5))
+        prefetch.close()
+    assert waited[4] < 0.75 * waited[1]  # 2 rounds of 0.05 s instead of 5

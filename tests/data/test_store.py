@@ -1,0 +1,177 @@
+"""A dataset behind a URL is read as one in a folder: fetched whole, checked, within bounds, or refused in words."""
+
+import json
+import os
+import threading
+import time
+
+import fsspec
+import pytest
+import torch
+
+from sitdist.data import store
+from sitdist.data.format import load_manifest
+from sitdist.data.reader import BatchReader, ShardReader
+from sitdist.data.store import RemoteStore, open_store
+from sitdist.errors import ConfigError, DataError
+
+URL = "memory://bucket/tiny"
+
+
+@pytest.fixture
+def remote(tiny_dataset, monkeypatch):
+    """The tiny dataset in fsspec's memory; gives the file system."""
+    monkeypatch.setattr(store, "PAUSE", 0.001)
+    monkeypatch.setattr(store, "IN_USE", 0.0)
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(tiny_dataset), "/bucket/tiny", recursive=True)
+    yield filesystem
+    filesystem.rm("/bucket", recursive=True)
+
+
+def fetched(cache):
+    """The shards in a cache."""
+    return sorted(path.name for path in cache.rglob("*.tar"))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_batches_are_those_of_the_folder(remote, tiny_dataset, tmp_path, scheme):
+    url = URL if scheme == "memory" else f"file://{tiny_dataset}"
+    far = BatchReader(ShardReader(open_store(url, tmp_path), "train"), 0, 20)
+    near = BatchReader(ShardReader(tiny_dataset, "train"), 0, 20)
+    for step in (0, 7):
+        assert far.batch(step).keys == near.batch(step).keys
+        assert torch.equal(far.batch(step).moments, near.batch(step).moments)
+        assert torch.equal(far.batch(step).packed_pose, near.batch(step).packed_pose)
+
+
+def test_opening_fetches_manifest_and_codec_and_reading_only_what_it_needs(remote, tiny_dataset, tmp_path):
+    reader = ShardReader(open_store(URL, tmp_path), "train")
+    assert fetched(tmp_path) == []
+    assert (reader.folder / "codec" / "weights.safetensors").read_bytes() == (
+        tiny_dataset / "codec" / "weights.safetensors"
+    ).read_bytes()
+    reader.moments([17])
+    assert fetched(tmp_path) == ["00001.tar"]
+    reader.expect([2])
+    wait_for(lambda: fetched(tmp_path) == ["00001.tar", "00002.tar"])
+
+
+def test_a_second_reader_and_a_restart_use_what_is_there(remote, tmp_path):
+    ShardReader(open_store(URL, tmp_path), "train").moments(range(48))
+    remote.rm("/bucket/tiny/train", recursive=True)
+    again = ShardReader(open_store(URL, tmp_path), "train")
+    assert torch.isfinite(again.moments(range(48))).all()
+    by_folder = ShardReader(again.folder, "train")  # what the cache keeps can be named in the place of the URL
+    assert torch.equal(by_folder.moments(range(48)), again.moments(range(48)))
+
+
+def test_another_dataset_at_the_same_url_is_kept_apart(remote, tmp_path):
+    first = open_store(URL, tmp_path).folder
+    manifest = json.loads(remote.cat("/bucket/tiny/manifest.json"))
+    remote.pipe("/bucket/tiny/manifest.json", json.dumps(manifest | {"name": "other"}).encode())
+    second = open_store(URL, tmp_path).folder
+    assert second != first
+    assert load_manifest(second).name == "other"
+    assert load_manifest(first).name == "tiny"
+
+
+def test_the_cache_stays_within_its_limit_and_the_oldest_goes_first(remote, tmp_path):
+    size = remote.size("/bucket/tiny/train/00000.tar")
+    reader = ShardReader(open_store(URL, tmp_path, limit=int(2.5 * size)), "train")
+    for shard in (0, 1):
+        reader.moments([16 * shard])
+    for path in tmp_path.rglob("00000.*"):
+        os.utime(path, (1, 1))  # used long ago
+    reader.moments([32])
+    assert fetched(tmp_path) == ["00001.tar", "00002.tar"]
+    assert torch.isfinite(reader.moments([1])).all()  # still mapped
+    assert torch.isfinite(ShardReader(reader.folder, "train").moments([0, 16, 32])).all()  # fetched again
+    total = sum(path.stat().st_size for path in tmp_path.rglob("train/0*"))
+    assert total <= 2.5 * size
+
+
+@pytest.mark.parametrize("part", ["tar", "index.npz"])
+def test_a_file_that_differs_from_the_manifest_is_refused_and_never_named(remote, tmp_path, part):
+    path = f"/bucket/tiny/train/00001.{part}"
+    data = bytearray(remote.cat(path))
+    data[700] ^= 1
+    remote.pipe(path, bytes(data))
+    reader = ShardReader(open_store(URL, tmp_path), "train")
+    with pytest.raises(DataError, match=rf"{URL}/train/00001\.{part}: cannot be fetched, 5 attempts failed \(SHA-256"):
+        reader.moments([16])
+    assert not list(tmp_path.rglob(f"*00001.{part}*tmp"))
+    assert not (reader.folder / "train" / f"00001.{part}").exists()
+
+
+def test_a_missing_remote_is_an_error_that_names_it_after_bounded_attempts(remote, tmp_path, caplog):
+    with pytest.raises(DataError, match=r"memory://bucket/tony/manifest\.json: cannot be fetched, 5 attempts failed"):
+        open_store("memory://bucket/tony", tmp_path)
+    assert [record.message.split(": ")[1][:12] for record in caplog.records] == [f"attempt {n} of" for n in range(1, 6)]
+    reader = ShardReader(open_store(URL, tmp_path), "train")
+    remote.rm("/bucket/tiny/train/00002.tar")
+    with pytest.raises(DataError, match=rf"{URL}/train/00002\.tar: cannot be fetched, .* check the address"):
+        reader.moments([40])
+
+
+def test_a_remote_that_fails_at_times_is_asked_again(remote, tmp_path, monkeypatch):
+    opened, failures = RemoteStore(URL, tmp_path), iter([OSError("connection reset"), OSError("503")])
+    real = opened._filesystem.open
+
+    def unsteady(*arguments):
+        error = next(failures, None)
+        if error:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(opened._filesystem, "open", unsteady)
+    assert torch.isfinite(ShardReader(opened, "train").moments([3])).all()
+
+
+def test_a_remote_that_sends_nothing_is_given_up(remote, tmp_path, monkeypatch):
+    opened, release = RemoteStore(URL, tmp_path), threading.Event()
+    monkeypatch.setattr(store, "PATIENCE", 0.02)
+    monkeypatch.setattr(opened._filesystem, "open", lambda *arguments: release.wait(10))
+    with pytest.raises(DataError, match=r"5 attempts failed \(no byte for 0\.02 s\)"):
+        ShardReader(opened, "train").moments([3])
+    release.set()
+
+
+def test_threads_that_need_the_same_shard_fetch_it_once(remote, tmp_path, monkeypatch):
+    opened, asked = RemoteStore(URL, tmp_path), []
+    real = opened._filesystem.open
+
+    def counted(path, mode):
+        asked.append(path)
+        time.sleep(0.02)
+        return real(path, mode)
+
+    monkeypatch.setattr(opened._filesystem, "open", counted)
+    readers = [ShardReader(opened, "train") for _ in range(4)]  # as processes of a node would
+    threads = [threading.Thread(target=reader.moments, args=([0],)) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(asked) == ["/bucket/tiny/train/00000.index.npz", "/bucket/tiny/train/00000.tar"]
+
+
+def test_a_url_of_an_unknown_kind_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"nosuch://x: cannot be read here \(.*\); install fsspec's package for it"):
+        open_store("nosuch://x", tmp_path)
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path):
+    manifest = json.loads(remote.cat("/bucket/tiny/manifest.json"))
+    manifest["codec_files"]["../../../outside"] = "0" * 64
+    remote.pipe("/bucket/tiny/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(DataError, match="outside of the dataset; do not use it"):
+        open_store(URL, tmp_path / "cache")
+    assert not (tmp_path / "outside").exists()
