@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
-from sitdist.errors import CodecError, ConfigError, DataError, RunInterrupted, SitdistError
+from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
@@ -123,12 +123,16 @@ def _parser() -> _Parser:
     command = codec.add_parser("fit", help="train an AutoencoderKL on the training views of a recipe")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML); its codec is not used")
     command.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    command.add_argument("--steps", type=_positive, default=2000)
-    command.add_argument("--batch", type=_positive, default=32)
-    command.add_argument("--views", type=_positive, default=4000, help="fit on at most this many views")
-    command.add_argument("--channels", type=_positive, nargs="+", default=[16, 32, 32], help="channels of every level")
-    command.add_argument("--latent-channels", type=_positive, default=4)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=_positive, help="(default: 2000)")
+    command.add_argument("--batch", type=_positive, help="views a step, of all processes together (default: 32)")
+    command.add_argument("--views", type=_positive, help="fit on at most this many views (default: 4000)")
+    command.add_argument("--channels", type=_positive, nargs="+", help="channels of every level (default: 16 32 32)")
+    command.add_argument("--latent-channels", type=_positive, help="(default: 4)")
+    command.add_argument("--loss", choices=("mse", "l1"), help="error of the pixels (default: mse)")
+    command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights: adds LPIPS")
+    command.add_argument("--lr", type=_rate, help="largest learning rate (default: 2e-3)")
+    command.add_argument("--precision", choices=("fp32", "bf16"), help="of the network in training (default: fp32)")
+    command.add_argument("--seed", type=int, help="(default: 0)")
     _add_set(command)
     command.set_defaults(command=_codec_fit)
 
@@ -221,6 +225,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
+
+
 def _count(text: str) -> int:
     """A positive whole number, also as 1e9."""
     try:
@@ -289,23 +303,25 @@ def _shards_info(options: argparse.Namespace) -> None:
 
 def _codec_fit(options: argparse.Namespace) -> None:
     from sitdist.config import Recipe, load_yaml
-    from sitdist.data.sources import open_source
-    from sitdist.model.codec_fit import fit_vae
 
-    recipe = load_yaml(Recipe, options.recipe, options.set)
-    if options.out.exists():  # before views are rendered
-        raise CodecError(f"{options.out}: already exists; give another --out, or remove it")
-    source = open_source(recipe.splits["train"], recipe.image_size)
-    images = source.images(range(min(options.views, len(source))))
-    fit_vae(
-        images,
+    recipe = load_yaml(Recipe, options.recipe, options.set)  # before what is slow to import
+    from sitdist.evaluate.metrics import Lpips
+    from sitdist.train.codec_fit import CodecFitOptions, fit_codec
+
+    given = {name: getattr(options, name) for name in CodecFitOptions.__dataclass_fields__}
+    given = {name: value for name, value in given.items() if value is not None}
+    backbone = options.lpips_backbone
+    result = fit_codec(
+        recipe,
         options.out,
-        block_out_channels=tuple(options.channels),
-        latent_channels=options.latent_channels,
-        steps=options.steps,
-        batch=options.batch,
-        seed=options.seed,
+        CodecFitOptions(**given | ({"channels": tuple(options.channels)} if options.channels else {})),
+        (lambda device: Lpips(backbone, device).distance) if backbone else None,
     )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{options.out}: held-out round trip {result.psnr:.2f} dB on {result.held_out} views, scaling factor "
+            f"{result.scaling_factor:.4f}; put codec: {{kind: vae, path: {options.out}}} into the recipe"
+        )
 
 
 def _scene_fit(options: argparse.Namespace) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors import SafetensorError
 
 from sitdist.errors import DataError
 from sitdist.geometry.packing import PoseStatistics
@@ -204,6 +206,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         flush_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """As `write_atomically`, for a new folder with files; what a killed process left of it is removed."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            write(temporary)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    flush_file(path)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        flush_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from None
 
 
 def cannot_write(path: Path, error: Exception) -> DataError:

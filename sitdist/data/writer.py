@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from sitdist.config import PcaCodecConfig, Recipe
@@ -37,9 +35,9 @@ from sitdist.data.format import (
     SplitEntry,
     cannot_write,
     file_sha256,
-    flush_file,
     flush_folder,
     write_atomically,
+    write_folder,
 )
 from sitdist.data.shard import SampleMaker, Shard, Split, Written, shards_of, write_shards
 from sitdist.data.sources import open_source
@@ -200,7 +198,7 @@ def _begin(recipe: Recipe, out: Path, splits: dict[str, Split], plan: dict[str, 
             _check_plan(out, plan)
             _tidy_up(out)
         if not (out / "codec").is_dir():
-            _save_codec(codec or _make_codec(recipe, splits["train"], pool), out / "codec")
+            write_folder(out / "codec", (codec or _make_codec(recipe, splits["train"], pool)).save)
         _lock(handle, fcntl.LOCK_SH, out)  # the other processes of this build hold it too
         yield
 
@@ -309,22 +307,6 @@ def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
             f"{codec.downsample}: the latent needs an even size and a multiple of 4 channels to hold a pose"
         )
     return codec
-
-
-def _save_codec(codec: Codec, folder: Path) -> None:
-    temporary = folder.with_name(".codec.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        codec.save(temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                flush_file(path)
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _codec_files(out: Path) -> dict[str, str]:

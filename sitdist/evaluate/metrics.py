@@ -99,6 +99,10 @@ class Lpips:
     @torch.no_grad()
     def __call__(self, images: Tensor, true_images: Tensor) -> Tensor:
         """Distance of every view; [B]. Pictures smaller than LPIPS_MINIMUM_SIZE are a DataError."""
+        return self.distance(images, true_images)
+
+    def distance(self, images: Tensor, true_images: Tensor) -> Tensor:
+        """The same, through which gradients flow to the pictures."""
         _check_size("LPIPS", images, LPIPS_MINIMUM_SIZE)
         return self._network(2 * images.float() - 1, 2 * true_images.float() - 1).reshape(len(images))
 

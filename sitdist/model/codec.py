@@ -133,8 +133,7 @@ class VaeCodec(Codec):
 
     def __init__(self, path: str, dtype: str = "fp32") -> None:
         self.path, self.dtype = path, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        self.model = _load_vae(path)
-        self.model.to(self.dtype).eval().requires_grad_(False)
+        self.model = _load_vae(path, self.dtype).eval().requires_grad_(False)
         config = self.model.config
         self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
         self.channels, self.downsample = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
@@ -142,7 +141,7 @@ class VaeCodec(Codec):
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> Tensor:
-        posterior = self.model.encode(images.to(self.dtype) * 2.0 - 1.0).latent_dist
+        posterior = self.model.encode((2.0 * images - 1.0).to(self.dtype)).latent_dist
         mean = (posterior.mean.float() - self.shift) * self.scale
         log_variance = posterior.logvar.float() + 2.0 * torch.tensor(self.scale).abs().log()
         return torch.cat([mean, log_variance.clamp_min(NO_VARIANCE)], dim=1)
@@ -206,7 +205,7 @@ def _state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _load_vae(path: str) -> Any:
+def _load_vae(path: str, dtype: torch.dtype) -> Any:
     folder = Path(path).expanduser()
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
     if folder.is_dir():
@@ -221,7 +220,7 @@ def _load_vae(path: str) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(source, use_safetensors=True)  # and never a pickle
+        return AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)  # and never a pickle
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CodecError(

@@ -1,91 +1,117 @@
-"""Fit a small AutoencoderKL on a dataset's own views."""
+"""What an AutoencoderKL is fitted to: its size, the pass that training sees, the loss, and the scale of its latents.
+
+`sitdist.train.codec_fit` trains it.
+"""
 
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from sitdist.errors import CodecError
+from sitdist.model.codec import draw_latent
 
-HELD_OUT = 64  # every such-and-so-many-th view, for the round trip's PSNR
+PerceptualDistance = Callable[[Tensor, Tensor], Tensor]  # of pictures [B, 3, H, W] in [0, 1]: [B], differentiable
+KL_WEIGHT = 1e-6  # of the sum over a view's latent, beside a mean over pixels
+PERCEPTUAL_WEIGHT = {"mse": 0.1, "l1": 1.0}  # as sd-vae-ft-mse and sd-vae-ft-ema were trained
 
 
-def fit_vae(
-    images: Tensor,
-    folder: Path,
-    block_out_channels: tuple[int, ...] = (16, 32, 32),
-    latent_channels: int = 4,
-    steps: int = 2000,
-    batch: int = 32,
-    learning_rate: float = 2e-3,
-    kl_weight: float = 1e-6,
-    seed: int = 0,
-) -> float:
-    """Train on images [N, 3, H, W] in [0, 1], write a diffusers folder, and return the held-out PSNR in dB.
+def make_vae(image_size: int, block_out_channels: tuple[int, ...] = (16, 32, 32), latent_channels: int = 4) -> Any:
+    """A diffusers AutoencoderKL for square pictures, with random weights; CodecError if no latent could hold a pose.
 
-    The loss is the mean squared error and a small KL term. `config.json` holds the measured scaling factor: one over
-    the latent's standard deviation. CodecError if the folder exists.
+    Every level but the last halves the size; one residual block a level (two in the decoder).
     """
+    shrink = 2 ** (len(block_out_channels) - 1)
+    if image_size % (2 * shrink) or latent_channels % 4:
+        raise CodecError(
+            f"{image_size} pixels with {len(block_out_channels)} levels, which shrink by {shrink}, and "
+            f"{latent_channels} latent channels: the latent needs an even size and a multiple of 4 channels to hold a "
+            "pose"
+        )
     from diffusers import AutoencoderKL
 
-    _check(images, folder, len(block_out_channels), latent_channels)
-    torch.manual_seed(seed)
-    held_out, training = images[::HELD_OUT], images[torch.arange(len(images)) % HELD_OUT != 0]
-    levels = len(block_out_channels)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
         block_out_channels=block_out_channels,
         latent_channels=latent_channels,
         layers_per_block=1,
         norm_num_groups=math.gcd(8, *block_out_channels),
-        sample_size=images.shape[-1],
+        sample_size=image_size,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    for _ in (progress := tqdm(range(steps), "codec", unit="step")):
-        x = training[torch.randint(len(training), (batch,))] * 2.0 - 1.0
-        posterior = vae.encode(x).latent_dist
-        reconstruction = vae.decode(posterior.sample()).sample
-        error = (reconstruction - x).square().mean()
-        loss = error + kl_weight * posterior.kl().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(mse=f"{float(error.detach()):.4f}", refresh=False)
-    vae.eval()
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(chunk * 2.0 - 1.0).latent_dist.mean for chunk in training[:1024].split(64)])
-        decoded = torch.cat([vae.decode(vae.encode(c * 2.0 - 1.0).latent_dist.mean).sample for c in held_out.split(64)])
-    vae.register_to_config(scaling_factor=float(1.0 / latents.std()))
-    psnr = -10.0 * ((decoded * 0.5 + 0.5).clamp(0.0, 1.0) - held_out).square().flatten(1).mean(1).log10()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    vae.save_pretrained(temporary)
-    temporary.rename(folder)
-    print(
-        f"{folder}: held-out round trip {float(psnr.mean()):.2f} dB on {len(held_out)} views, "
-        f"scaling factor {vae.config.scaling_factor:.4f}"
-    )
-    return float(psnr.mean())
 
 
-def _check(images: Tensor, folder: Path, levels: int, latent_channels: int) -> None:
-    """CodecError for what could not be fitted, or not hold a pose afterwards, before any work is done."""
-    if folder.exists():
-        raise CodecError(f"{folder}: already exists; give another --out, or remove it")
-    if len(images) < 2:
-        raise CodecError(f"{len(images)} view to fit on; at least 2 are needed, one of them held out")
-    shrink = 2 ** (levels - 1)
-    if images.shape[-1] % (2 * shrink) or latent_channels % 4:
+class RoundTrip(nn.Module):
+    """Pictures through a VAE and back, by a latent drawn from the posterior."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded pictures [B, 3, H, W], not clamped, of images in [0, 1], and moments [B, 2C, h, w] of their latents.
+
+        `noise` [B, C, h, w] is standard normal.
+        """
+        posterior = self.vae.encode(2.0 * images - 1.0).latent_dist
+        moments = torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+        decoded = self.vae.decode(draw_latent(moments, noise)).sample.float()
+        return 0.5 * decoded + 0.5, moments
+
+
+@dataclass(frozen=True)
+class CodecLoss:
+    """Error of the round trip + weight * perceptual distance, if there is one, + KL_WEIGHT * divergence; a view each.
+
+    The error is the mean over pixels of the square (`mse`) or the absolute value (`l1`) of differences of colours in
+    [-1, 1]. Source: Rombach et al., "High-resolution image synthesis with latent diffusion models", 2022, appendix G,
+    without its discriminator.
+    """
+
+    kind: Literal["mse", "l1"] = "mse"
+    perceptual: PerceptualDistance | None = None
+
+    def __call__(self, decoded: Tensor, moments: Tensor, images: Tensor) -> Tensor:
+        """Loss [B] of what RoundTrip gave for images [B, 3, H, W]."""
+        difference = 2.0 * (decoded - images).flatten(1)
+        error = difference.square().mean(1) if self.kind == "mse" else difference.abs().mean(1)
+        loss = error + KL_WEIGHT * kl_divergence(moments)
+        if self.perceptual is not None:
+            loss = loss + PERCEPTUAL_WEIGHT[self.kind] * self.perceptual(decoded, images)
+        return loss
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """KL(posterior || standard normal) of moments [B, 2C, h, w], summed over the latent, in nats; [B].
+
+    Kingma and Welling, "Auto-encoding variational Bayes", 2014, appendix B.
+    """
+    mean, log_variance = moments.flatten(1).chunk(2, dim=1)
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)
+
+
+def latent_sums(moments: Tensor) -> Tensor:
+    """What `scaling_factor` needs to know of moments [B, 2C, h, w]; may be added up over batches. float64 [3].
+
+    The number of latent numbers, the sum and the sum of squares that drawing them gives in the mean.
+    """
+    mean, log_variance = moments.double().chunk(2, dim=1)
+    second = mean.square() + log_variance.exp()
+    return torch.stack([torch.tensor(float(mean.numel())), mean.sum().cpu(), second.sum().cpu()])
+
+
+def scaling_factor(sums: Tensor) -> float:
+    """One over the standard deviation of drawn latents, from their `latent_sums` [3]; CodecError if there is none."""
+    count, first, second = sums.tolist()
+    variance = second / count - (first / count) ** 2
+    if not (math.isfinite(variance) and variance > 0.0):
         raise CodecError(
-            f"{images.shape[-1]} pixels with {levels} levels, which shrink by {shrink}, and {latent_channels} latent "
-            "channels: the latent needs an even size and a multiple of 4 channels to hold a pose"
+            f"the latents of the training views have variance {variance:g}, so no scaling factor; "
+            "lower --lr, or use --precision fp32"
         )
+    return variance**-0.5

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from sitdist import cli
 from sitdist.config import Recipe, parse
+from sitdist.data import format as data_format
 from sitdist.data import shard as shard_module
 from sitdist.data import writer
 from sitdist.data.sources import ViewSource
@@ -21,6 +22,7 @@ from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.runtime import make_accelerator, processes
 from sitdist.train import checkpoint as checkpoints
+from sitdist.train import codec_fit
 from sitdist.train import trainer as trainer_module
 from sitdist.train.trainer import Trainer
 
@@ -137,6 +139,53 @@ def build_and_die(own: int, number: int, *arguments: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     shard_module._write_tar = write_and_die
+    cli.main(arguments)
+
+
+def fit_without_sync(*arguments: str) -> None:
+    """Fit a codec while no process tells the others its gradients."""
+    run_steps = codec_fit.CodecFit.run_steps
+
+    def run_alone(self, views):
+        prepare = self.accelerator.prepare
+
+        def prepare_alone(model, optimizer):
+            model, optimizer = prepare(model, optimizer)
+            model.require_backward_grad_sync = False
+            return model, optimizer
+
+        self.accelerator.prepare = prepare_alone
+        run_steps(self, views)
+
+    codec_fit.CodecFit.run_steps = run_alone
+    cli.main(arguments)
+
+
+def fit_with_nan_on(own: int, *arguments: str) -> None:
+    """Fit a codec, and see pictures that are not numbers in step 2, on one rank alone."""
+    batch = codec_fit.CodecFit.batch
+
+    def poisoned(self, views, step):
+        images, noise = batch(self, views, step)
+        return (images * torch.nan if rank() == own and step == 2 else images), noise
+
+    codec_fit.CodecFit.batch = poisoned
+    cli.main(arguments)
+
+
+def fit_and_die(where: str, *arguments: str) -> None:
+    """Fit a codec, and get SIGKILL after the first views, in step 2, or in the middle of writing the folder."""
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_at, batch = codec_fit._write_at, codec_fit.CodecFit.batch
+    if where == "views":
+        codec_fit._write_at = lambda *given: (write_at(*given), die())
+    elif where == "step":
+        codec_fit.CodecFit.batch = lambda self, views, step: die() if step == 2 else batch(self, views, step)
+    else:
+        data_format.flush_file = die
     cli.main(arguments)
 
 

@@ -9,7 +9,6 @@ from sitdist.config import SceneSource
 from sitdist.data.sources import open_source
 from sitdist.errors import CodecError
 from sitdist.model.codec import NO_VARIANCE, PcaCodec, VaeCodec, draw_latent, latent_mean, load_codec, round_trip_psnr
-from sitdist.model.codec_fit import fit_vae
 
 
 def noise(*shape, seed=0):
@@ -192,46 +191,3 @@ def test_a_vae_whose_weights_are_a_pickle_is_not_loaded(autoencoder, tmp_path):
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(CodecError, match="no AutoencoderKL could be loaded"):
         VaeCodec(str(tmp_path / "pickled"))
-
-
-# ---------------------------------------------------------------------------------------------------------- fitting
-
-
-def test_a_fitted_vae_improves_and_says_its_own_scale(views, tmp_path):
-    settings = {"block_out_channels": (8, 12), "batch": 8, "seed": 1}
-    early = fit_vae(views, tmp_path / "early", steps=2, **settings)
-    late = fit_vae(views, tmp_path / "late", steps=40, **settings)
-    assert late > early + 1
-    codec = VaeCodec(str(tmp_path / "late"))
-    latents = latent_mean(codec.encode_moments(views[1:]))  # view 0 is held out
-    assert latents.std().item() == pytest.approx(1.0, abs=1e-3)
-    assert round_trip_psnr(codec, views[:1]).item() == pytest.approx(late, abs=1e-2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["early", "late"]
-
-
-def test_fitting_twice_gives_the_same_weights(views, tmp_path):
-    for name in ("first", "second"):
-        fit_vae(views[:10], tmp_path / name, block_out_channels=(4,), steps=1, batch=2)
-    assert VaeCodec(str(tmp_path / "first")).identity() == VaeCodec(str(tmp_path / "second")).identity()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"block_out_channels": (4,) * 5, "steps": 1},
-            "16 pixels with 5 levels, which shrink by 16, and 4 latent channels",
-        ),
-        ({"latent_channels": 3, "steps": 1}, "3 latent channels: the latent needs an even size and a multiple of 4"),
-        ({"images": noise(1, 3, 16, 16), "steps": 1}, "1 view to fit on; at least 2 are needed"),
-    ],
-)
-def test_what_could_not_be_fitted_is_refused_before_any_work(tmp_path, settings, message):
-    with pytest.raises(CodecError, match=message):
-        fit_vae(**{"images": noise(4, 3, 16, 16), "folder": tmp_path / "vae", **settings})
-    assert not (tmp_path / "vae").exists()
-
-
-def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
-    with pytest.raises(CodecError, match="already exists; give another --out"):
-        fit_vae(noise(4, 3, 16, 16), tmp_path, steps=1)
