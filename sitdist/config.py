@@ -179,7 +179,14 @@ class VaeCodecConfig(Schema):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
-Codec = Annotated[PcaCodecConfig | VaeCodecConfig, Field(discriminator="kind")]
+class DatasetCodecConfig(Schema):
+    """The codec of a finished dataset, so that a run trained on one can be tested on the other."""
+
+    kind: Literal["dataset"]
+    path: Word
+
+
+Codec = Annotated[PcaCodecConfig | VaeCodecConfig | DatasetCodecConfig, Field(discriminator="kind")]
 
 
 class Recipe(Schema):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sitdist.config import PcaCodecConfig, Recipe
+from sitdist.config import DatasetCodecConfig, PcaCodecConfig, Recipe
 from sitdist.data.format import (
     FORMAT_VERSION,
     CameraFacts,
@@ -36,12 +36,13 @@ from sitdist.data.format import (
     cannot_write,
     file_sha256,
     flush_folder,
+    load_manifest,
     write_atomically,
     write_folder,
 )
 from sitdist.data.shard import SampleMaker, Shard, Split, Written, shards_of, write_shards
 from sitdist.data.sources import open_source
-from sitdist.errors import ConfigError, DataError
+from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics
@@ -299,6 +300,8 @@ def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
         chunks = train.indices[: recipe.codec.fit_views].split(recipe.encode_batch)
         images = torch.cat(list(pool.map(lambda chunk: train.source.images(chunk.tolist()), chunks)))
         codec = PcaCodec.fit(images, recipe.codec.patch, recipe.codec.channels)
+    elif isinstance(recipe.codec, DatasetCodecConfig):
+        codec = _codec_of(Path(recipe.codec.path))
     else:
         codec = VaeCodec(recipe.codec.path, recipe.codec.dtype)
     if recipe.image_size % (2 * codec.downsample) or codec.channels % 4:
@@ -306,6 +309,14 @@ def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
             f"image_size {recipe.image_size} with a codec of {codec.channels} channels that shrinks by "
             f"{codec.downsample}: the latent needs an even size and a multiple of 4 channels to hold a pose"
         )
+    return codec
+
+
+def _codec_of(dataset: Path) -> Codec:
+    """The codec of a finished dataset; DataError if there is none, CodecError if it is not the manifest's."""
+    identity, codec = load_manifest(dataset).codec, load_codec(dataset / "codec")
+    if codec.identity() != identity:
+        raise CodecError(f"{dataset}/codec: is not the codec that the manifest names; build that dataset again")
     return codec
 
 

@@ -157,6 +157,23 @@ def test_the_codec_is_fitted_on_the_first_training_views_and_measured_on_val(dat
     assert psnr.mean == pytest.approx(float(expected.mean()), abs=1e-4)
 
 
+def test_the_codec_of_another_dataset_encodes_as_it_did_there(dataset, damaged, tmp_path):
+    codec = {"kind": "dataset", "path": str(dataset)}
+    splits = RECIPE["splits"] | {"train": {"kind": "scene", "views": 20, "supersample": 1, "seed": 7}}  # other pictures
+    build(recipe(codec=codec, splits=splits), tmp_path / "out")
+    assert load_manifest(tmp_path / "out").codec == load_manifest(dataset).codec
+    theirs, ours = ShardReader(dataset, "test"), ShardReader(tmp_path / "out", "test")
+    assert torch.equal(theirs.moments(range(7)), ours.moments(range(7)))
+    assert verify(tmp_path / "out") == []
+
+    with pytest.raises(DataError, match="no dataset"):
+        build(recipe(codec=codec | {"path": str(tmp_path)}), tmp_path / "none")
+    PcaCodec.fit(torch.rand(4, 3, 16, 16), 4, 4).save(damaged / "codec")
+    with pytest.raises(CodecError, match="is not the codec that the manifest names"):
+        build(recipe(codec=codec | {"path": str(damaged)}), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_views_are_encoded_in_batches_of_one_shape_so_that_their_number_changes_no_rounding(tmp_path, monkeypatch):
     sizes, encode, decode = [], PcaCodec.encode_moments, PcaCodec.decode
 
