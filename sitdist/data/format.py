@@ -144,6 +144,11 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
             " (a build was begun there; run the same command again)" if (Path(folder) / "build.json").is_file() else ""
         )
         raise DataError(f"{folder}: no dataset: {path.name} is missing{half}; make one with `sitdist shards build`")
+    return read_manifest(path)
+
+
+def read_manifest(path: Path) -> DatasetManifest:
+    """The manifest in a file, of this format version or the one before; DataError if it is damaged or of another."""
     try:
         values = json.loads(path.read_text())
         version = values["format_version"]

@@ -27,7 +27,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from sitdist.config import Config, load_yaml
-from sitdist.data.format import DatasetManifest
+from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, ConfigError
 from sitdist.flow.path import Path as FlowPath
 from sitdist.flow.path import get_path
@@ -328,4 +328,4 @@ def _dataset_of(run: Path, checkpoint: Checkpoint) -> DatasetManifest:
             f"{path}: missing or altered since {checkpoint.folder.name} was saved; "
             f"copy the manifest.json of {checkpoint.state['config']['data']} there"
         )
-    return DatasetManifest.model_validate_json(content)
+    return read_manifest(path)
