@@ -22,7 +22,7 @@ trap 'exit 143' TERM  # scancel reaches this script as well: then the job does n
 
 # No torchrun in between, so that exit codes and signals arrive as they are.
 srun --kill-on-bad-exit=0 --wait=60 bash -c '
-  export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
+  export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_WORLD_SIZE="$((SLURM_NTASKS / SLURM_NNODES))"
   exec "${PYTHON:-python}" -m sitdist "$@"
 ' sitdist "$@"
 code=$?

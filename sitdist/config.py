@@ -393,11 +393,13 @@ class EvaluateConfig(Schema):
 
 
 class ReaderConfig(Schema):
-    """How the training samples are read; none of it changes which samples a batch holds, while none is damaged.
+    """How the training samples are read; but for `split_by_node` none of it changes which samples a batch holds, while
+    none is damaged.
 
     `workers` threads read ahead; `resident`: all samples are kept on the device. A damaged sample stops the run, or
     another is put in its place, for at most `max_bad_samples` of them in a process. `cache`: the folder in which files
     of a dataset behind a URL are kept (default: ~/.cache/sitdist), and `cache_gb` how many GB of them.
+    `split_by_node`: every node reads only its own share of the shards, which depends on the number of nodes.
     """
 
     workers: Positive = 2
@@ -406,6 +408,7 @@ class ReaderConfig(Schema):
     max_bad_samples: NonNegative = 10
     cache: Word | None = None
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    split_by_node: bool = False
 
 
 class Config(Schema):

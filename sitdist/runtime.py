@@ -69,6 +69,17 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
     return accelerator
 
 
+def count_nodes(world: int) -> int:
+    """How many nodes these processes run on, by what the launcher says; ConfigError where it does not fit."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+    if not local.isdigit() or int(local) == 0 or world % int(local):
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE = {local}: {world} processes cannot be so many on every node; start the same number on "
+            "each, or set reader.split_by_node to false"
+        )
+    return world // int(local)
+
+
 @contextmanager
 def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[tuple[Accelerator, Agreement]]:
     """Within `with`: this process is one of those that the launcher started; afterwards it has left their group.

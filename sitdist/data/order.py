@@ -26,19 +26,20 @@ class BlockShuffle:
     """The endless sequence of epochs over shards of `shard_counts` samples; any part of it can be asked for.
 
     An epoch's order shuffles the shards, then the samples inside windows of WINDOW shards, so that disks read in long
-    runs. It is a pure function of (shard_counts, seed). An epoch costs a permutation of its shards, a window one of its
-    samples, and a few of both are kept.
+    runs. It is a pure function of (shard_counts, seed, shards). An epoch costs a permutation of its shards, a window
+    one of its samples, and a few of both are kept. `shards`: the numbers of those that it is restricted to.
     """
 
-    def __init__(self, shard_counts: Sequence[int], seed: int) -> None:
+    def __init__(self, shard_counts: Sequence[int], seed: int, shards: Sequence[int] | None = None) -> None:
         self.seed = seed
         self._counts = np.asarray(shard_counts, dtype=np.int64)
+        self._shards = np.arange(len(shard_counts)) if shards is None else np.asarray(shards, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
         self._epoch = Recent(self._make_epoch, 2)
         self._window = Recent(self._make_window, 4)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._counts[self._shards].sum())
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """The samples at global positions [B] int64, as [B] int64."""
@@ -63,7 +64,7 @@ class BlockShuffle:
 
     def window_after(self, epoch: int, window: int) -> tuple[int, int]:
         """(epoch, window) of the window behind this one."""
-        return (epoch, window + 1) if (window + 1) * WINDOW < len(self._counts) else (epoch + 1, 0)
+        return (epoch, window + 1) if (window + 1) * WINDOW < len(self._shards) else (epoch + 1, 0)
 
     def shards(self, epoch: int, window: int) -> list[int]:
         """The shards of a window."""
@@ -81,7 +82,7 @@ class BlockShuffle:
                 yield epoch, window, inside, places[inside] - bounds[window]
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        shards = draws.permutation(self.seed, "shard order", len(self._counts), epoch).numpy()
+        shards = self._shards[draws.permutation(self.seed, "shard order", len(self._shards), epoch).numpy()]
         ends = np.cumsum(self._counts[shards])
         return _Epoch(shards, np.concatenate([[0], ends[WINDOW - 1 :: WINDOW], ends[-1:]]))
 

@@ -300,6 +300,9 @@ class BatchReader:
     Nothing is remembered from step to step: any step's batch can be asked for at any time, by several threads. With
     `on_bad_sample` replace, another sample of its window takes the place of a damaged one, chosen by (seed, position);
     `bad_samples` counts how often each was met by this process, and more than `max_bad_samples` of them are an error.
+
+    With several `nodes`, node n's share of every global batch, the nth stretch of it, comes from an endless sequence of
+    its own over shards n, n + nodes, ... alone: a node reads, or fetches, no others.
     """
 
     def __init__(
@@ -309,9 +312,17 @@ class BatchReader:
         global_batch: int,
         on_bad_sample: Literal["stop", "replace"] = "stop",
         max_bad_samples: int = 0,
+        nodes: int = 1,
     ) -> None:
-        self.reader, self.global_batch = reader, global_batch
-        self.order = BlockShuffle(reader.shard_counts, seed)
+        assert global_batch % nodes == 0, (global_batch, nodes)
+        if nodes > len(reader.shard_counts):
+            raise ConfigError(
+                f"reader.split_by_node: {len(reader.shard_counts)} shards cannot be split over {nodes} nodes; set it "
+                "to false, or build the dataset with a smaller samples_per_shard"
+            )
+        self.reader, self.global_batch, self.nodes = reader, global_batch, nodes
+        shards = range(len(reader.shard_counts))
+        self.orders = [BlockShuffle(reader.shard_counts, seed, shards[node::nodes]) for node in range(nodes)]
         self.bad_samples: Counter[str] = Counter()
         self._on_bad_sample, self._max_bad_samples = on_bad_sample, max_bad_samples
         self._expected: tuple[int, int] | None = None
@@ -325,13 +336,27 @@ class BatchReader:
 
     def sample_indices(self, positions: Tensor) -> list[int]:
         """The samples at global positions."""
-        return self.order.samples(positions.numpy()).tolist()
+        return self._sample_indices(positions.numpy()).tolist()
+
+    def _sample_indices(self, positions: np.ndarray) -> np.ndarray:
+        indices = np.empty(len(positions), dtype=np.int64)
+        nodes, places = self._node_places(positions)
+        for node in np.unique(nodes).tolist():
+            rows = nodes == node
+            indices[rows] = self.orders[node].samples(places[rows])
+        return indices
+
+    def _node_places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The node of every global position, and its place in the node's own sequence."""
+        share = self.global_batch // self.nodes
+        steps, places = np.divmod(positions, self.global_batch)
+        return places // share, steps * share + places % share
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """A rank's slice of the global batch of `step`; DataError for damage that is not to be replaced."""
         positions = self.positions(step, rank, world)
         self._read_ahead(positions)
-        indices = self.order.samples(positions.numpy())
+        indices = self._sample_indices(positions.numpy())
         samples = self.reader.samples(indices)
         for row in sorted(samples.faults):
             indices[row] = self._replace(samples, row, int(indices[row]), int(positions[row]))
@@ -339,11 +364,13 @@ class BatchReader:
 
     def _read_ahead(self, positions: Tensor) -> None:
         """Whenever a window is begun, have it and the next one fetched."""
-        window = self.order.windows(positions[-1:].numpy())[0]
+        (node,), place = self._node_places(positions[-1:].numpy())
+        order = self.orders[node]
+        window = order.windows(place)[0]
         if window != self._expected:
             self._expected = window
-            following = self.order.window_after(*window)
-            self.reader.expect([*self.order.shards(*window), *self.order.shards(*following)])
+            following = order.window_after(*window)
+            self.reader.expect([*order.shards(*window), *order.shards(*following)])
 
     def _replace(self, samples: Samples, row: int, index: int, position: int) -> int:
         """Put another sample in the place of a damaged one; returns which."""
@@ -351,8 +378,9 @@ class BatchReader:
         if self._on_bad_sample == "stop":
             raise DataError(fault)
         self._count(index, fault)
+        (node,), (place,) = self._node_places(np.asarray([position]))
         for attempt in range(STAND_INS):
-            stand_in = self.order.stand_in(position, attempt)
+            stand_in = self.orders[node].stand_in(int(place), attempt)
             found = self.reader.samples(np.asarray([stand_in]))
             if not found.faults:
                 for whole, one in zip(_tensors(samples), _tensors(found), strict=True):

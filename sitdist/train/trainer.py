@@ -30,7 +30,7 @@ from sitdist.flow.endpoint import pose_endpoint, sample_times
 from sitdist.flow.loss import velocity_loss
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
-from sitdist.runtime import Agreement, StopSignal, processes
+from sitdist.runtime import Agreement, StopSignal, count_nodes, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.build import build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
@@ -171,6 +171,7 @@ class Trainer:
             self.config.train.global_batch,
             settings.on_bad_sample,
             settings.max_bad_samples,
+            count_nodes(self.accelerator.num_processes) if settings.split_by_node else 1,
         )
 
     # ------------------------------------------------------------------------------------------------------- the loop

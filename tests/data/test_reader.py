@@ -283,3 +283,26 @@ def test_labels_follow_the_samples():
 
     batch = BatchReader(Split(3, 4), 0, 7).batch(2)
     assert batch.label.tolist() == [10 * int(key) for key in batch.keys]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_node_reads_its_own_share_of_the_shards_and_all_of_it_every_epoch(world):
+    counts, nodes = [4] * 19 + [1], 2
+    reader = BatchReader(Counts(*counts), 0, 8, nodes=nodes)
+    shard_of = np.repeat(np.arange(20), counts)
+    read = {node: [] for node in range(nodes)}
+    for step in range(40):
+        slices = [reader.sample_indices(reader.positions(step, rank, world)) for rank in range(world)]
+        assert [index for part in slices for index in part] == reader.sample_indices(reader.positions(step))
+        for rank, samples in enumerate(slices):
+            read[rank * nodes // world] += samples
+    for node, samples in read.items():
+        mine = [index for index in range(77) if shard_of[index] % nodes == node]
+        assert sorted(samples[: len(mine)]) == mine  # the first epoch of the node
+        assert set(samples) == set(mine)
+        assert samples[: len(mine)] != samples[len(mine) : 2 * len(mine)]
+
+
+def test_more_nodes_than_shards_are_refused(tiny_dataset):
+    with pytest.raises(ConfigError, match=r"reader\.split_by_node: 3 shards cannot be split over 4 nodes"):
+        BatchReader(ShardReader(tiny_dataset, "train"), 0, 8, nodes=4)

@@ -91,3 +91,14 @@ def test_more_than_two_processes_resume_bit_for_bit(train, tensor_bytes, tmp_pat
     train(world, tmp_path / "parts", "train.steps=2").run()
     train(world, tmp_path / "parts", resume=True).run()
     assert tensor_bytes(tmp_path / "whole", 6) == tensor_bytes(tmp_path / "parts", 6)
+
+
+def test_nodes_that_split_the_shards_share_none_of_them(seen):
+    """The tiny dataset's three shards hold samples 0 to 15, 16 to 31 and 32 to 47; the second node has the second."""
+    nodes = seen(2, "nodes", "train.steps=3", "reader.split_by_node=true", LOCAL_WORLD_SIZE="1")
+    one = seen(2, "one", "train.steps=3", "reader.split_by_node=true", LOCAL_WORLD_SIZE="2")
+    assert_same(one, seen(2, "plain", "train.steps=3"))
+    for batch, same in zip(nodes, one, strict=True):
+        second = [16 <= int(key) < 32 for key in batch["keys"]]
+        assert second == [False] * 6 + [True] * 6
+        assert torch.equal(batch["t"], same["t"])  # drawn by position, whatever is read
