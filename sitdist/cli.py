@@ -177,13 +177,16 @@ def _parser() -> _Parser:
     command.set_defaults(command=_eval)
 
     bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT")
-    command = bench.add_parser("data", help="reading samples, beside stock webdataset; rendering and encoding views")
+    command = bench.add_parser(
+        "data", help="reading samples beside stock webdataset; rendering, encoding and building views"
+    )
     command.add_argument("dataset", help="folder or URL of a dataset")
     command.add_argument("--split", default="train")
     command.add_argument("--batch", type=_positive, default=256)
     command.add_argument("--samples", type=_positive, default=20_000, help="samples a measure")
     command.add_argument("--synthetic", type=_count, metavar="N", help="also the order of N samples, such as 1e9")
-    command.add_argument("--views", type=int, default=0, metavar="N", help="also render and encode N views")
+    command.add_argument("--views", type=_positive, default=128, metavar="N", help="views to render, encode and build")
+    command.add_argument("--scene", metavar="FOLDER", help="fitted scene to render (default: the recipe's, if any)")
     command.set_defaults(command=_bench_data)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
@@ -377,7 +380,8 @@ def _eval(options: argparse.Namespace) -> None:
 def _bench_data(options: argparse.Namespace) -> None:
     from sitdist.data.bench import bench_data
 
-    print(bench_data(options.dataset, options.split, options.batch, options.samples, options.synthetic, options.views))
+    names = ("dataset", "split", "batch", "samples", "synthetic", "views", "scene")
+    print(bench_data(**{name: getattr(options, name) for name in names}))
 
 
 def _report(options: argparse.Namespace) -> None:

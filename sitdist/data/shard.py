@@ -131,14 +131,24 @@ class SampleMaker:
     def __call__(self, batch: Batch) -> list[Sample]:
         """The samples of one batch; DataError where a picture cannot be read or a latent is not finite."""
         images = batch.split.source.images(batch.indices)
-        name = f"{batch.split.name} view {batch.indices[0]} to {batch.indices[-1]}"
-        moments = _encode(self.codec, images, self.batch, name)
+        moments = self._encode(batch, images)
         keep = batch.split.keeps_images
         psnr = _psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
         return [
             self._sample(batch, row, moments[row], images[row] if keep else None, psnr[row])
             for row in range(len(images))
         ]
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch, images: Tensor) -> Tensor:
+        """Moments of the images, float16; DataError that names the views where they are not finite."""
+        moments = self.codec.encode_moments(_padded(images, self.batch))[: len(images)]
+        stored = moments.to(torch.float16)
+        bad = (~stored.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+        if bad:
+            views = ", ".join(str(batch.indices[row]) for row in bad[:8]) + (" ..." if len(bad) > 8 else "")
+            raise DataError(f"{batch.split.name} view {views}: {_why_not_finite(self.codec, moments)}")
+        return stored
 
     def _sample(self, batch: Batch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
         source, view = batch.split.source, batch.indices[row]
@@ -160,14 +170,17 @@ def _padded(batch: Tensor, size: int) -> Tensor:
     return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
 
 
-@torch.no_grad()
-def _encode(codec: Codec, images: Tensor, batch: int, name: str) -> Tensor:
-    moments = codec.encode_moments(_padded(images, batch))[: len(images)].to(torch.float16)
-    if not torch.isfinite(moments).all():
-        raise DataError(
-            f"{name}: latent is not finite in float16; check the codec (codec.dtype: fp32) and the pictures"
+def _why_not_finite(codec: Codec, moments: Tensor) -> str:
+    """What is wrong with moments that are not finite in float16, and the remedy."""
+    identity = codec.identity()
+    if moments.isfinite().all():
+        return (
+            f"the latent reaches {float(moments.abs().amax()):.3g}, more than float16 holds; correct the codec's scale "
+            f"(latent_scale {identity['latent_scale']}; for a VAE scaling_factor in its config.json)"
         )
-    return moments
+    if identity.get("dtype") == "bfloat16":
+        return "the latent is not finite in bfloat16; set codec.dtype: fp32"
+    return "the latent is not finite; the codec's weights are damaged or not made for such pictures, give another"
 
 
 @torch.no_grad()

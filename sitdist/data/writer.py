@@ -63,7 +63,7 @@ def build(
     that share the work (None: this one is alone); all of them call this and get the manifest.
     """
     agreement = agreement or Agreement()
-    with _one_thread_each() as (pool, depth), ExitStack() as held:
+    with one_thread_each() as (pool, depth), ExitStack() as held:
         with agreement.together():
             splits = open_splits(recipe, only)
             plan = _plan(recipe, splits)
@@ -89,7 +89,7 @@ def build(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[tuple[Executor, int]]:
+def one_thread_each() -> Iterator[tuple[Executor, int]]:
     """Within `with`: a pool of as many threads as torch would use, in each of which torch uses one, and its look-ahead.
 
     How torch divides a sum among threads decides its rounding: this way their number decides nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ class VaeCodec(Codec):
         self.model = _load_vae(path, self.dtype).eval().requires_grad_(False)
         config = self.model.config
         self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
+        if not 0.0 < self.scale < math.inf:
+            raise CodecError(
+                f"codec.path {path}: scaling_factor {self.scale:g} in its config.json; expected a positive number, one "
+                "over the standard deviation of the latents"
+            )
         self.channels, self.downsample = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
         self._weights_sha256 = _state_sha256(self.model.state_dict())
 
@@ -143,7 +149,7 @@ class VaeCodec(Codec):
     def encode_moments(self, images: Tensor) -> Tensor:
         posterior = self.model.encode((2.0 * images - 1.0).to(self.dtype)).latent_dist
         mean = (posterior.mean.float() - self.shift) * self.scale
-        log_variance = posterior.logvar.float() + 2.0 * torch.tensor(self.scale).abs().log()
+        log_variance = posterior.logvar.float() + 2.0 * math.log(self.scale)
         return torch.cat([mean, log_variance.clamp_min(NO_VARIANCE)], dim=1)
 
     @torch.no_grad()

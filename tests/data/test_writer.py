@@ -20,10 +20,11 @@ from sitdist.data.format import load_index, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.sources import open_source
 from sitdist.data.verify import info, verify
-from sitdist.data.writer import build
+from sitdist.data.writer import build, open_splits
 from sitdist.errors import CodecError, DataError
 from sitdist.geometry.packing import PoseStatistics, standardize
-from sitdist.model.codec import PcaCodec, latent_mean, load_codec
+from sitdist.model.codec import PcaCodec, VaeCodec, latent_mean, load_codec
+from sitdist.model.codec_fit import latent_sums, make_vae, scaling_factor
 
 RECIPE = {
     "name": "small",
@@ -378,11 +379,57 @@ def test_a_codec_whose_latents_cannot_hold_a_pose_refuses(tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_too_large_for_float16_refuse(tmp_path, monkeypatch):
-    encode = PcaCodec.encode_moments
-    monkeypatch.setattr(PcaCodec, "encode_moments", lambda codec, images: 1e5 * encode(codec, images))
-    with pytest.raises(DataError, match=r"train view 0 to .*: latent is not finite in float16"):
+def spoil(monkeypatch, codec, change):
+    """Let `change` alter the moments that a codec gives for the pictures."""
+    encode = codec.encode_moments
+    monkeypatch.setattr(codec, "encode_moments", lambda self, images: change(encode(self, images)))
+
+
+def test_latents_too_large_for_float16_name_the_views_and_the_scale(tmp_path, monkeypatch):
+    spoil(monkeypatch, PcaCodec, lambda moments: moments * torch.tensor([1.0, 1e6, 1.0, 1e6])[:, None, None, None])
+    with pytest.raises(DataError, match=r"train view \d+, \d+: the latent reaches .*e\+.*, more than float16 holds;"):
         build(recipe(), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A small AutoencoderKL with random weights whose drawn latents of the training views have unit variance."""
+    torch.manual_seed(0)
+    model, views = make_vae(16, (4, 8)).eval(), open_splits(recipe())["train"]
+    with torch.no_grad():
+        posterior = model.encode(2.0 * views.source.images(views.indices.tolist()) - 1.0).latent_dist
+        sums = latent_sums(torch.cat([posterior.mean, posterior.logvar], dim=1))
+    model.register_to_config(scaling_factor=scaling_factor(sums))
+    folder = tmp_path_factory.mktemp("codec") / "vae"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_latents_that_are_not_finite_name_the_views_and_what_helps(tmp_path, monkeypatch, vae):
+    spoil(monkeypatch, VaeCodec, lambda moments: moments.index_fill(0, torch.tensor([1]), torch.nan))
+    for dtype, remedy in (("bf16", "in bfloat16; set codec.dtype: fp32"), ("fp32", "weights are damaged or not made")):
+        with pytest.raises(DataError, match=rf"train view \d+: the latent is not finite.*{remedy}"):
+            build(recipe(codec={"kind": "vae", "path": str(vae[1]), "dtype": dtype}), tmp_path / dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-3), ("bf16", 5e-2)])
+@torch.no_grad()
+def test_a_vae_stores_latents_of_unit_variance_in_either_precision(tmp_path, vae, dtype, tolerance):
+    model, folder = vae
+    manifest = build(recipe(codec={"kind": "vae", "path": str(folder), "dtype": dtype}), tmp_path / "out")
+    assert manifest.codec["latent_scale"] == model.config.scaling_factor
+    assert manifest.codec["dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    stored = ShardReader(tmp_path / "out", "train").samples(np.arange(17)).moments.float()
+    views = open_splits(recipe())["train"]
+    posterior = model.encode(2.0 * views.source.images(views.indices.tolist()) - 1.0).latent_dist
+    mean, log_variance = stored.chunk(2, dim=1)
+    torch.testing.assert_close(mean, posterior.mean * model.config.scaling_factor, rtol=0, atol=tolerance)
+    variance = posterior.var * model.config.scaling_factor**2
+    torch.testing.assert_close(log_variance.exp(), variance, rtol=0, atol=tolerance)
+    drawn_variance = mean.var(correction=0) + log_variance.exp().mean()
+    assert drawn_variance.item() == pytest.approx(1.0, abs=tolerance)
+    assert verify(tmp_path / "out") == []
 
 
 # -------------------------------------------------------------------------------------------------------- verifying

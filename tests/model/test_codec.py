@@ -1,6 +1,7 @@
 """Codecs: what they keep, how they scale, that they are the same when they come back, and what they refuse."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -184,6 +185,15 @@ def test_a_vae_that_is_not_there_is_named_without_asking_the_network(tmp_path):
             VaeCodec(path)
     with pytest.raises(CodecError, match=r"no AutoencoderKL could be loaded \(.+\); check the folder or the hub id"):
         VaeCodec(str(tmp_path))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_vae_whose_scale_is_no_positive_number_is_refused(autoencoder, tmp_path, factor):
+    shutil.copytree(autoencoder[1], tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": factor}))
+    with pytest.raises(CodecError, match=rf"scaling_factor {factor:g} in its config\.json; expected a positive number"):
+        VaeCodec(str(tmp_path / "vae"))
 
 
 def test_a_vae_whose_weights_are_a_pickle_is_not_loaded(autoencoder, tmp_path):

@@ -144,7 +144,7 @@ def test_a_batch_is_shared_among_processes_and_drawn_from_all_fitted_views():
     assert set(drawn) == {view for view in range(200) if view % HELD_OUT}
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------------- refused
 
 
 def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
