@@ -82,8 +82,8 @@ class VoxelField:
         density = self.density_scale * functional.softplus(values[:, 0])
         colour = values[:, 1:4]
         if values.shape[1] > 4:
-            slopes = values[:, 4:].unflatten(1, (3, 3))  # [P, axis, colour]
-            colour = colour + SLOPE * (slopes * directions[..., None]).sum(1)
+            for axis, slopes in enumerate(values[:, 4:].split(3, 1)):  # [P, colour]
+                colour = colour + slopes * (SLOPE * directions[:, axis, None])
         return density, torch.sigmoid(colour)
 
     def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
