@@ -5,8 +5,8 @@ Camera i is a pure function of (seed, i).
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sitdist.config import SceneSource
 from sitdist.flow import draws
-from sitdist.geometry.camera import Intrinsics, camera_rays, look_at, rolled, shell_positions
+from sitdist.geometry.camera import Intrinsics, look_at, rolled, shell_positions
 from sitdist.scene.field import Solids, chair
-from sitdist.scene.volume import BACKGROUND, composite
+from sitdist.scene.volume import BACKGROUND, Rendered, picture, render_solids
 
 if TYPE_CHECKING:
     from sitdist.scene.store import Scene
@@ -89,31 +89,23 @@ def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
+def look(scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int) -> Rendered:
+    """What a camera [4, 4] in the scene's frame sees, [H, W, 3] and [H, W]; a pixel is the mean of supersample^2 rays."""
+    if isinstance(scene, Solids):
+        return picture(partial(render_solids, scene), camera_to_world, intrinsics, supersample)
+    return scene.look(camera_to_world, intrinsics, supersample)
+
+
 def render(
     scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int, background: Colour | None
 ) -> Tensor:
-    """Picture [3, H, W] of a scene, float32 in steps of 1/255, from a camera [4, 4] in the scene's frame.
-
-    Every pixel is the mean of supersample^2 rays. `background`: in the place of the scene's own.
-    """
-    if isinstance(scene, Solids):
-        picture = _render_solids(scene, camera_to_world, intrinsics.scaled(supersample), background or BACKGROUND)
-        picture = torch.nn.functional.avg_pool2d(picture[None], supersample)[0]
-    else:
-        if background is not None:
-            field = dataclasses.replace(scene.field, background=torch.tensor(background))
-            scene = dataclasses.replace(scene, field=field)
-        picture = scene.render(camera_to_world[None], intrinsics, supersample)[0]
-    return (picture.clamp(0.0, 1.0) * 255.0).round() / 255.0
+    """The same as a picture [3, H, W], float32 in steps of 1/255; `background`: in the place of the scene's own."""
+    seen = look(scene, camera_to_world, intrinsics, supersample).on(backdrop(scene, background))
+    return (seen.permute(2, 0, 1).clamp(0.0, 1.0) * 255.0).round() / 255.0
 
 
-def _render_solids(solids: Solids, camera_to_world: Tensor, intrinsics: Intrinsics, background: Colour) -> Tensor:
-    """Picture [3, H, W] by exact absorption in homogeneous solids, whose colour is as at the entry; a ray a pixel."""
-    origins, directions = (rays.reshape(-1, 3).float() for rays in camera_rays(camera_to_world, intrinsics))
-    enter, leave = solids.intervals(origins, directions)  # [R, K]
-    colour = solids.texture(origins[:, None] + enter[..., None] * directions[:, None])
-    order = enter.argsort(dim=-1, stable=True)
-    optical_depth = (solids.density * (leave - enter)).gather(1, order)
-    colour = colour.gather(1, order[..., None].expand_as(colour))
-    rays = composite(optical_depth, colour, origins.new_tensor(background))
-    return rays.reshape(intrinsics.height, intrinsics.width, 3).permute(2, 0, 1)
+def backdrop(scene: Solids | Scene, background: Colour | None) -> Tensor:
+    """The colour [3] behind a scene: `background`, or else its own."""
+    if background is not None:
+        return torch.tensor(background)
+    return torch.tensor(BACKGROUND) if isinstance(scene, Solids) else scene.field.background

@@ -179,7 +179,7 @@ class _Fit:
         origins, directions, colours = self.rays(pixels)
         offset = torch.rand(len(pixels), generator=self.generator).to(self.device)
         rendered = march_occupied(self.field, origins, directions, self.field.voxel, offset)
-        return functional.mse_loss(rendered.colour, colours)
+        return functional.mse_loss(rendered.on(self.field.background), colours)
 
     def _batches(self, pool: Tensor) -> Iterator[Tensor]:
         """Pixels [B] without end: the pool in one random order after another."""

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,14 +17,13 @@ from torch import Tensor
 
 from sitdist import __version__
 from sitdist.errors import DataError
-from sitdist.geometry.camera import Intrinsics, camera_rays
+from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.similarity import Similarity
 from sitdist.scene.grid import VoxelField
-from sitdist.scene.volume import march_occupied
+from sitdist.scene.volume import Rendered, march_occupied, picture
 
 SCENE_VERSION = 1
 FIELD_FILE, SCENE_FILE, TURNTABLE_FILE = "field.safetensors", "scene.json", "turntable.png"
-RAYS_AT_ONCE = 16384
 
 Frame = Literal["unit", "capture"]
 
@@ -44,25 +44,25 @@ class Scene:
 
     def render(self, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Tensor:
         """Pictures [N, 3, H, W] in [0, 1] from cameras [N, 4, 4], which are in the scene's frame."""
-        poses = self.similarity.cameras(camera_to_world) if self.frame == "capture" else camera_to_world
-        return torch.stack([render_field(self.field, pose, intrinsics, supersample) for pose in poses])
+        pictures = [self.look(pose, intrinsics, supersample).on(self.field.background) for pose in camera_to_world]
+        return torch.stack(pictures).permute(0, 3, 1, 2)
+
+    def look(self, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Rendered:
+        """What one camera [4, 4] sees of it before no background yet, [H, W, 3] and [H, W]."""
+        pose = self.similarity.cameras(camera_to_world) if self.frame == "capture" else camera_to_world
+        return look_at_field(self.field, pose, intrinsics, supersample)
 
 
 @torch.no_grad()
+def look_at_field(field: VoxelField, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Rendered:
+    """What a camera [4, 4] in the field's frame sees, [H, W, 3] and [H, W]; a pixel is the mean of supersample^2 rays."""
+    pose = camera_to_world.to(field.box.device)
+    return picture(partial(march_occupied, field, step=field.voxel), pose, intrinsics, supersample)
+
+
 def render_field(field: VoxelField, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Tensor:
-    """Picture [3, H, W] of a field from a camera [4, 4] in its frame; a pixel is the mean of supersample^2 rays."""
-    fine = intrinsics.scaled(supersample)
-    origins, directions = camera_rays(camera_to_world.to(field.box.device), fine)
-    colours = [
-        march_occupied(field, *rays, field.voxel).colour
-        for rays in zip(
-            origins.reshape(-1, 3).float().split(RAYS_AT_ONCE),
-            directions.reshape(-1, 3).float().split(RAYS_AT_ONCE),
-            strict=True,
-        )
-    ]
-    picture = torch.cat(colours).reshape(fine.height, fine.width, 3).permute(2, 0, 1)
-    return torch.nn.functional.avg_pool2d(picture[None], supersample)[0]
+    """The same before the field's own background, [3, H, W]."""
+    return look_at_field(field, camera_to_world, intrinsics, supersample).on(field.background).permute(2, 0, 1)
 
 
 @dataclasses.dataclass
@@ -133,7 +133,7 @@ def load_scene(folder: Path, device: torch.device | str = "cpu") -> Scene:
         similarity = Similarity.from_dict(values.similarity)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{path}: not a scene's description ({error!r}); fit the scene again") from None
-    return Scene(field.to(device), similarity, values.frame, values.held_out, values.source)
+    return Scene(field.to(device).frozen(), similarity, values.frame, values.held_out, values.source)
 
 
 def _read_scene_file(path: Path) -> _SceneFile:

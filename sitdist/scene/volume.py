@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,16 +20,21 @@ from sitdist.scene.field import Solids, chair
 Field = Callable[[Tensor], tuple[Tensor, Tensor]]
 BACKGROUND = (0.5, 0.5, 0.5)
 OPAQUE = 1e-3  # a ray of which less than this is left is not followed any further
+NEAR = 2  # cells to every side: what a look at one point says of those around it
+RAYS_AT_ONCE = 16384
 
 
 class SkippingField(Protocol):
     """A radiance field within a box that knows where it is empty."""
 
     box: Tensor  # [2, 3], lower and upper corner
-    background: Tensor  # [3]
 
-    def occupied(self, points: Tensor) -> Tensor:
-        """Which of the points [P, 3] are in cells that are not empty; bool [P]."""
+    @property
+    def edge(self) -> float:
+        """The shortest edge of a cell."""
+
+    def occupied(self, x: Tensor, y: Tensor, z: Tensor, near: bool = False) -> Tensor:
+        """Which of the points, by coordinates [...], are in cells that are not empty; or else have one NEAR them."""
 
     def density(self, points: Tensor) -> Tensor:
         """Density [P] at points [P, 3]."""
@@ -38,33 +44,31 @@ class SkippingField(Protocol):
 
 
 class Rendered(NamedTuple):
-    """Colours [R, 3] of rays, and the share of the background in each, [R]."""
+    """What rays or pixels bring: the light of the scene alone, [..., 3], and the share of what is behind it, [...]."""
 
-    colour: Tensor
+    light: Tensor
     through: Tensor
 
+    def on(self, background: Tensor) -> Tensor:
+        """Colours [..., 3] before a background [3]."""
+        return self.light + self.through[..., None] * background
 
-def transmission(optical_depth: Tensor) -> Tensor:
-    """What is left of a ray behind each of its stretches in order, [R, K]; optical depth [R, K]."""
-    return torch.exp(-optical_depth.cumsum(-1))
 
-
-def composite(optical_depth: Tensor, colour: Tensor, background: Tensor) -> Tensor:
-    """Colours [R, 3] of rays with stretches in order: optical depth [R, K], colour [R, K, 3], on `background` [3]."""
-    through = transmission(optical_depth)
+def composite(optical_depth: Tensor, colour: Tensor) -> Rendered:
+    """Rays with stretches in order: optical depth [R, K], colour [R, K, 3]."""
+    through = torch.exp(-optical_depth.cumsum(-1))
     before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=-1)
-    weight = before - through
-    return (weight[..., None] * colour).sum(-2) + through[:, -1:] * background
+    return Rendered(((before - through)[..., None] * colour).sum(-2), through[:, -1])
 
 
-def march(field: Field, origins: Tensor, directions: Tensor, near: float, far: float, samples: int) -> Tensor:
-    """Colours [R, 3] of rays [R, 3] through any field, by `samples` equal stretches, each as at its middle."""
+def march(field: Field, origins: Tensor, directions: Tensor, near: float, far: float, samples: int) -> Rendered:
+    """Rays [R, 3] through any field, by `samples` equal stretches, each as at its middle."""
     step = (far - near) / samples
     distance = near + step * (torch.arange(samples, dtype=origins.dtype, device=origins.device) + 0.5)
     points = origins[:, None] + distance[:, None] * directions[:, None]  # [R, S, 3]
     density, colour = field(points.reshape(-1, 3))
     shape = points.shape[:2]
-    return composite(density.reshape(shape) * step, colour.reshape(*shape, 3), origins.new_tensor(BACKGROUND))
+    return composite(density.reshape(shape) * step, colour.reshape(*shape, 3))
 
 
 def march_occupied(
@@ -77,14 +81,17 @@ def march_occupied(
     """
     ray, distance = _occupied_stretches(field, origins, directions, step, offset)
     with torch.no_grad():
-        points = origins[ray] + distance[:, None] * directions[ray]
-        reached = _reached(field.density(points) * step, ray, len(origins))
-    ray, points = ray[reached], points[reached]
-    density, colour = field.radiance(points, directions[ray])
-    slot, longest = _slots(ray, len(origins))
-    optical_depth = density.new_zeros(len(origins), longest).index_put((ray, slot), density * step)
-    colour = colour.new_zeros(len(origins), longest, 3).index_put((ray, slot), colour)
-    return Rendered(composite(optical_depth, colour, field.background), transmission(optical_depth)[:, -1])
+        points = origins.index_select(0, ray) + distance[:, None] * directions.index_select(0, ray)
+        optical_depth = field.density(points) * step
+        reached = (_depth_before(optical_depth, ray, len(origins)) <= -math.log(OPAQUE)).nonzero()[:, 0]
+        ray, points = ray[reached], points.index_select(0, reached)
+    density, colour = field.radiance(points, directions.index_select(0, ray))
+    optical_depth = density * step
+    before = _depth_before(optical_depth, ray, len(origins))
+    weight = torch.exp(-before) - torch.exp(-before - optical_depth)
+    light = torch.zeros_like(origins).index_add(0, ray, weight[:, None] * colour)
+    through = torch.exp(-torch.zeros_like(origins[:, 0]).index_add(0, ray, optical_depth))
+    return Rendered(light, through)
 
 
 def box_interval(box: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,62 +106,69 @@ def box_interval(box: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tens
 def _occupied_stretches(
     field: SkippingField, origins: Tensor, directions: Tensor, step: float, offset: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Ray numbers [P], ascending, and distances [P], ascending in each ray, of all stretches in occupied cells."""
+    """Ray numbers [P], ascending, and distances [P], ascending in each ray, of all stretches in occupied cells.
+
+    They are looked for in groups: one of which no occupied cell is NEAR its middle holds none.
+    """
     enter, leave = box_interval(field.box, origins, directions)
-    count = int(((leave - enter).amax() / step).ceil()) if len(origins) else 0
-    order = torch.arange(count, device=origins.device)[None] + torch.as_tensor(offset, device=origins.device)[..., None]
-    distance = enter[:, None] + step * order.to(origins)  # [R, S]
-    ray, column = (distance < leave[:, None]).nonzero(as_tuple=True)
-    distance = distance[ray, column]
-    full = field.occupied(origins[ray] + distance[:, None] * directions[ray])
-    return ray[full], distance[full]
+    rays = (leave > enter).nonzero()[:, 0]
+    begin, end = enter[rays, None], leave[rays, None]
+    begin = begin + step * torch.as_tensor(offset, dtype=enter.dtype, device=enter.device).expand(len(enter))[rays, None]
+    starts, slopes = origins[rays].T[..., None].contiguous(), directions[rays].T[..., None].contiguous()  # [3, R, 1]
+
+    size = 1 + int(2 * NEAR * field.edge / step)  # so that a group's ends are NEAR its middle
+    groups = int(((end - begin).amax() / (size * step)).floor()) + 1 if len(rays) else 0
+    first = step * size * torch.arange(groups, device=enter.device)
+    middle = begin + (first + 0.5 * step * (size - 1))  # [R, groups]
+    kept = field.occupied(*(starts + middle * slopes), near=True) & (begin + first < end)
+    row, group = kept.nonzero(as_tuple=True)
+    distance = (begin[row] + first[group, None]) + step * torch.arange(size, device=enter.device)  # [K, size]
+    kept = field.occupied(*(starts[:, row] + distance * slopes[:, row])) & (distance < end[row])
+    row = rays[row].repeat_interleave(size)
+    full = kept.flatten().nonzero()[:, 0]
+    return row[full], distance.flatten()[full]
 
 
-def _slots(ray: Tensor, rays: int) -> tuple[Tensor, int]:
-    """The place [P] of every stretch within its ray (numbers ascending), and the longest ray's count, at least 1."""
+def _depth_before(optical_depth: Tensor, ray: Tensor, rays: int) -> Tensor:
+    """Optical depth [P] of what lies before every stretch of its ray; ray numbers [P] ascend."""
+    depth = optical_depth.double().cumsum(0) - optical_depth  # of all rays before, too
     count = torch.bincount(ray, minlength=rays)
-    first = count.cumsum(0) - count
-    return torch.arange(len(ray), device=ray.device) - first[ray], max(1, int(count.amax()) if rays else 0)
+    first = (count.cumsum(0) - count)[ray]  # the first stretch of every stretch's ray
+    return (depth - depth[first]).to(optical_depth)
 
 
-def _reached(optical_depth: Tensor, ray: Tensor, rays: int) -> Tensor:
-    """Which stretches [P] the light still reaches: those before which at least OPAQUE of the ray is left."""
-    slot, longest = _slots(ray, rays)
-    table = optical_depth.new_zeros(rays, longest).index_put((ray, slot), optical_depth)
-    before = table.cumsum(-1)[ray, slot] - optical_depth
-    return before <= -math.log(OPAQUE)
-
-
-def render_solids(solids: Solids, origins: Tensor, directions: Tensor) -> Tensor:
-    """Colours [R, 3] of rays [R, 3] through disjoint homogeneous solids: exact absorption, colour as at the entry."""
+def render_solids(solids: Solids, origins: Tensor, directions: Tensor) -> Rendered:
+    """Rays [R, 3] through disjoint homogeneous solids: exact absorption, colour as at the entry."""
     enter, leave = solids.intervals(origins, directions)  # [R, K]
     colour = solids.texture(origins[:, None] + enter[..., None] * directions[:, None])
     order = enter.argsort(dim=-1, stable=True)
     optical_depth = (solids.density * (leave - enter)).gather(1, order)
-    colour = colour.gather(1, order[..., None].expand_as(colour))
-    return composite(optical_depth, colour, origins.new_tensor(BACKGROUND))
+    return composite(optical_depth, colour.gather(1, order[..., None].expand_as(colour)))
+
+
+def picture(
+    render: Callable[[Tensor, Tensor], Rendered], camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int
+) -> Rendered:
+    """What a camera [4, 4] sees, [H, W, 3] and [H, W], by `render(origins, directions)` of rays [R, 3].
+
+    Every pixel is the mean of supersample^2 rays; RAYS_AT_ONCE are rendered together, however large the picture is.
+    """
+    fine = intrinsics.scaled(supersample)
+    origins, directions = (rays.reshape(-1, 3).float() for rays in camera_rays(camera_to_world, fine))
+    parts = [
+        render(*rays) for rays in zip(origins.split(RAYS_AT_ONCE), directions.split(RAYS_AT_ONCE), strict=True)
+    ]
+    rays = torch.cat([torch.cat([part.light, part.through[:, None]], 1) for part in parts])
+    planes = rays.T.reshape(1, 4, fine.height, fine.width)
+    pixels = torch.nn.functional.avg_pool2d(planes, supersample)[0].permute(1, 2, 0)
+    return Rendered(pixels[..., :3], pixels[..., 3])
 
 
 def render_views(camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 2) -> Tensor:
     """Pictures [N, 3, H, W] of the built-in object, float32 in steps of 1/255, from cameras [N, 4, 4].
 
-    Every pixel is the mean of supersample^2 rays. Each view is rendered by itself, so that it does not depend on the
-    views beside it.
+    Each view is rendered by itself, so that it does not depend on the views beside it.
     """
-    solids = chair()
-    fine = Intrinsics(
-        fx=supersample * intrinsics.fx,
-        fy=supersample * intrinsics.fy,
-        cx=supersample * intrinsics.cx,
-        cy=supersample * intrinsics.cy,
-        width=supersample * intrinsics.width,
-        height=supersample * intrinsics.height,
-    )
-    pictures = []
-    for pose in camera_to_world:
-        origins, directions = camera_rays(pose, fine)
-        colour = render_solids(solids, origins.reshape(-1, 3).float(), directions.reshape(-1, 3).float())
-        picture = colour.reshape(fine.height, fine.width, 3).permute(2, 0, 1)[None]
-        picture = torch.nn.functional.avg_pool2d(picture, supersample)[0]
-        pictures.append((picture * 255.0).round() / 255.0)
-    return torch.stack(pictures)
+    solids, grey = chair(), torch.tensor(BACKGROUND)
+    views = [picture(partial(render_solids, solids), pose, intrinsics, supersample).on(grey) for pose in camera_to_world]
+    return ((torch.stack(views) * 255.0).round() / 255.0).permute(0, 3, 1, 2)

@@ -12,9 +12,10 @@ from sitdist.geometry.similarity import Similarity
 from sitdist.scene.fit import add_variation_gradient
 from sitdist.scene.grid import SLOPE, VoxelField
 from sitdist.scene.store import Scene, load_scene, render_field, save_scene
-from sitdist.scene.volume import box_interval, composite, march_occupied
+from sitdist.scene.volume import _occupied_stretches, box_interval, composite, march_occupied
 
 BOX = torch.tensor([[-1.0, -0.8, -0.6], [1.0, 0.8, 0.6]])
+BLUE = torch.tensor([0.0, 0.0, 1.0])
 
 
 def ball(channels=4, resolution=(21, 17, 13), dtype=torch.float32):
@@ -64,42 +65,76 @@ def test_rays_enter_and_leave_the_box_where_they_should():
     torch.testing.assert_close((leave - enter), torch.tensor([2.0, 0.6, 0.0, 0.0]))  # through, from within, misses
 
 
-def test_skipping_empty_cells_and_stopping_early_equal_the_full_march():
-    full, skipping = (ball(resolution=(41, 33, 25)) for _ in range(2))
+def full_march(field, origins, directions, step):
+    """Every stretch within the box, whether or not it is empty or reached; float64."""
+    enter, leave = box_interval(field.box, origins, directions)
+    distance = enter[:, None] + step * (torch.arange(int((leave - enter).max() / step) + 1) + 0.5)  # [R, S]
+    points = origins[:, None] + distance[..., None] * directions[:, None]
+    toward = directions[:, None].expand_as(points).reshape(-1, 3)
+    density, colour = field.radiance(points.reshape(-1, 3), toward)
+    inside = distance < leave[:, None]
+    density = density.reshape(distance.shape) * inside
+    return composite(density.double() * step, colour.double().reshape(*distance.shape, 3)).on(BLUE.double())
+
+
+@pytest.mark.parametrize("step", [0.02, 0.05, 0.3])  # half a voxel, about one, many
+@pytest.mark.parametrize("channels", [4, 13])
+def test_skipping_empty_cells_and_stopping_early_equal_the_full_march(step, channels):
+    field = ball(channels, (41, 33, 25))
+    field.values[4:] = torch.randn(channels - 4, 25, 33, 41, generator=torch.Generator().manual_seed(0))
+    skipping = VoxelField(field.values, field.box, field.background, field.density_scale)
     skipping.find_empty()
     assert 0.02 < skipping.cells.float().mean() < 0.5
+    assert 0.02 < skipping.near.float().mean() < 0.9  # whole groups of stretches are left out
     origins, directions = rays()
-    step = 0.02
-    enter, leave = box_interval(BOX, origins, directions)
-    offsets = torch.arange(int((leave - enter).max() / step) + 1)
-    distance = enter[:, None] + step * (offsets + 0.5)  # [R, S]
-    points = origins[:, None] + distance[..., None] * directions[:, None]
-    density, colour = full(points.reshape(-1, 3))
-    expected = composite(
-        density.reshape(distance.shape) * step, colour.reshape(*distance.shape, 3), torch.tensor([0.0, 0.0, 1.0])
-    )
-    assert expected[:, 0].max() > 0.9  # the ball is seen,
+    expected = full_march(field, origins, directions, step)
+    assert expected[:, 0].max() > 0.8  # the ball is seen,
     assert expected[:, 2].max() == 1.0  # and so is the background
-    torch.testing.assert_close(march_occupied(full, origins, directions, step).colour, expected, atol=2e-3, rtol=0)
-    torch.testing.assert_close(march_occupied(skipping, origins, directions, step).colour, expected, atol=4e-3, rtol=0)
+    for each in (field, skipping, skipping.frozen()):
+        colour = march_occupied(each, origins, directions, step).on(BLUE)
+        torch.testing.assert_close(colour.double(), expected, atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize("step", [0.02, 0.048, 0.11])
+def test_looking_for_full_cells_in_groups_finds_the_stretches_that_looking_at_every_one_finds(step):
+    field = ball()
+    field.cells = torch.rand(12, 16, 20, generator=torch.Generator().manual_seed(0)) < 0.01
+    ungrouped = VoxelField(field.values, BOX, BLUE, 30.0, field.cells, torch.ones_like(field.cells))
+    grouped = VoxelField(field.values, BOX, BLUE, 30.0, field.cells)
+    assert grouped.near.float().mean() < 0.8
+    offset = torch.rand(2000, generator=torch.Generator().manual_seed(1))
+    found = [_occupied_stretches(each, *rays(2000), step, offset) for each in (grouped, ungrouped)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert len(found[0][0]) > 100
+
+
+def test_a_frozen_field_is_the_same_field():
+    field = ball(13)
+    field.values[1:] = torch.randn(12, 13, 17, 21, generator=torch.Generator().manual_seed(0))
+    points = BOX[0] + torch.rand(500, 3, generator=torch.Generator().manual_seed(1)) * (BOX[1] - BOX[0])
+    points = torch.cat([points, BOX, BOX * torch.tensor([1.0, -1.0, 1.0])])  # and corners
+    directions = torch.nn.functional.normalize(points + 0.1, dim=-1)
+    for mine, frozen in zip(field.radiance(points, directions), field.frozen().radiance(points, directions), strict=True):
+        torch.testing.assert_close(frozen, mine, atol=2e-4, rtol=1e-5)
 
 
 def test_rays_that_meet_nothing_are_the_background():
     field = ball()
     field.find_empty()
     rendered = march_occupied(field, torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[0.0, 1.0, 0.0]]), 0.1)
-    assert rendered.colour.tolist() == [[0.0, 0.0, 1.0]]
+    assert rendered.light.tolist() == [[0.0, 0.0, 0.0]]
     assert rendered.through.tolist() == [1.0]
+    assert rendered.on(BLUE).tolist() == [[0.0, 0.0, 1.0]]
     none = march_occupied(field, torch.zeros(0, 3), torch.zeros(0, 3), 0.1)
-    assert none.colour.shape == (0, 3)
+    assert none.light.shape == (0, 3)
 
 
 def test_the_gradient_of_compositing_is_that_of_differences():
     generator = torch.Generator().manual_seed(0)
     optical_depth = torch.rand(3, 5, generator=generator, dtype=torch.float64).requires_grad_()
     colour = torch.rand(3, 5, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    background = torch.rand(3, generator=generator, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(composite, (optical_depth, colour, background))
+    assert torch.autograd.gradcheck(composite, (optical_depth, colour))
 
 
 def test_the_gradient_of_a_march_reaches_the_grid():
@@ -110,7 +145,7 @@ def test_the_gradient_of_a_march_reaches_the_grid():
 
     def render(values):
         moved = VoxelField(values, field.box, field.background, field.density_scale)
-        return march_occupied(moved, origins, directions, 0.1).colour
+        return march_occupied(moved, origins, directions, 0.1)
 
     assert torch.autograd.gradcheck(render, (field.values.requires_grad_(),), atol=1e-6)
 
