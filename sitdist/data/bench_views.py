@@ -17,7 +17,7 @@ import torch
 import webdataset
 from torch import Tensor
 
-from sitdist.config import PcaCodecConfig, Recipe, SceneSource, VaeCodecConfig, parse
+from sitdist.config import DatasetCodecConfig, PcaCodecConfig, Recipe, SceneSource, parse
 from sitdist.data.bench import Way, format_table, measure
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.scene import render
@@ -147,7 +147,7 @@ def bench_building(folder: Path, manifest: DatasetManifest, recipe: Recipe, conf
     small = Recipe(
         name="bench",
         image_size=recipe.image_size,
-        codec=_codec_config(folder, manifest, recipe),
+        codec=_codec_config(folder, recipe),
         splits={"train": config.model_copy(update={"label": 0})},
         val_views=0,
         samples_per_shard=recipe.samples_per_shard,
@@ -180,11 +180,11 @@ def bench_building(folder: Path, manifest: DatasetManifest, recipe: Recipe, conf
     ]
 
 
-def _codec_config(folder: Path, manifest: DatasetManifest, recipe: Recipe) -> PcaCodecConfig | VaeCodecConfig:
-    """The recipe's codec; of a VAE the one that lies in the dataset."""
+def _codec_config(folder: Path, recipe: Recipe) -> PcaCodecConfig | DatasetCodecConfig:
+    """What fits the recipe's codec again where it is closed-form; else the one that lies in the dataset."""
     if isinstance(recipe.codec, PcaCodecConfig):
         return recipe.codec
-    return recipe.codec.model_copy(update={"path": str((folder / "codec" / "vae").resolve())})
+    return DatasetCodecConfig(kind="dataset", path=str(folder.resolve()))
 
 
 def _write_stock(samples: list[dict[str, Any]], folder: Path, size: int) -> None:

@@ -90,7 +90,7 @@ def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def look(scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int) -> Rendered:
-    """What a camera [4, 4] in the scene's frame sees, [H, W, 3] and [H, W]; a pixel is the mean of supersample^2 rays."""
+    """What a camera [4, 4] in the scene's frame sees, [H, W, 3], [H, W]; a pixel is the mean of supersample^2 rays."""
     if isinstance(scene, Solids):
         return picture(partial(render_solids, scene), camera_to_world, intrinsics, supersample)
     return scene.look(camera_to_world, intrinsics, supersample)

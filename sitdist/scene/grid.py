@@ -65,8 +65,9 @@ class VoxelField:
 
     def to(self, device: torch.device | str) -> VoxelField:
         """The same field on a device."""
-        tensors = {name: getattr(self, name) for name in ("values", "box", "background", "cells", "near", "rows")}
-        return replace(self, **{name: each if each is None else each.to(device) for name, each in tensors.items()})
+        cells, near, rows = (None if each is None else each.to(device) for each in (self.cells, self.near, self.rows))
+        values, box, background = (each.to(device) for each in (self.values, self.box, self.background))
+        return replace(self, values=values, box=box, background=background, cells=cells, near=near, rows=rows)
 
     def frozen(self) -> VoxelField:
         """The same field, to be rendered only."""

@@ -113,14 +113,15 @@ def _occupied_stretches(
     enter, leave = box_interval(field.box, origins, directions)
     rays = (leave > enter).nonzero()[:, 0]
     begin, end = enter[rays, None], leave[rays, None]
-    begin = begin + step * torch.as_tensor(offset, dtype=enter.dtype, device=enter.device).expand(len(enter))[rays, None]
+    offsets = torch.as_tensor(offset, dtype=enter.dtype, device=enter.device).expand(len(enter))
+    begin = begin + step * offsets[rays, None]
     starts, slopes = origins[rays].T[..., None].contiguous(), directions[rays].T[..., None].contiguous()  # [3, R, 1]
 
     size = 1 + int(2 * NEAR * field.edge / step)  # so that a group's ends are NEAR its middle
     groups = int(((end - begin).amax() / (size * step)).floor()) + 1 if len(rays) else 0
     first = step * size * torch.arange(groups, device=enter.device)
-    middle = begin + (first + 0.5 * step * (size - 1))  # [R, groups]
-    kept = field.occupied(*(starts + middle * slopes), near=True) & (begin + first < end)
+    x, y, z = starts + (begin + (first + 0.5 * step * (size - 1))) * slopes  # [R, groups] each, of the middles
+    kept = field.occupied(x, y, z, near=True) & (begin + first < end)
     row, group = kept.nonzero(as_tuple=True)
     distance = (begin[row] + first[group, None]) + step * torch.arange(size, device=enter.device)  # [K, size]
     kept = field.occupied(*(starts[:, row] + distance * slopes[:, row])) & (distance < end[row])
@@ -155,9 +156,7 @@ def picture(
     """
     fine = intrinsics.scaled(supersample)
     origins, directions = (rays.reshape(-1, 3).float() for rays in camera_rays(camera_to_world, fine))
-    parts = [
-        render(*rays) for rays in zip(origins.split(RAYS_AT_ONCE), directions.split(RAYS_AT_ONCE), strict=True)
-    ]
+    parts = [render(*rays) for rays in zip(origins.split(RAYS_AT_ONCE), directions.split(RAYS_AT_ONCE), strict=True)]
     rays = torch.cat([torch.cat([part.light, part.through[:, None]], 1) for part in parts])
     planes = rays.T.reshape(1, 4, fine.height, fine.width)
     pixels = torch.nn.functional.avg_pool2d(planes, supersample)[0].permute(1, 2, 0)
@@ -170,5 +169,6 @@ def render_views(camera_to_world: Tensor, intrinsics: Intrinsics, supersample: i
     Each view is rendered by itself, so that it does not depend on the views beside it.
     """
     solids, grey = chair(), torch.tensor(BACKGROUND)
-    views = [picture(partial(render_solids, solids), pose, intrinsics, supersample).on(grey) for pose in camera_to_world]
+    render = partial(render_solids, solids)
+    views = [picture(render, pose, intrinsics, supersample).on(grey) for pose in camera_to_world]
     return ((torch.stack(views) * 255.0).round() / 255.0).permute(0, 3, 1, 2)
