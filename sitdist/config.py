@@ -314,12 +314,36 @@ class ModelConfig(Schema):
 
 
 class FlowConfig(Schema):
-    """The interpolant: its path, the noise on the packed pose, and how t is drawn."""
+    """The interpolant: its path, its t = 0 end, and how t is drawn.
+
+    `endpoint` pose: x0 = gain * pack(pose) + sigma * noise, the entries of a row as quadrants or interleaved
+    (`layout`). `endpoint` gaussian: x0 is noise (sigma 1), and the model gets the pose as a condition.
+    """
 
     path: Literal["linear", "gvp", "vp"] = "linear"
+    endpoint: Literal["pose", "gaussian"] = "pose"
     sigma: Annotated[float, Field(ge=0)] = 0.1
+    gain: Annotated[float, Field(gt=0)] = 1.0
+    layout: Literal["quadrants", "interleaved"] = "quadrants"
     share_at_one: Share = 0.25
     share_at_zero: Share = 0.15
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """The gaussian endpoint has sigma 1, so that a resolved config reads the same."""
+        if isinstance(values, dict) and values.get("endpoint") == "gaussian":
+            return {"sigma": 1.0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _no_packing(self) -> FlowConfig:
+        if self.endpoint == "gaussian" and (self.sigma, self.gain, self.layout) != (1.0, 1.0, "quadrants"):
+            raise ValueError(
+                f"the gaussian endpoint is N(0, 1) and packs no pose, but sigma {self.sigma:g}, gain {self.gain:g} and "
+                f"layout {self.layout} are given; leave them out, or set endpoint: pose"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares(self) -> FlowConfig:
@@ -330,6 +354,22 @@ class FlowConfig(Schema):
                 "the vp path's velocity is infinite at t = 1; set share_at_one and share_at_zero to 0, or path: linear"
             )
         return self
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> FlowConfig:
+        if self.why_no_pose() and self.why_no_picture():
+            raise ValueError("the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one")
+        return self
+
+    def why_no_pose(self) -> str | None:
+        """Why a model that was trained so reads no pose off a picture; None if it does."""
+        if self.endpoint == "gaussian":
+            return "the gaussian endpoint is noise and holds no pose"
+        return "the model was trained at t = 0 alone" if self.share_at_zero == 1 else None
+
+    def why_no_picture(self) -> str | None:
+        """Why a model that was trained so renders no picture of a pose; None if it does."""
+        return "the model was trained at t = 1 alone, as a regressor of the pose" if self.share_at_one == 1 else None
 
 
 class OptimizerConfig(Schema):

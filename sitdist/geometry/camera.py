@@ -42,6 +42,10 @@ class Intrinsics:
             factor * self.height,
         )
 
+    def normalized(self) -> list[float]:
+        """[fx / width, fy / height, cx / width, cy / height], the same for a picture of any size."""
+        return [self.fx / self.width, self.fy / self.height, self.cx / self.width, self.cy / self.height]
+
     def to_list(self) -> list[float]:
         """[fx, fy, cx, cy] in pixels."""
         return [self.fx, self.fy, self.cx, self.cy]

@@ -40,7 +40,7 @@ def make_records(lpips=False):
             values = dict.fromkeys(MEASURES, 0.1 * factor + bin_)
             values |= {"rotation_error_deg": factor * bin_, "translation_error": error, "psnr": 20.0 + factor}
             values |= {"true": look_down(radius), "estimated": look_down(radius + error)}
-            values |= {"lpips": 0.125 * factor if lpips else None}
+            values |= {"lpips": 0.125 * factor if lpips else None, "focal_error": None}
             records.append(ViewRecord(key=f"v{bin_}_{i}", label=0, radius=radius, bin=bin_, **values))
     return records
 
@@ -332,7 +332,7 @@ def test_many_cameras_are_thinned_evenly_by_radius_and_few_are_all_shown():
 
 def test_small_pictures_are_enlarged_by_whole_factors():
     true, rendered = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    pair = plots._pair(true, rendered)
+    pair = plots._side_by_side(true, rendered)
     assert pair.shape == (128, 2 * 128 + 4, 3)
     np.testing.assert_array_equal(pair[::8, :128:8], true)
     np.testing.assert_array_equal(pair[7::8, 132 + 7 :: 8], rendered)
