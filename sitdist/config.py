@@ -54,6 +54,26 @@ class Schema(BaseModel):
 # --------------------------------------------------------------------------------------------------------- recipes
 
 
+class RadiusAugmentation(Schema):
+    """Training views once more, `copies` times each, as from a distance that is uniform in `range`.
+
+    The picture is zoomed about its centre by r / r', the outside filled with `background` (by default the source's
+    own; .npz files have none), and the camera moved along its line of sight from r to r'. That is exact for an object
+    that is small against both.
+    """
+
+    range: RadiusRange
+    copies: Positive = 1
+    background: Colour | None = None
+    seed: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RadiusAugmentation:
+        if self.range[0] > self.range[1]:
+            raise ValueError(f"range {list(self.range)} runs backwards; write [smaller, larger]")
+        return self
+
+
 class SceneSource(Schema):
     """Views of the built-in object, or of a scene fitted to photos, rendered when the shards are built.
 
@@ -81,6 +101,7 @@ class SceneSource(Schema):
     seed: NonNegative = 0
     label: NonNegative = 0
     name: Word | None = None
+    radius_augmentation: RadiusAugmentation | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +164,16 @@ class NpzSource(Schema):
     paths: Annotated[list[Word], Field(min_length=1)]
     label: NonNegative = 0
     name: Word | None = None
+    radius_augmentation: RadiusAugmentation | None = None
+
+    @model_validator(mode="after")
+    def _background_known(self) -> NpzSource:
+        if self.radius_augmentation is not None and self.radius_augmentation.background is None:
+            raise ValueError(
+                "radius_augmentation has no background, and .npz files do not tell theirs; set "
+                "radius_augmentation.background, such as [1, 1, 1]"
+            )
+        return self
 
 
 class TransformsSource(Schema):
@@ -153,6 +184,7 @@ class TransformsSource(Schema):
     background: Colour = (1.0, 1.0, 1.0)
     label: NonNegative = 0
     name: Word | None = None
+    radius_augmentation: RadiusAugmentation | None = None
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
@@ -183,11 +215,15 @@ Codec = Annotated[PcaCodecConfig | VaeCodecConfig, Field(discriminator="kind")]
 
 
 class Recipe(Schema):
-    """How a dataset is made: each split's views (of one source or of a list), the codec, and the shards' size."""
+    """How a dataset is made: each split's views (of one source or of a list), the codec, and the shards' size.
+
+    `packing`: what the last row of a packed pose carries, nothing (pose) or the normalized intrinsics.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     image_size: Positive
     codec: Codec
+    packing: Literal["pose", "intrinsics"] = "pose"
     splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sources]
     val_views: NonNegative = 64
     samples_per_shard: Positive = 1000
@@ -221,6 +257,13 @@ class Recipe(Schema):
                 f"image_size {self.image_size} is no multiple of {2 * self.codec.patch} (twice codec.patch): "
                 "the latent could not be divided into quadrants"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_training_views_are_augmented(self) -> Recipe:
+        for split in self.splits:
+            if split != "train" and any(source.radius_augmentation is not None for source in self.sources(split)):
+                raise ValueError(f"split '{split}' has radius_augmentation, which is for training views; remove it")
         return self
 
     @model_validator(mode="after")

@@ -153,7 +153,7 @@ class ShardReader:
         start, stop = int(shard.index["start"][place]), int(shard.index["stop"][place])
         with tarfile.open(fileobj=io.BytesIO(shard.tar[start:stop] + bytes(1024)), mode="r:") as file:
             meta = json.load(file.extractfile(f"{index:09d}.meta.json"))  # type: ignore[arg-type]
-        return Intrinsics(*(meta[name] for name in ("fx", "fy", "cx", "cy", "width", "height")))
+        return Intrinsics.from_meta(meta)
 
     def expect(self, shards: list[int]) -> None:
         """Have these shards read, or fetched, in the background: their samples will be asked for."""

@@ -293,6 +293,7 @@ class _Evaluation:
             "no_picture": flow.why_no_picture(),
             "lpips": metrics.LPIPS_NOT_MEASURED if self.lpips is None else self.lpips.identity(),
             "training_radius": list(self.loaded.manifest.splits["train"].radius),
+            "radius_augmented": self.loaded.manifest.splits["train"].radius_augmented,
             "training_views": {"count": len(self.training), "compared": compared, "stride": self._training_stride},
             "versions": {
                 "sitdist": sitdist.__version__,

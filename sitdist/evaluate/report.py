@@ -97,6 +97,7 @@ class Metrics(BaseModel):
     """metrics.json. `lpips` is the backbone's identity, or why there is none.
 
     `no_pose` and `no_picture`: why the model reads no poses or renders no pictures, None if it does.
+    `radius_augmented`: how many training views were zoomed copies of others.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -116,6 +117,7 @@ class Metrics(BaseModel):
     no_picture: str | None = None
     lpips: str
     training_radius: tuple[float, float]
+    radius_augmented: int = 0
     training_views: dict[str, int]
     versions: dict[str, str]
     rows: list[Row] = Field(min_length=1)
@@ -365,6 +367,11 @@ def _tables(metrics: Metrics) -> list[Table]:
     pose, picture = (_lines(metrics.rows, columns) for columns in (pose_columns, picture_columns))
     lpips = f"LPIPS backbone: {metrics.lpips}." if metrics.measured("lpips") else f"LPIPS {metrics.lpips}."
     pose_notes, picture_notes = [NEAREST_POSE], [NEAREST_PICTURE, lpips]
+    if metrics.radius_augmented:
+        count, of = metrics.radius_augmented, metrics.training_views["count"]
+        note = f"Radius augmented: {count} of the {of} training views are zoomed copies, for every row and baseline."
+        pose_notes.append(note)
+        picture_notes.append(note)
     if metrics.floors:
         floor = [
             format(metrics.floors[column.field], column.style)
@@ -406,7 +413,8 @@ def _how(metrics: Metrics) -> str:
     poses = f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''})"
     pictures = f"pictures by {metrics.generator} ({metrics.generator_steps} steps)"
     parts = [*([] if metrics.no_pose else [poses]), *([] if metrics.no_picture else [pictures])]
-    return ", ".join([*parts, f"sigma {metrics.sigma:g}", f"seed {metrics.seed}"])
+    augmented = ["trained radius augmented"] if metrics.radius_augmented else []
+    return ", ".join([*parts, f"sigma {metrics.sigma:g}", f"seed {metrics.seed}", *augmented])
 
 
 def _plain(table: Table) -> str:
@@ -571,7 +579,8 @@ def _facts(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.n
         "sigma": f"{metrics.sigma:g}",
         "seed": f"{metrics.seed}",
         "training radii": f"{low:.2f} to {high:.2f}",
-        "training views": f"{training['count']}, of which {training['compared']} are compared with",
+        "training views": f"{training['count']}, of which {training['compared']} are compared with"
+        + (f" and {metrics.radius_augmented} are radius augmented" if metrics.radius_augmented else ""),
         "LPIPS": metrics.lpips,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics.versions.items()),
     }
