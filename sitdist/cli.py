@@ -172,6 +172,22 @@ def _parser() -> _Parser:
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     command.set_defaults(command=_eval)
 
+    command = commands.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
+    command.add_argument("dataset", type=Path)
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs and the table; started again, it goes on"
+    )
+    command.add_argument("--steps", type=_positive, default=1500, help="steps of every run")
+    command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
+    command.set_defaults(command=_ablate)
+
+    command = commands.add_parser("sigma", help="predict the noise floor of a dataset's packing, before any training")
+    command.add_argument("dataset", type=Path)
+    command.add_argument(
+        "--target-deg", type=_positive_number, required=True, metavar="D", help="rotation error to stay below"
+    )
+    command.set_defaults(command=_sigma)
+
     bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT")
     command = bench.add_parser("data", help="reading samples, beside stock webdataset; rendering and encoding views")
     command.add_argument("dataset", help="folder or URL of a dataset")
@@ -218,6 +234,16 @@ def _positive(text: str) -> int:
         value = 0
     if value <= 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return value
 
 
@@ -356,6 +382,19 @@ def _eval(options: argparse.Namespace) -> None:
     folder = evaluate(options.run, EvalOptions(**{name: getattr(options, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
         _print_results(folder)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from sitdist.evaluate.ablate import ablate
+
+    print(ablate(options.dataset, options.out, options.steps, options.split), end="")
+    print(f"pictures: {options.out / 'table.html'}")
+
+
+def _sigma(options: argparse.Namespace) -> None:
+    from sitdist.evaluate.sigma import sigma_table
+
+    print(sigma_table(options.dataset, options.target_deg))
 
 
 def _bench_data(options: argparse.Namespace) -> None:
