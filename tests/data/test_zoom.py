@@ -65,7 +65,7 @@ def test_what_shrinks_is_smoothed():
     stripes = torch.zeros(3, SIZE, SIZE)
     stripes[:, :, ::2] = 1.0
     out = zoomed(stripes, 0.5, (24.0, 24.0), torch.full((3,), 0.5))
-    assert (out - 0.5).abs().max() < 0.05
+    assert (out - 0.5)[:, 15:33, 15:33].abs().max() < 0.01  # its edges apart
 
 
 # --------------------------------------------------------------------------------------------------------- the views
