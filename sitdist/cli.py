@@ -130,7 +130,7 @@ def _parser() -> _Parser:
     command.add_argument("--latent-channels", type=_positive, help="(default: 4)")
     command.add_argument("--loss", choices=("mse", "l1"), help="error of the pixels (default: mse)")
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights: adds LPIPS")
-    command.add_argument("--lr", type=_rate, help="largest learning rate (default: 2e-3)")
+    command.add_argument("--lr", type=_positive_number, help="largest learning rate (default: 2e-3)")
     command.add_argument("--precision", choices=("fp32", "bf16"), help="of the network in training (default: fp32)")
     command.add_argument("--seed", type=int, help="(default: 0)")
     _add_set(command)
@@ -175,6 +175,22 @@ def _parser() -> _Parser:
     command.add_argument("--seed", type=int)
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     command.set_defaults(command=_eval)
+
+    command = commands.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
+    command.add_argument("dataset", type=Path)
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs and the table; started again, it goes on"
+    )
+    command.add_argument("--steps", type=_positive, default=1500, help="steps of every run")
+    command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
+    command.set_defaults(command=_ablate)
+
+    command = commands.add_parser("sigma", help="predict the noise floor of a dataset's packing, before any training")
+    command.add_argument("dataset", type=Path)
+    command.add_argument(
+        "--target-deg", type=_positive_number, required=True, metavar="D", help="rotation error to stay below"
+    )
+    command.set_defaults(command=_sigma)
 
     bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT")
     command = bench.add_parser(
@@ -228,7 +244,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _rate(text: str) -> float:
+def _positive_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -375,6 +391,19 @@ def _eval(options: argparse.Namespace) -> None:
     folder = evaluate(options.run, EvalOptions(**{name: getattr(options, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
         _print_results(folder)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from sitdist.evaluate.ablate import ablate
+
+    print(ablate(options.dataset, options.out, options.steps, options.split), end="")
+    print(f"pictures: {options.out / 'table.html'}")
+
+
+def _sigma(options: argparse.Namespace) -> None:
+    from sitdist.evaluate.sigma import sigma_table
+
+    print(sigma_table(options.dataset, options.target_deg))
 
 
 def _bench_data(options: argparse.Namespace) -> None:

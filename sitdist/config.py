@@ -54,6 +54,26 @@ class Schema(BaseModel):
 # --------------------------------------------------------------------------------------------------------- recipes
 
 
+class RadiusAugmentation(Schema):
+    """Training views once more, `copies` times each, as from a distance that is uniform in `range`.
+
+    The picture is zoomed about its centre by r / r', the outside filled with `background` (by default the source's
+    own; .npz files have none), and the camera moved along its line of sight from r to r'. That is exact for an object
+    that is small against both.
+    """
+
+    range: RadiusRange
+    copies: Positive = 1
+    background: Colour | None = None
+    seed: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RadiusAugmentation:
+        if self.range[0] > self.range[1]:
+            raise ValueError(f"range {list(self.range)} runs backwards; write [smaller, larger]")
+        return self
+
+
 class SceneSource(Schema):
     """Views of the built-in object, or of a scene fitted to photos, rendered when the shards are built.
 
@@ -81,6 +101,7 @@ class SceneSource(Schema):
     seed: NonNegative = 0
     label: NonNegative = 0
     name: Word | None = None
+    radius_augmentation: RadiusAugmentation | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +164,16 @@ class NpzSource(Schema):
     paths: Annotated[list[Word], Field(min_length=1)]
     label: NonNegative = 0
     name: Word | None = None
+    radius_augmentation: RadiusAugmentation | None = None
+
+    @model_validator(mode="after")
+    def _background_known(self) -> NpzSource:
+        if self.radius_augmentation is not None and self.radius_augmentation.background is None:
+            raise ValueError(
+                "radius_augmentation has no background, and .npz files do not tell theirs; set "
+                "radius_augmentation.background, such as [1, 1, 1]"
+            )
+        return self
 
 
 class TransformsSource(Schema):
@@ -153,6 +184,7 @@ class TransformsSource(Schema):
     background: Colour = (1.0, 1.0, 1.0)
     label: NonNegative = 0
     name: Word | None = None
+    radius_augmentation: RadiusAugmentation | None = None
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
@@ -190,11 +222,15 @@ Codec = Annotated[PcaCodecConfig | VaeCodecConfig | DatasetCodecConfig, Field(di
 
 
 class Recipe(Schema):
-    """How a dataset is made: each split's views (of one source or of a list), the codec, and the shards' size."""
+    """How a dataset is made: each split's views (of one source or of a list), the codec, and the shards' size.
+
+    `packing`: what the last row of a packed pose carries, nothing (pose) or the normalized intrinsics.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     image_size: Positive
     codec: Codec
+    packing: Literal["pose", "intrinsics"] = "pose"
     splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sources]
     val_views: NonNegative = 64
     samples_per_shard: Positive = 1000
@@ -228,6 +264,13 @@ class Recipe(Schema):
                 f"image_size {self.image_size} is no multiple of {2 * self.codec.patch} (twice codec.patch): "
                 "the latent could not be divided into quadrants"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_training_views_are_augmented(self) -> Recipe:
+        for split in self.splits:
+            if split != "train" and any(source.radius_augmentation is not None for source in self.sources(split)):
+                raise ValueError(f"split '{split}' has radius_augmentation, which is for training views; remove it")
         return self
 
     @model_validator(mode="after")
@@ -321,12 +364,36 @@ class ModelConfig(Schema):
 
 
 class FlowConfig(Schema):
-    """The interpolant: its path, the noise on the packed pose, and how t is drawn."""
+    """The interpolant: its path, its t = 0 end, and how t is drawn.
+
+    `endpoint` pose: x0 = gain * pack(pose) + sigma * noise, the entries of a row as quadrants or interleaved
+    (`layout`). `endpoint` gaussian: x0 is noise (sigma 1), and the model gets the pose as a condition.
+    """
 
     path: Literal["linear", "gvp", "vp"] = "linear"
+    endpoint: Literal["pose", "gaussian"] = "pose"
     sigma: Annotated[float, Field(ge=0)] = 0.1
+    gain: Annotated[float, Field(gt=0)] = 1.0
+    layout: Literal["quadrants", "interleaved"] = "quadrants"
     share_at_one: Share = 0.25
     share_at_zero: Share = 0.15
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """The gaussian endpoint has sigma 1, so that a resolved config reads the same."""
+        if isinstance(values, dict) and values.get("endpoint") == "gaussian":
+            return {"sigma": 1.0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _no_packing(self) -> FlowConfig:
+        if self.endpoint == "gaussian" and (self.sigma, self.gain, self.layout) != (1.0, 1.0, "quadrants"):
+            raise ValueError(
+                f"the gaussian endpoint is N(0, 1) and packs no pose, but sigma {self.sigma:g}, gain {self.gain:g} and "
+                f"layout {self.layout} are given; leave them out, or set endpoint: pose"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares(self) -> FlowConfig:
@@ -337,6 +404,22 @@ class FlowConfig(Schema):
                 "the vp path's velocity is infinite at t = 1; set share_at_one and share_at_zero to 0, or path: linear"
             )
         return self
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> FlowConfig:
+        if self.why_no_pose() and self.why_no_picture():
+            raise ValueError("the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one")
+        return self
+
+    def why_no_pose(self) -> str | None:
+        """Why a model that was trained so reads no pose off a picture; None if it does."""
+        if self.endpoint == "gaussian":
+            return "the gaussian endpoint is noise and holds no pose"
+        return "the model was trained at t = 0 alone" if self.share_at_zero == 1 else None
+
+    def why_no_picture(self) -> str | None:
+        """Why a model that was trained so renders no picture of a pose; None if it does."""
+        return "the model was trained at t = 1 alone, as a regressor of the pose" if self.share_at_one == 1 else None
 
 
 class OptimizerConfig(Schema):

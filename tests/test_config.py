@@ -73,6 +73,22 @@ def refusal(schema, values):
         ("name", "a/b", "name = 'a/b': string should match pattern"),
         # keys that are wrong together
         ("flow", {"share_at_one": 0.7, "share_at_zero": 0.5}, "flow: share_at_one + share_at_zero is 1.2, more than 1"),
+        (
+            "flow",
+            {"endpoint": "gaussian", "sigma": 0.1},
+            "flow: the gaussian endpoint is N(0, 1) and packs no pose, but",
+        ),
+        (
+            "flow",
+            {"endpoint": "gaussian", "gain": 2.0},
+            "flow: the gaussian endpoint is N(0, 1) and packs no pose, but",
+        ),
+        (
+            "flow",
+            {"endpoint": "gaussian", "share_at_one": 1.0, "share_at_zero": 0.0},
+            "flow: the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one",
+        ),
+        ("flow.gain", 0.0, "flow.gain = 0.0: input should be greater than 0"),
         ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set share_at_one and"),
         ("model", {"preset": "SiT-B/3"}, "model.preset = 'SiT-B/3': 'SiT-B/3' is not a published size; did you mean"),
         ("model.preset", "SiT-B/8", "model: preset SiT-B/8 already fixes ['depth', 'hidden_size', 'num_heads',"),
@@ -131,6 +147,13 @@ def test_a_val_split_and_val_views_exclude_each_other():
     parse(Recipe, values, "file.yaml")
     assert "both a 'val' split and val_views" in refusal(Recipe, values | {"val_views": 3})
     parse(Recipe, values | {"val_views": 0}, "file.yaml")
+
+
+def test_the_gaussian_endpoint_has_sigma_one():
+    flow = parse(Config, CONFIG | {"flow": {"endpoint": "gaussian"}}, "file.yaml").flow
+    assert flow.sigma == 1.0
+    assert flow.why_no_picture() is None
+    assert "holds no pose" in (flow.why_no_pose() or "")
 
 
 def test_a_changed_config_is_checked_too():

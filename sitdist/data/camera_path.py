@@ -29,10 +29,12 @@ def write_camera_path(recipe: Recipe, split: str, path: Path, transforms: Path |
     splits = open_splits(recipe)
     if split not in splits:
         raise ConfigError(f"--split {split}: the recipe has no such split; it has {', '.join(splits)}")
-    _write_json(path, camera_path(splits[split]))
+    chosen = splits[split]
+    chosen = Split(split, chosen.source, chosen.indices[~chosen.is_zoomed])  # copies are made of pictures, when built
+    _write_json(path, camera_path(chosen))
     if transforms is not None:
-        _write_json(transforms, transforms_of(splits[split]))
-    return len(splits[split])
+        _write_json(transforms, transforms_of(chosen))
+    return len(chosen)
 
 
 def camera_path(split: Split) -> dict[str, Any]:

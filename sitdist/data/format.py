@@ -67,10 +67,14 @@ class CameraFacts(_Entry):
 
 
 class SplitEntry(_Entry):
-    """The shards of a split, in the order of the keys, the range of its cameras' radii, and what its cameras share."""
+    """The shards of a split, in the order of the keys, the range of its cameras' radii, and what its cameras share.
+
+    `radius_augmented`: how many of its views are zoomed copies of others.
+    """
 
     count: int
     radius: tuple[float, float]
+    radius_augmented: int = 0
     shards: list[ShardEntry]
     cameras: CameraFacts | None = None  # None: built as format version 1, which did not look
 
@@ -126,7 +130,7 @@ class DatasetManifest(_Entry):
         try:
             usable = bool((PoseStatistics.from_dict(statistics).std > 0).all())
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"not the mean and deviation of rotation and translation: {error!r}") from None
+            raise ValueError(f"not the mean and deviation of rotation, translation and intrinsics: {error!r}") from None
         if not usable:
             raise ValueError("a deviation is not positive")
         return statistics

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import mmap
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +25,7 @@ from sitdist.data.format import file_sha256, load_index, load_manifest
 from sitdist.data.order import WINDOW, BlockShuffle
 from sitdist.data.store import Store, open_store
 from sitdist.errors import ConfigError, DataError
+from sitdist.geometry.camera import Intrinsics
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +140,20 @@ class ShardReader:
                 pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
             pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
         return torch.stack(pictures)
+
+    def intrinsics(self, indices: Sequence[int]) -> Tensor:
+        """fx / width, fy / height, cx / width, cy / height of these samples' cameras, [B, 4] float64."""
+        return torch.tensor([self._intrinsics(index).normalized() for index in indices], dtype=torch.float64)
+
+    def _intrinsics(self, index: int) -> Intrinsics:
+        number, place = self._place(index)
+        shard = self._open(number)
+        if not shard.are_whole(np.asarray([place])).all():
+            raise DataError(self._fault(index))
+        start, stop = int(shard.index["start"][place]), int(shard.index["stop"][place])
+        with tarfile.open(fileobj=io.BytesIO(shard.tar[start:stop] + bytes(1024)), mode="r:") as file:
+            meta = json.load(file.extractfile(f"{index:09d}.meta.json"))  # type: ignore[arg-type]
+        return Intrinsics.from_meta(meta)
 
     def expect(self, shards: list[int]) -> None:
         """Have these shards read, or fetched, in the background: their samples will be asked for."""

@@ -74,6 +74,12 @@ def open_scene(folder: str | None) -> Solids | Scene:
     return load_scene(Path(folder))
 
 
+def scene_background(folder: str | None) -> Tensor:
+    """The colour [3] behind the built-in object, or behind the scene in a folder."""
+    scene = open_scene(folder)
+    return torch.tensor(BACKGROUND) if isinstance(scene, Solids) else scene.field.background
+
+
 def scene_files(folder: str) -> list[Path]:
     """The files that a fitted scene's pictures depend on."""
     from sitdist.scene.store import FIELD_FILE, SCENE_FILE

@@ -49,6 +49,17 @@ class Split:
         return self.source.camera_to_world[self.indices]
 
     @property
+    def is_zoomed(self) -> Tensor:
+        """Whether each view [n] is a zoomed copy of another, made by radius augmentation."""
+        return self.source.original[self.indices] != self.indices
+
+    @property
+    def intrinsics(self) -> Tensor:
+        """fx / width, fy / height, cx / width, cy / height of every view, [n, 4] float64."""
+        cameras = [self.source.intrinsics(view).normalized() for view in self.indices.tolist()]
+        return torch.tensor(cameras, dtype=torch.float64)
+
+    @property
     def keeps_images(self) -> bool:
         """Whether the pictures themselves are stored too."""
         return self.name != "train"
@@ -153,12 +164,13 @@ class SampleMaker:
     def _sample(self, batch: Batch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
         source, view = batch.split.source, batch.indices[row]
         camera_to_world, label = source.camera_to_world[view], int(source.labels[view])
+        intrinsics = torch.tensor(source.intrinsics(view).normalized(), dtype=torch.float64)
         members = {
             "__key__": f"{batch.first + row:09d}",
             "camera_to_world.npy": _npy(camera_to_world),
             "meta.json": json.dumps(_meta(source, view)).encode(),
             "moments.npy": _npy(moments),
-            "packed_pose.npy": _npy(standardize(camera_to_world, self.statistics).float()),
+            "packed_pose.npy": _npy(standardize(camera_to_world, self.statistics, intrinsics).float()),
         }
         if image is not None:
             members[IMAGE_MEMBER] = _png(image)

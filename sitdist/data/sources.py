@@ -17,12 +17,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sitdist.config import NpzSource, SceneSource, TransformsSource
+from sitdist.config import NpzSource, RadiusAugmentation, SceneSource, TransformsSource
 from sitdist.data.format import file_sha256
-from sitdist.data.scene import capture_similarity, open_scene, random_cameras, random_fov_deg, render, scene_files
+from sitdist.data.scene import (
+    capture_similarity,
+    open_scene,
+    random_cameras,
+    random_fov_deg,
+    render,
+    scene_background,
+    scene_files,
+)
+from sitdist.data.zoom import zoomed
 from sitdist.errors import DataError
-from sitdist.geometry.camera import Intrinsics
+from sitdist.flow import draws
+from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.geometry.pose import check_rigid
+
+PAST_ORIGIN = 1e-2  # of its distance: how far beside the origin a camera may look whose radius is augmented
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,11 @@ class ViewSource(ABC):
     def fingerprint(self) -> str:
         """SHA-256 of everything the views depend on."""
 
+    @property
+    def original(self) -> Tensor:
+        """The view [N] that each is a zoomed copy of; itself where it is none."""
+        return torch.arange(len(self))
+
     def similarities(self) -> dict[int, dict[str, Any]]:
         """By label, what took the frame of an object's capture to that of the poses, where that is known."""
         return {}
@@ -79,11 +96,25 @@ def open_source(config: SourceConfig | list[SourceConfig], image_size: int) -> V
     """The views that `config` describes, as square pictures of `image_size` pixels; DataError, PoseError."""
     if isinstance(config, list):
         return _MixedViews([open_source(each, image_size) for each in config])
+    source: ViewSource
     if isinstance(config, SceneSource):
-        return _SceneViews(config, image_size)
-    if isinstance(config, NpzSource):
-        return _NpzViews(config, image_size)
-    return _TransformsViews(config, image_size)
+        source = _SceneViews(config, image_size)
+    elif isinstance(config, NpzSource):
+        source = _NpzViews(config, image_size)
+    else:
+        source = _TransformsViews(config, image_size)
+    if config.radius_augmentation is None:
+        return source
+    return _RadiusAugmentedViews(source, config.radius_augmentation, _background(config))
+
+
+def _background(config: SourceConfig) -> Tensor:
+    """The colour [3] behind the object of a source that is radius augmented."""
+    assert config.radius_augmentation is not None
+    colour = config.radius_augmentation.background
+    if colour is None and not isinstance(config, NpzSource):
+        colour = config.background
+    return scene_background(config.scene) if colour is None else torch.tensor(colour)  # type: ignore[union-attr]
 
 
 class _MixedViews(ViewSource):
@@ -95,7 +126,7 @@ class _MixedViews(ViewSource):
     def __init__(self, sources: Sequence[ViewSource]) -> None:
         self._sources = sources
         places = torch.cat([(torch.arange(len(source)).double() + 0.5) / len(source) for source in sources])
-        order = places.argsort(stable=True)
+        self._order = order = places.argsort(stable=True)
         self._source = torch.repeat_interleave(torch.tensor([len(source) for source in sources]))[order]
         self._view = torch.cat([torch.arange(len(source)) for source in sources])[order]
         self.camera_to_world = torch.cat([source.camera_to_world for source in sources])[order]
@@ -107,11 +138,80 @@ class _MixedViews(ViewSource):
     def images(self, indices: Sequence[int]) -> Tensor:
         return torch.cat([self._sources[int(self._source[i])].images([int(self._view[i])]) for i in indices])
 
+    @property
+    def original(self) -> Tensor:
+        starts = np.cumsum([0, *map(len, self._sources)])
+        joined = torch.cat([source.original + int(start) for source, start in zip(self._sources, starts, strict=False)])
+        place = torch.empty_like(self._order)
+        place[self._order] = torch.arange(len(self))  # of a view of the sources one behind the other
+        return place[joined[self._order]]
+
     def fingerprint(self) -> str:
         return _sha256(*(source.fingerprint().encode() for source in self._sources))
 
     def similarities(self) -> dict[int, dict[str, Any]]:
         return {label: value for source in self._sources for label, value in source.similarities().items()}
+
+
+class _RadiusAugmentedViews(ViewSource):
+    """Every view of a source, and behind it its copies as from other distances, drawn by (seed, view).
+
+    A copy's picture is zoomed by r / r' about its principal point, and its camera moved to radius r' along its line
+    of sight, which has to meet the origin (DataError).
+    """
+
+    def __init__(self, source: ViewSource, config: RadiusAugmentation, background: Tensor) -> None:
+        self._source, self._config, self._background = source, config, background
+        count, group = len(source), 1 + config.copies
+        radius = _radius_of_sight(source.camera_to_world)
+        low, high = config.range
+        uniforms = draws.uniform(config.seed, "radius augmentation", torch.arange(count), config.copies)
+        ratio = (low + (high - low) * uniforms) / radius[:, None]  # r' / r
+        self._ratio = torch.cat([torch.ones(count, 1, dtype=torch.float64), ratio], dim=1).flatten()  # [N]
+        self.camera_to_world = source.camera_to_world.repeat_interleave(group, dim=0)
+        self.camera_to_world[:, :3, 3] *= self._ratio[:, None]
+        self.labels = source.labels.repeat_interleave(group)
+
+    @property
+    def original(self) -> Tensor:
+        group = 1 + self._config.copies
+        return torch.arange(len(self)) // group * group
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._source.intrinsics(index // (1 + self._config.copies))
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        group = 1 + self._config.copies
+        pictures = self._source.images([index // group for index in indices])
+        return torch.stack([self._picture(index, picture) for index, picture in zip(indices, pictures, strict=True)])
+
+    def _picture(self, index: int, picture: Tensor) -> Tensor:
+        if index % (1 + self._config.copies) == 0:
+            return picture
+        camera = self.intrinsics(index)
+        return zoomed(picture, 1.0 / float(self._ratio[index]), (camera.cx, camera.cy), self._background)
+
+    def fingerprint(self) -> str:
+        settings = f"{self._config.model_dump_json()} {self._background.tolist()}"
+        return _sha256(self._source.fingerprint().encode(), settings.encode())
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        return self._source.similarities()
+
+
+def _radius_of_sight(camera_to_world: Tensor) -> Tensor:
+    """Distances [N] of cameras to the origin; DataError unless all look at it, to PAST_ORIGIN of their distance."""
+    position, backward = camera_to_world[:, :3, 3], camera_to_world[:, :3, 2]
+    radius, along = camera_radius(camera_to_world), (position * backward).sum(-1)
+    past = torch.linalg.vector_norm(position - along[:, None] * backward, dim=-1) / radius
+    wrong = ((past > PAST_ORIGIN) | (along <= 0)).nonzero().flatten().tolist()
+    if wrong:
+        raise DataError(
+            f"radius_augmentation: view {wrong[0]} looks past the origin by {past[wrong[0]]:.1%} of its distance, so "
+            "that a zoom about its centre is no camera moved towards the origin; centre the poses, or remove "
+            "radius_augmentation"
+        )
+    return radius
 
 
 class _SceneViews(ViewSource):

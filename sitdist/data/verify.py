@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import tarfile
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from sitdist.data.format import IMAGE_MEMBER, MEMBERS, ShardEntry, file_sha256, load_index, load_manifest
+from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.model.codec import load_codec
 
@@ -86,11 +88,13 @@ def _verify_sample(
             torch.from_numpy(np.load(io.BytesIO(members[f"{key}.{name}.npy"]), allow_pickle=False))
             for name in ("camera_to_world", "packed_pose")
         )
-    except ValueError as error:
-        return [f"unreadable array ({error})"]
+        camera = Intrinsics.from_meta(json.loads(members[f"{key}.meta.json"])).normalized()
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"unreadable array or camera ({error!r})"]
     if not torch.equal(camera_to_world, torch.from_numpy(index["camera_to_world"][row])):
         return ["camera_to_world differs from the index's"]
-    if not torch.allclose(standardize(camera_to_world, statistics).float(), packed_pose, atol=1e-6):
+    expected = standardize(camera_to_world, statistics, torch.tensor(camera, dtype=torch.float64))
+    if not torch.allclose(expected.float(), packed_pose, atol=1e-6):
         return ["packed_pose is not camera_to_world standardized with the manifest's statistics"]
     return []
 
@@ -107,7 +111,9 @@ def info(out: Path) -> str:
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards) / 1e6
         low, high = split.radius
+        augmented = f" ({split.radius_augmented} of them radius augmented)" if split.radius_augmented else ""
         lines.append(
-            f"  {name}: {split.count} views, radius {low:.2f} to {high:.2f}, {len(split.shards)} shards, {size:.1f} MB"
+            f"  {name}: {split.count} views{augmented}, radius {low:.2f} to {high:.2f}, {len(split.shards)} shards, "
+            f"{size:.1f} MB"
         )
     return "\n".join(lines)

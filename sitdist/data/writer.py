@@ -77,7 +77,9 @@ def build(
             if agreement.rank > 0:
                 held.enter_context(_join(out))
             codec = load_codec(out / "codec")  # always used from there
-            statistics = PoseStatistics.from_poses(splits["train"].camera_to_world)
+            train = splits["train"]
+            intrinsics = train.intrinsics if recipe.packing == "intrinsics" else None
+            statistics = PoseStatistics.from_poses(train.camera_to_world, intrinsics)
             make = SampleMaker(codec, statistics, recipe.encode_batch)
         written = _share(splits, recipe.samples_per_shard, make, out, pool, depth, agreement)
         manifest: DatasetManifest | None = None
@@ -137,11 +139,13 @@ def _check_only(names: Sequence[str], only: Collection[str] | None) -> None:
 
 
 def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
-    """The training views without `val_views` of them, and these."""
-    if recipe.val_views >= len(train):
-        raise DataError(f"val_views {recipe.val_views} leaves none of the {len(train)} training views to train on")
-    order = draws.permutation(recipe.seed, "val views", len(train), 0)
-    held_out, kept = order[: recipe.val_views].sort().values, order[recipe.val_views :].sort().values
+    """The training views without `val_views` of them and these ones' zoomed copies, and these."""
+    views = train.indices[~train.is_zoomed]
+    if recipe.val_views >= len(views):
+        raise DataError(f"val_views {recipe.val_views} leaves none of the {len(views)} training views to train on")
+    order = draws.permutation(recipe.seed, "val views", len(views), 0)
+    held_out = views[order[: recipe.val_views]].sort().values
+    kept = train.indices[~torch.isin(train.source.original, held_out)]
     return Split("train", train.source, kept), Split("val", train.source, held_out)
 
 
@@ -415,6 +419,7 @@ def _split_entry(split: Split, written: Sequence[Written]) -> SplitEntry:
     return SplitEntry(
         count=len(split),
         radius=(float(radius.min()), float(radius.max())),
+        radius_augmented=int(split.is_zoomed.sum()),
         cameras=_camera_facts(split),
         shards=[each.entry for each in written],
     )

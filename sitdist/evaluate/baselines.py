@@ -41,9 +41,10 @@ def noise_floor(
 ) -> NoiseFloor:
     """Mean errors of poses [N, 4, 4] packed into a latent (C, h, w), given noise sigma * N(0, 1), and unpacked again.
 
-    Every entry keeps noise of deviation 2 sigma / L on an L x L latent of four channels, so an inversion estimator
-    that recovers x0 perfectly is still off by this much. Monte Carlo over at most FLOOR_POSES poses, taken by stride,
-    with keyed noise. An estimator of the mean of x0, such as one_step, has no such floor.
+    Every entry keeps noise of deviation 2 sigma / L on an L x L latent of four channels, for either layout, so an
+    inversion estimator that recovers x0 perfectly is still off by this much; a gain divides sigma. Monte Carlo over
+    at most FLOOR_POSES poses, taken by stride, with keyed noise. An estimator of the mean of x0, such as one_step,
+    has no such floor.
     """
     poses = camera_to_world[:: max(1, math.ceil(len(camera_to_world) / FLOOR_POSES))]
     errors: list[tuple[Tensor, Tensor]] = []
@@ -51,7 +52,8 @@ def noise_floor(
         true = poses[start : start + 128]
         positions = torch.arange(start, start + len(true))
         noise = draws.normal(seed, "noise floor", positions, math.prod(latent)).reshape(-1, *latent)
-        x0 = pose_endpoint(standardize(true, statistics), noise.double(), sigma)
+        intrinsics = statistics.mean[3].expand(len(true), 4) if statistics.has_intrinsics else None
+        x0 = pose_endpoint(standardize(true, statistics, intrinsics), noise.double(), sigma)
         read = destandardize(unpack(x0), statistics)
         errors.append((rotation_error_deg(read[:, :3, :3], true[:, :3, :3]), translation_error(read, true)))
     rotation, translation = (torch.cat(parts).mean() for parts in zip(*errors, strict=True))

@@ -30,7 +30,7 @@ from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
 from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.evaluate import metrics
-from sitdist.evaluate.baselines import LATENTS_AT_MOST, TrainingViews, constant_pose, noise_floor
+from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.units import (
     EDGE,
     Unit,
@@ -44,8 +44,7 @@ from sitdist.evaluate.units import (
 )
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
 from sitdist.flow import draws
-from sitdist.flow.endpoint import pose_endpoint
-from sitdist.flow.estimate import SOURCE_STEPS, estimate_pose
+from sitdist.flow.estimate import SOURCE_STEPS, PoseEstimate, estimate_pose
 from sitdist.flow.solve import function_evaluations, generate
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -57,7 +56,7 @@ RANGES = ((3, 5), (1, 7))  # radii that have a row of their own where every unit
 ROTATIONS = ("rotation_error_deg", "constant_rotation_error_deg", "nearest_rotation_error_deg")
 MEASURES = (
     *ROTATIONS,
-    *("translation_error", "constant_translation_error", "nearest_translation_error"),
+    *("translation_error", "constant_translation_error", "nearest_translation_error", "focal_error"),
     *("mae", "psnr", "ssim", "lpips", "codec_mae", "codec_psnr", "codec_ssim", "nearest_psnr"),
 )
 
@@ -179,24 +178,21 @@ class _Evaluation:
         return constant_pose(self.training.camera_to_world()).to(self.device)
 
     @torch.no_grad()
-    def measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray]:
-        """Records of the unit's views, and true and rendered pictures [pictures, H, W, 3] uint8 of its first ones."""
+    def measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray | None]:
+        """Records of the unit's views, and true and rendered pictures [pictures, H, W, 3] uint8 of its first ones.
+
+        What the model cannot do is not measured.
+        """
         codec = self.loaded.codec
         views = self.views.load(unit.views)
         images, latents = views.images.to(self.device), views.latents.to(self.device)
         true, labels = views.camera_to_world.to(self.device), views.labels.to(self.device)
+        intrinsics = views.intrinsics.to(self.device)
 
-        estimated = self._estimate(latents, labels)
-        rendered = codec.decode(self._generate(unit, true, labels, latents.shape[1:]))
         ceiling = codec.decode(latents)
         nearest = self.training_views.nearest_by_latent(latents, labels)
         nearest_images = codec.decode(self.training_views.nearest_by_camera(true, labels))
         values = {
-            "rotation_error_deg": rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3]),
-            "translation_error": translation_error(estimated, true),
-            "mae": metrics.mean_absolute_error(rendered, images),
-            "psnr": metrics.psnr(rendered, images),
-            "ssim": metrics.ssim(rendered, images),
             "codec_mae": metrics.mean_absolute_error(ceiling, images),
             "codec_psnr": metrics.psnr(ceiling, images),
             "codec_ssim": metrics.ssim(ceiling, images),
@@ -207,31 +203,62 @@ class _Evaluation:
             "nearest_psnr": metrics.psnr(nearest_images, images),
             "label": labels,
             "true": true[:, :3].flatten(1),
-            "estimated": estimated[:, :3].flatten(1),
         }
-        if self.lpips is not None:
-            values["lpips"] = self.lpips(rendered, images)
-        columns = {"lpips": [None] * len(labels)} | {name: value.tolist() for name, value in values.items()}
-        records = [
-            ViewRecord(
-                key=view.key, radius=view.radius, bin=view.bin, **{name: column[i] for name, column in columns.items()}
-            )
-            for i, view in enumerate(unit.views)
-        ]
-        return records, _to_uint8(images[: unit.pictures]), _to_uint8(rendered[: unit.pictures])
+        flow, rendered = self.loaded.config.flow, None
+        if flow.why_no_pose() is None:
+            values |= self._pose_errors(self._estimate(latents, labels), true, intrinsics)
+        if flow.why_no_picture() is None:
+            rendered = codec.decode(self._generate(unit, true, intrinsics, labels, latents.shape[1:]))
+            values |= self._picture_errors(rendered, images)
+        columns: dict[str, list[Any]] = {field.name: [None] * len(labels) for field in fields(ViewRecord)}
+        columns |= {name: value.tolist() for name, value in values.items()}
+        columns |= {name: [getattr(view, name) for view in unit.views] for name in ("key", "radius", "bin")}
+        records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
+        pictures = None if rendered is None else _to_uint8(rendered[: unit.pictures])
+        return records, _to_uint8(images[: unit.pictures]), pictures
 
-    def _estimate(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def _estimate(self, latents: Tensor, labels: Tensor) -> PoseEstimate:
         model, path, settings = self.loaded.model, self.loaded.path, self.settings
         return estimate_pose(
-            model, path, latents, labels, self.statistics, settings.estimator, settings.estimator_steps
-        ).camera_to_world
+            model,
+            path,
+            latents,
+            labels,
+            self.statistics,
+            settings.estimator,
+            settings.estimator_steps,
+            self.loaded.endpoint,
+        )
 
-    def _generate(self, unit: Unit, camera_to_world: Tensor, labels: Tensor, shape: torch.Size) -> Tensor:
+    def _pose_errors(self, estimate: PoseEstimate, true: Tensor, intrinsics: Tensor) -> dict[str, Tensor]:
+        estimated = estimate.camera_to_world
+        values = {
+            "rotation_error_deg": rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3]),
+            "translation_error": translation_error(estimated, true),
+            "estimated": estimated[:, :3].flatten(1),
+        }
+        if estimate.intrinsics is not None:
+            values["focal_error"] = 100.0 * (estimate.intrinsics[:, 0] / intrinsics[:, 0] - 1.0).abs()
+        return values
+
+    def _picture_errors(self, rendered: Tensor, images: Tensor) -> dict[str, Tensor]:
+        values = {
+            "mae": metrics.mean_absolute_error(rendered, images),
+            "psnr": metrics.psnr(rendered, images),
+            "ssim": metrics.ssim(rendered, images),
+        }
+        return values if self.lpips is None else values | {"lpips": self.lpips(rendered, images)}
+
+    def _generate(
+        self, unit: Unit, camera_to_world: Tensor, intrinsics: Tensor, labels: Tensor, shape: torch.Size
+    ) -> Tensor:
         """Latents generated from the true poses, with noise keyed by (seed, position of the view)."""
-        model, path, settings = self.loaded.model, self.loaded.path, self.settings
+        path, settings, endpoint = self.loaded.path, self.settings, self.loaded.endpoint
         positions = torch.tensor([view.position for view in unit.views], device=self.device)
         noise = draws.normal(settings.seed, "eval", positions, math.prod(shape)).reshape(-1, *shape)
-        x0 = pose_endpoint(standardize(camera_to_world, self.statistics), noise, self.loaded.sigma)
+        packed_pose = standardize(camera_to_world, self.statistics, intrinsics)
+        model = endpoint.conditioned(self.loaded.model, packed_pose)
+        x0 = endpoint.x0(packed_pose, noise)
         return generate(model, path, x0, labels, settings.generator, settings.generator_steps)
 
     # ------------------------------------------------------------------------------------------------------ results
@@ -248,10 +275,7 @@ class _Evaluation:
         write_atomically(self.out / "metrics.json", lambda path: path.write_text(summary))
 
     def _summary(self, records: list[ViewRecord]) -> dict[str, Any]:
-        settings, sigma = self.settings, self.loaded.sigma
-        shape = self.loaded.manifest.latent
-        latent = (shape.channels, shape.height, shape.width)
-        floor = noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, settings.seed)
+        settings, flow, endpoint = self.settings, self.loaded.config.flow, self.loaded.endpoint
         compared = math.ceil(len(self.training) / self._training_stride)
         return {
             "run": str(self.run),
@@ -263,10 +287,13 @@ class _Evaluation:
             "generator": settings.generator,
             "generator_steps": settings.generator_steps,
             "seed": settings.seed,
-            "sigma": sigma,
-            "noise_floor": asdict(floor),
+            "sigma": endpoint.sigma,
+            "noise_floor": None if endpoint.kind == "gaussian" else asdict(self._noise_floor()),
+            "no_pose": flow.why_no_pose(),
+            "no_picture": flow.why_no_picture(),
             "lpips": metrics.LPIPS_NOT_MEASURED if self.lpips is None else self.lpips.identity(),
             "training_radius": list(self.loaded.manifest.splits["train"].radius),
+            "radius_augmented": self.loaded.manifest.splits["train"].radius_augmented,
             "training_views": {"count": len(self.training), "compared": compared, "stride": self._training_stride},
             "versions": {
                 "sitdist": sitdist.__version__,
@@ -275,6 +302,11 @@ class _Evaluation:
             },
             "rows": summary_rows(records),
         }
+
+    def _noise_floor(self) -> NoiseFloor:
+        shape, endpoint = self.loaded.manifest.latent, self.loaded.endpoint
+        latent, sigma = (shape.channels, shape.height, shape.width), endpoint.sigma / endpoint.gain
+        return noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, self.settings.seed)
 
 
 def summary_rows(records: list[ViewRecord]) -> list[dict[str, Any]]:
@@ -349,7 +381,15 @@ def _settings(options: EvalOptions, loaded: LoadedRun) -> EvaluateConfig:
     values = loaded.config.evaluate.model_dump()
     names = {field.name for field in fields(options)} & values.keys()
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return parse(EvaluateConfig, values | given, "evaluation options")
+    settings, why_no_picture = (
+        parse(EvaluateConfig, values | given, "evaluation options"),
+        loaded.config.flow.why_no_picture(),
+    )
+    if why_no_picture and settings.estimator != "one_step":
+        raise ConfigError(
+            f"evaluate.estimator = '{settings.estimator}': {why_no_picture}, and knows no other times; use one_step"
+        )
+    return settings
 
 
 def _check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:

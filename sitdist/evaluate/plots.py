@@ -266,7 +266,7 @@ def _draw_cameras(axes: Axes3D, true: np.ndarray, estimated: np.ndarray) -> None
 def views_figure(records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> Figure:
     """A row for every radius bin: pairs true | rendered, with the view's pose errors and PSNR above each pair.
 
-    `pictures` has key [N], bin [N], and true and rendered [N, H, W, 3] uint8.
+    `pictures` has key [N], bin [N], and true and rendered [N, H, W, 3] uint8; without `rendered` the true stand alone.
     """
     by_key = {record.key: record for record in records}
     bins, inside = np.unique(pictures["bin"], return_counts=True)
@@ -293,18 +293,20 @@ def _draw_pairs(
         if place < len(indices):
             index = indices[place]
             record = records[str(pictures["key"][index])]
-            axes.imshow(_pair(pictures["true"][index], pictures["rendered"][index]), interpolation="nearest")
-            axes.set_title(
-                f"{record.rotation_error_deg:.1f}°, {record.translation_error:.2f}, {record.psnr:.1f} dB",
-                fontsize=7,
-                color="0.25",
-                pad=2,
-            )
+            shown = [pictures[name][index] for name in ("true", "rendered") if name in pictures]
+            axes.imshow(_side_by_side(*shown), interpolation="nearest")
+            errors = {"{:.1f}°": record.rotation_error_deg, "{:.2f}": record.translation_error}
+            errors["{:.1f} dB"] = record.psnr
+            title = ", ".join(text.format(value) for text, value in errors.items() if value is not None)
+            axes.set_title(title, fontsize=7, color="0.25", pad=2)
 
 
-def _pair(true: np.ndarray, rendered: np.ndarray) -> np.ndarray:
-    """Two pictures [H, W, 3] side by side, enlarged by a whole factor if small, with a white stripe between."""
-    factor = max(1, round(PICTURE_PIXELS / max(true.shape[:2])))
-    left, right = (picture.repeat(factor, 0).repeat(factor, 1) for picture in (true, rendered))
+def _side_by_side(*pictures: np.ndarray) -> np.ndarray:
+    """One or two pictures [H, W, 3], enlarged by a whole factor if small, with a white stripe between."""
+    factor = max(1, round(PICTURE_PIXELS / max(pictures[0].shape[:2])))
+    left, *rest = (picture.repeat(factor, 0).repeat(factor, 1) for picture in pictures)
+    if not rest:
+        return left
+    (right,) = rest
     stripe = np.full((len(left), 4, 3), 255, np.uint8)
     return np.concatenate([left, stripe, right], axis=1)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sitdist.data.format import write_atomically
 from sitdist.errors import DataError
@@ -55,11 +55,12 @@ class Row(BaseModel):
     name: str
     radius: tuple[int, int]
     n: int
-    rotation_error_deg: Summary
-    translation_error: Summary
-    mae: Summary
-    psnr: Summary
-    ssim: Summary
+    rotation_error_deg: Summary | None = None
+    translation_error: Summary | None = None
+    focal_error: Summary | None = None
+    mae: Summary | None = None
+    psnr: Summary | None = None
+    ssim: Summary | None = None
     lpips: Summary | None = None
     constant_rotation_error_deg: Summary
     constant_translation_error: Summary
@@ -72,8 +73,8 @@ class Row(BaseModel):
 
     @field_validator("rotation_error_deg")
     @classmethod
-    def _has_share(cls, summary: Summary) -> Summary:
-        if summary.share_under_5_deg is None:
+    def _has_share(cls, summary: Summary | None) -> Summary | None:
+        if summary is not None and summary.share_under_5_deg is None:
             raise ValueError("no share_under_5_deg")
         return summary
 
@@ -88,8 +89,16 @@ class Row(BaseModel):
         return {name: value for name, value in values.items() if isinstance(value, Summary)}
 
 
+POSE_MEASURES = ("rotation_error_deg", "translation_error")
+PICTURE_MEASURES = ("psnr", "mae", "ssim")
+
+
 class Metrics(BaseModel):
-    """metrics.json. `lpips` is the backbone's identity, or why there is none."""
+    """metrics.json. `lpips` is the backbone's identity, or why there is none.
+
+    `no_pose` and `no_picture`: why the model reads no poses or renders no pictures, None if it does.
+    `radius_augmented`: how many training views were zoomed copies of others.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -103,9 +112,12 @@ class Metrics(BaseModel):
     generator_steps: int
     seed: int
     sigma: float
-    noise_floor: NoiseFloor
+    noise_floor: NoiseFloor | None
+    no_pose: str | None = None
+    no_picture: str | None = None
     lpips: str
     training_radius: tuple[float, float]
+    radius_augmented: int = 0
     training_views: dict[str, int]
     versions: dict[str, str]
     rows: list[Row] = Field(min_length=1)
@@ -119,12 +131,21 @@ class Metrics(BaseModel):
     def floors(self) -> dict[str, float]:
         """The packing's noise floor, by the metric that it is a floor of."""
         floor = self.noise_floor
+        if floor is None or self.no_pose:
+            return {}
         return {"rotation_error_deg": floor.rotation_deg, "translation_error": floor.translation}
 
-    @property
-    def lpips_measured(self) -> bool:
-        """Whether every row has LPIPS."""
-        return all(row.lpips is not None for row in self.rows)
+    def measured(self, field: str) -> bool:
+        """Whether every row has this measure."""
+        return all(getattr(row, field) is not None for row in self.rows)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Metrics:
+        for reason, names in ((self.no_pose, POSE_MEASURES), (self.no_picture, PICTURE_MEASURES)):
+            for name in names:
+                if self.measured(name) == bool(reason):
+                    raise ValueError(f"{name} is {'there' if reason else 'missing'}")
+        return self
 
 
 def write_report(folder: Path) -> Path:
@@ -136,7 +157,7 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     metrics = _load_metrics(folder / "metrics.json")
     records = _load_records(folder / "records.csv", metrics)
-    pictures = _load_pictures(folder / "images.npz", records)
+    pictures = _load_pictures(folder / "images.npz", metrics, records)
     figures = _figures(metrics, records, pictures)
     page = _page(metrics, records, pictures, figures)
     for old in (folder / "plots").glob("*.png"):
@@ -158,9 +179,10 @@ def _figures(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np
     figures = {
         metric.field: plots.metric_figure(records, metric, metrics.training_radius, metrics.floors.get(metric.field))
         for metric in plots.METRICS
-        if metric.field != "lpips" or metrics.lpips_measured
+        if metrics.measured(metric.field)
     }
-    figures["cameras"] = plots.cameras_figure(records)
+    if not metrics.no_pose:
+        figures["cameras"] = plots.cameras_figure(records)
     figures["views"] = plots.views_figure(records, pictures)
     return {name: plots.to_png(figure) for name, figure in figures.items()}
 
@@ -223,19 +245,21 @@ def _check_same_views(path: Path, metrics: Metrics, records: list[ViewRecord]) -
         if found != row.n:
             raise _damaged(path, f"{found} views {row.name}, but metrics.json is over {row.n}")
     with_lpips = sum(record.lpips is not None for record in records)
-    if with_lpips != (count if metrics.lpips_measured else 0):
+    if with_lpips != (count if metrics.measured("lpips") else 0):
         raise _damaged(path, f"{with_lpips} of {count} views have LPIPS, but metrics.json says '{metrics.lpips}'")
 
 
 def _record(row: dict[str, str]) -> ViewRecord:
     """One line of records.csv; KeyError, TypeError or ValueError if it is not one."""
-    values: dict[str, Any] = {
-        field.name: _number(row[field.name]) for field in fields(ViewRecord) if field.type == "float"
-    }
-    for name in ("true", "estimated"):
-        values[name] = [_number(row[f"{name}_{entry}"]) for entry in POSE_ENTRIES]
-    lpips = _number(row["lpips"]) if row["lpips"] else None
-    return ViewRecord(key=row["key"], label=int(row["label"]), bin=int(row["bin"]), lpips=lpips, **values)
+    values: dict[str, Any] = {}
+    for field in fields(ViewRecord):
+        if field.type in ("float", "float | None"):
+            not_measured = field.type == "float | None" and not row[field.name]
+            values[field.name] = None if not_measured else _number(row[field.name])
+    values["true"] = [_number(row[f"true_{entry}"]) for entry in POSE_ENTRIES]
+    estimated = [row[f"estimated_{entry}"] for entry in POSE_ENTRIES]
+    values["estimated"] = [_number(text) for text in estimated] if any(estimated) else None
+    return ViewRecord(key=row["key"], label=int(row["label"]), bin=int(row["bin"]), **values)
 
 
 def _number(text: str) -> float:
@@ -245,16 +269,20 @@ def _number(text: str) -> float:
     return value
 
 
-def _load_pictures(path: Path, records: list[ViewRecord]) -> dict[str, np.ndarray]:
-    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of views that `records` holds."""
+def _load_pictures(path: Path, metrics: Metrics, records: list[ViewRecord]) -> dict[str, np.ndarray]:
+    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of views that `records` holds.
+
+    Nothing is rendered where metrics.json says so.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file; run `sitdist eval` first")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            pictures = {name: arrays[name] for name in PICTURES}
+            pictures = {name: arrays[name] for name in PICTURES if name != "rendered" or not metrics.no_picture}
     except Exception as error:  # numpy and zipfile raise many types on a damaged file
         raise _damaged(path, error) from None
-    true, rendered, count = pictures["true"], pictures["rendered"], len(pictures["key"])
+    true, count = pictures["true"], len(pictures["key"])
+    rendered = pictures.get("rendered", true)
     for name, picture in (("true", true), ("rendered", rendered)):
         if picture.dtype != np.uint8 or picture.ndim != 4 or picture.shape[3] != 3 or len(picture) != count:
             raise _damaged(path, f"{name} is {picture.dtype} {list(picture.shape)}, not uint8 [{count}, H, W, 3]")
@@ -280,8 +308,9 @@ class Column:
     style: str = ".2f"
 
     def cell(self, row: Row) -> str:
-        """The number as text."""
-        return format(getattr(getattr(row, self.field), self.statistic), self.style)
+        """The number as text; n/a where it was not measured."""
+        summary = getattr(row, self.field)
+        return "n/a" if summary is None else format(getattr(summary, self.statistic), self.style)
 
 
 def _columns(group: str, field: str, style: str, baselines: dict[str, str], share: bool = False) -> list[Column]:
@@ -312,6 +341,7 @@ PICTURE_COLUMNS = [
     *_columns("SSIM", "ssim", ".3f", {"codec": "codec_ssim"}),
 ]
 LPIPS_COLUMNS = _columns("LPIPS", "lpips", ".3f", {})
+FOCAL_COLUMNS = _columns("focal error (%)", "focal_error", ".2f", {})
 
 
 @dataclass(frozen=True)
@@ -332,15 +362,32 @@ class Table:
 
 def _tables(metrics: Metrics) -> list[Table]:
     """Poses and pictures, by radius, beside their baselines."""
-    picture_columns = PICTURE_COLUMNS + (LPIPS_COLUMNS if metrics.lpips_measured else [])
-    pose, picture = (_lines(metrics.rows, columns) for columns in (POSE_COLUMNS, picture_columns))
-    floor = [
-        format(metrics.floors[column.field], column.style) if column.head == "mean" else "" for column in POSE_COLUMNS
-    ]
-    lpips = f"LPIPS backbone: {metrics.lpips}." if metrics.lpips_measured else f"LPIPS {metrics.lpips}."
+    pose_columns = POSE_COLUMNS + (FOCAL_COLUMNS if metrics.measured("focal_error") else [])
+    picture_columns = PICTURE_COLUMNS + (LPIPS_COLUMNS if metrics.measured("lpips") else [])
+    pose, picture = (_lines(metrics.rows, columns) for columns in (pose_columns, picture_columns))
+    lpips = f"LPIPS backbone: {metrics.lpips}." if metrics.measured("lpips") else f"LPIPS {metrics.lpips}."
+    pose_notes, picture_notes = [NEAREST_POSE], [NEAREST_PICTURE, lpips]
+    if metrics.radius_augmented:
+        count, of = metrics.radius_augmented, metrics.training_views["count"]
+        note = f"Radius augmented: {count} of the {of} training views are zoomed copies, for every row and baseline."
+        pose_notes.append(note)
+        picture_notes.append(note)
+    if metrics.floors:
+        floor = [
+            format(metrics.floors[column.field], column.style)
+            if column.head == "mean" and column.field in metrics.floors
+            else ""
+            for column in pose_columns
+        ]
+        pose.append(["noise floor", "", *floor])
+        pose_notes.append(NOISE_FLOOR)
+    if metrics.no_pose:
+        pose_notes.insert(0, f"No pose is read off a picture: {metrics.no_pose}.")
+    if metrics.no_picture:
+        picture_notes.insert(0, f"No picture is rendered: {metrics.no_picture}.")
     return [
-        Table("Pose of a picture", POSE_COLUMNS, [*pose, ["noise floor", "", *floor]], [NEAREST_POSE, NOISE_FLOOR]),
-        Table("Picture of a pose", picture_columns, picture, [NEAREST_PICTURE, lpips]),
+        Table("Pose of a picture", pose_columns, pose, pose_notes),
+        Table("Picture of a pose", picture_columns, picture, picture_notes),
     ]
 
 
@@ -363,11 +410,11 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 def _how(metrics: Metrics) -> str:
     evaluations = metrics.function_evaluations
-    return (
-        f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''}), "
-        f"pictures by {metrics.generator} ({metrics.generator_steps} steps), "
-        f"sigma {metrics.sigma:g}, seed {metrics.seed}"
-    )
+    poses = f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''})"
+    pictures = f"pictures by {metrics.generator} ({metrics.generator_steps} steps)"
+    parts = [*([] if metrics.no_pose else [poses]), *([] if metrics.no_picture else [pictures])]
+    augmented = ["trained radius augmented"] if metrics.radius_augmented else []
+    return ", ".join([*parts, f"sigma {metrics.sigma:g}", f"seed {metrics.seed}", *augmented])
 
 
 def _plain(table: Table) -> str:
@@ -450,14 +497,21 @@ class View:
     pose: list[tuple[str, str, str]]  # of what, true, estimated
 
 
-def _view(record: ViewRecord, true: np.ndarray, rendered: np.ndarray) -> View:
-    numbers = [f"PSNR {record.psnr:.2f} dB", f"MAE {record.mae:.4f}", f"SSIM {record.ssim:.3f}"]
+def _view(record: ViewRecord, true: np.ndarray, rendered: np.ndarray | None) -> View:
+    errors = {"PSNR {:.2f} dB": record.psnr, "MAE {:.4f}": record.mae, "SSIM {:.3f}": record.ssim}
+    errors["LPIPS {:.3f}"] = record.lpips
+    pose = {"rotation {:.2f}° off": record.rotation_error_deg, "translation {:.3f} off": record.translation_error}
+    pose["focal length {:.1f}% off"] = record.focal_error
+    pose_error, picture_error = (
+        ", ".join(text.format(value) for text, value in values.items() if value is not None) or "not measured"
+        for values in (pose, errors)
+    )
     return View(
         key=record.key,
         radius=record.radius,
-        pictures={"true": _picture_uri(true), "rendered": _picture_uri(rendered)},
-        pose_error=f"rotation {record.rotation_error_deg:.2f}° off, translation {record.translation_error:.3f} off",
-        picture_error=", ".join(numbers + ([] if record.lpips is None else [f"LPIPS {record.lpips:.3f}"])),
+        pictures={"true": _picture_uri(true)} | ({} if rendered is None else {"rendered": _picture_uri(rendered)}),
+        pose_error=pose_error,
+        picture_error=picture_error,
         pose=_pose_lines(record),
     )
 
@@ -488,7 +542,8 @@ def _views_by_bin(
 ) -> list[tuple[Row, list[View]]]:
     by_key = {record.key: record for record in records}
     views: dict[int, list[View]] = {row.radius[0]: [] for row in metrics.bins}
-    for key, true, rendered in zip(pictures["key"].tolist(), pictures["true"], pictures["rendered"], strict=True):
+    rendered_or_none = pictures.get("rendered", [None] * len(pictures["key"]))
+    for key, true, rendered in zip(pictures["key"].tolist(), pictures["true"], rendered_or_none, strict=True):
         record = by_key[key]
         views[record.bin].append(_view(record, true, rendered))
     return [(row, views[row.radius[0]]) for row in metrics.bins]
@@ -496,9 +551,12 @@ def _views_by_bin(
 
 def _pose_lines(record: ViewRecord) -> list[tuple[str, str, str]]:
     """The columns of both camera_to_world matrices as text."""
-    true, estimated = (np.array(pose).reshape(3, 4) for pose in (record.true, record.estimated))
     names = (("position", 3), ("right, +x", 0), ("up, +y", 1), ("back, +z", 2))
-    return [(name, _vector(true[:, column]), _vector(estimated[:, column])) for name, column in names]
+    true, estimated = (
+        [_vector(np.array(pose).reshape(3, 4)[:, column]) if pose else "n/a" for _, column in names]
+        for pose in (record.true, record.estimated)
+    )
+    return list(zip((name for name, _ in names), true, estimated, strict=True))
 
 
 def _vector(values: np.ndarray) -> str:
@@ -515,12 +573,14 @@ def _facts(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.n
         "dataset": metrics.dataset,
         "split": metrics.split,
         "views": f"{len(records)} of {width} x {height} pixels",
-        "pose estimator": f"{metrics.estimator}, {evaluations} function evaluation{'s' if evaluations > 1 else ''}",
-        "picture generator": f"{metrics.generator}, {metrics.generator_steps} steps",
+        "pose estimator": metrics.no_pose
+        or f"{metrics.estimator}, {evaluations} function evaluation{'s' if evaluations > 1 else ''}",
+        "picture generator": metrics.no_picture or f"{metrics.generator}, {metrics.generator_steps} steps",
         "sigma": f"{metrics.sigma:g}",
         "seed": f"{metrics.seed}",
         "training radii": f"{low:.2f} to {high:.2f}",
-        "training views": f"{training['count']}, of which {training['compared']} are compared with",
+        "training views": f"{training['count']}, of which {training['compared']} are compared with"
+        + (f" and {metrics.radius_augmented} are radius augmented" if metrics.radius_augmented else ""),
         "LPIPS": metrics.lpips,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics.versions.items()),
     }

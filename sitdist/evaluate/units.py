@@ -50,18 +50,20 @@ class Unit:
 class ViewRecord:
     """All that is measured of one view: angles in degrees, translations in scene units, PSNR in dB.
 
-    `true` and `estimated` are the upper three rows of camera_to_world, row-major; `lpips` is None if not measured.
+    `true` and `estimated` are the upper three rows of camera_to_world, row-major. None is what was not measured: LPIPS,
+    the focal length's error in percent, the pose or the picture of a model that has none.
     """
 
     key: str
     label: int
     radius: float
     bin: int
-    rotation_error_deg: float
-    translation_error: float
-    mae: float
-    psnr: float
-    ssim: float
+    rotation_error_deg: float | None
+    translation_error: float | None
+    focal_error: float | None
+    mae: float | None
+    psnr: float | None
+    ssim: float | None
     lpips: float | None
     codec_psnr: float
     codec_ssim: float
@@ -72,13 +74,14 @@ class ViewRecord:
     nearest_translation_error: float
     nearest_psnr: float
     true: list[float]
-    estimated: list[float]
+    estimated: list[float] | None
 
     def row(self) -> dict[str, Any]:
         """The record as one line of records.csv; poses become true_00 ... true_23 and estimated_00 ... estimated_23."""
         values = asdict(self)
         for name in ("true", "estimated"):
-            values.update(zip((f"{name}_{entry}" for entry in POSE_ENTRIES), values.pop(name), strict=True))
+            entries = values.pop(name) or [None] * len(POSE_ENTRIES)
+            values.update(zip((f"{name}_{entry}" for entry in POSE_ENTRIES), entries, strict=True))
         return values
 
 
@@ -124,8 +127,12 @@ def is_finished(folder: Path, unit: Unit) -> bool:
     return (folder / f"{unit.name}.jsonl").is_file()
 
 
-def write_unit(folder: Path, unit: Unit, records: list[ViewRecord], true: np.ndarray, rendered: np.ndarray) -> None:
-    """Leave the unit's pictures [pictures, H, W, 3] uint8, then its records, one JSON line a view."""
+def write_unit(
+    folder: Path, unit: Unit, records: list[ViewRecord], true: np.ndarray, rendered: np.ndarray | None
+) -> None:
+    """Leave the unit's pictures [pictures, H, W, 3] uint8, rendered ones if there are any, then its records, one JSON
+    line a view.
+    """
     for record in records:
         bad = [name for name, value in record.row().items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
@@ -134,7 +141,8 @@ def write_unit(folder: Path, unit: Unit, records: list[ViewRecord], true: np.nda
             )
     if unit.pictures:
         keys = np.array([view.key for view in unit.views[: unit.pictures]])
-        save_arrays(folder / f"{unit.name}.npz", {"key": keys, "true": true, "rendered": rendered})
+        pictures = {"key": keys, "true": true} | ({} if rendered is None else {"rendered": rendered})
+        save_arrays(folder / f"{unit.name}.npz", pictures)
     lines = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
     write_atomically(folder / f"{unit.name}.jsonl", lambda path: path.write_text(lines))
 
@@ -166,13 +174,16 @@ def _read_unit(path: Path) -> list[ViewRecord]:
 
 
 def merge_pictures(folder: Path, units: list[Unit]) -> dict[str, np.ndarray]:
-    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of the first views of every bin, in unit order."""
+    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of the first views of every bin, in unit order.
+
+    There is no `rendered` where nothing was.
+    """
     parts: dict[str, list[np.ndarray]] = {"key": [], "bin": [], "true": [], "rendered": []}
     for unit in units:
         if not unit.pictures:
             continue
         with np.load(folder / f"{unit.name}.npz", allow_pickle=False) as pictures:
-            for name in ("key", "true", "rendered"):
+            for name in pictures.files:
                 parts[name].append(pictures[name])
         parts["bin"].append(np.full(unit.pictures, unit.views[0].bin))
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    return {name: np.concatenate(values) for name, values in parts.items() if values}

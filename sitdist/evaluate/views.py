@@ -22,12 +22,15 @@ VIEWS_PER_BIN_AT_MOST = 1_000_000
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """Pictures [B, 3, H, W] in [0, 1], latent means [B, C, h, w], camera_to_world [B, 4, 4] float64, labels [B]."""
+    """Pictures [B, 3, H, W] in [0, 1], latent means [B, C, h, w], camera_to_world [B, 4, 4] float64, labels [B], and
+    normalized intrinsics [B, 4] float64.
+    """
 
     images: Tensor
     latents: Tensor
     camera_to_world: Tensor
     labels: Tensor
+    intrinsics: Tensor
 
 
 class Views(Protocol):
@@ -74,6 +77,7 @@ class SplitViews:
             latent_mean(self._reader.moments(indices).float()),
             self._camera_to_world[indices],
             self._reader.labels()[indices],
+            self._reader.intrinsics(indices),
         )
 
 
@@ -117,4 +121,6 @@ class SceneViews:
         camera_to_world = self._cameras(views[0].bin, positions)
         images = render_views(camera_to_world, self._intrinsics, self._source.supersample)
         latents = latent_mean(self._codec.encode_moments(images.to(self._device)))
-        return ViewBatch(images, latents, camera_to_world, torch.full((len(views),), self._source.label))
+        labels = torch.full((len(views),), self._source.label)
+        intrinsics = torch.tensor([self._intrinsics.normalized()] * len(views), dtype=torch.float64)
+        return ViewBatch(images, latents, camera_to_world, labels, intrinsics)

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from sitdist.geometry.packing import pack
+from sitdist.errors import ConfigError
+from sitdist.geometry.packing import Layout, pack, unpack
+
+Model = Callable[..., Tensor]
 
 
-def pose_endpoint(packed_pose: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """x0 = pack(pose) + sigma * noise, [B, C, h, w] like `noise`, from packed poses [B, 4, 4]."""
-    return pack(packed_pose.to(noise.dtype), *noise.shape[1:]) + sigma * noise
+def pose_endpoint(
+    packed_pose: Tensor, noise: Tensor, sigma: float, gain: float = 1.0, layout: Layout = "quadrants"
+) -> Tensor:
+    """x0 = gain * pack(pose) + sigma * noise, [B, C, h, w] like `noise`, from packed poses [B, 4, 4]."""
+    channels, height, width = noise.shape[1:]
+    return gain * pack(packed_pose.to(noise.dtype), channels, height, width, layout) + sigma * noise
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What x0 is: `pose`, gain * pack(pose) + sigma * noise; or `gaussian`, N(0, 1), the pose being a condition."""
+
+    kind: Literal["pose", "gaussian"] = "pose"
+    sigma: float = 0.1
+    gain: float = 1.0
+    layout: Layout = "quadrants"
+
+    def x0(self, packed_pose: Tensor, noise: Tensor) -> Tensor:
+        """x0 [B, C, h, w] of packed poses [B, 4, 4], with standard normal `noise` [B, C, h, w]."""
+        if self.kind == "gaussian":
+            return noise
+        return pose_endpoint(packed_pose, noise, self.sigma, self.gain, self.layout)
+
+    def conditioned(self, model: Model, packed_pose: Tensor) -> Model:
+        """`model` for samples with these packed poses [B, 4, 4]: as it is where x0 holds them."""
+        if self.kind == "pose":
+            return model
+
+        def velocity(x_t: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None = None) -> Tensor:
+            repeats = len(x_t) // len(packed_pose)  # a guided batch holds every sample twice
+            return model(x_t, t, y, drop_labels, pose=packed_pose.repeat(repeats, 1, 1))
+
+        return velocity
+
+    def packed_pose(self, x0: Tensor) -> Tensor:
+        """Packed poses [B, 4, 4] read off x0 [B, C, h, w]; ConfigError where it holds none."""
+        if self.kind == "gaussian":
+            raise ConfigError(
+                "flow.endpoint = 'gaussian': x0 is noise and holds no pose to estimate; train with endpoint: pose"
+            )
+        return unpack(x0, self.layout) / self.gain
 
 
 def sample_times(uniforms: Tensor, share_at_one: float, share_at_zero: float) -> Tensor:

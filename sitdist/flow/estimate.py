@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
+from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.path import Path
 from sitdist.flow.solve import Model, function_evaluations, invert, invert_at_arrival
-from sitdist.geometry.packing import PoseStatistics, destandardize, unpack
+from sitdist.geometry.packing import PoseStatistics, destandardize, packed_intrinsics
 
 SOURCE_STEPS = 249
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
@@ -18,11 +19,15 @@ ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 
 @dataclass(frozen=True)
 class PoseEstimate:
-    """Poses read off B latents: camera_to_world [B, 4, 4] float64 (rigid), packed_pose [B, 4, 4] as unpacked."""
+    """Poses read off B latents: camera_to_world [B, 4, 4] float64 (rigid), packed_pose [B, 4, 4] as unpacked.
+
+    `intrinsics`: fx / width, fy / height, cx / width, cy / height [B, 4] float64, where the dataset packs them.
+    """
 
     camera_to_world: Tensor
     packed_pose: Tensor
     function_evaluations: int
+    intrinsics: Tensor | None = None
 
 
 def posterior_mean_x0(model: Model, path: Path, x1: Tensor, y: Tensor) -> Tensor:
@@ -40,8 +45,9 @@ def estimate_pose(
     statistics: PoseStatistics,
     estimator: str = "one_step",
     steps: int = 50,
+    endpoint: Endpoint = Endpoint(),  # noqa: B008
 ) -> PoseEstimate:
-    """Estimate the poses of latents [B, C, h, w] of objects `y` [B].
+    """Estimate the poses of latents [B, C, h, w] of objects `y` [B], which the flow ends in at `endpoint`.
 
     `one_step` is the posterior mean; `euler`, `heun` and `midpoint` integrate backward on `steps` intervals; `source`
     is the protocol of the work this system comes from: 249 explicit Euler steps, velocity at the time of arrival.
@@ -55,5 +61,6 @@ def estimate_pose(
         x0, evaluations = invert(model, path, latent, y, estimator, steps), function_evaluations(estimator, steps)
     else:
         raise ConfigError(f"estimator '{estimator}': unknown; choose one of {', '.join(ESTIMATORS)}")
-    packed_pose = unpack(x0.double())
-    return PoseEstimate(destandardize(packed_pose, statistics), packed_pose, evaluations)
+    packed_pose = endpoint.packed_pose(x0.double())
+    intrinsics = packed_intrinsics(packed_pose, statistics)
+    return PoseEstimate(destandardize(packed_pose, statistics), packed_pose, evaluations, intrinsics)

@@ -7,8 +7,9 @@ A pose is `camera_to_world`, [..., 4, 4]: OpenGL axes (x right, y up, the camera
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Intrinsics:
         focal = 0.5 * width / math.tan(0.5 * math.radians(fov_deg))
         return cls(focal, focal, 0.5 * width, 0.5 * height, width, height)
 
+    @classmethod
+    def from_meta(cls, values: Mapping[str, Any]) -> Intrinsics:
+        """From a mapping of fx, fy, cx, cy, width and height, among others, to numbers."""
+        return cls(*(values[name] for name in ("fx", "fy", "cx", "cy", "width", "height")))
+
     def scaled(self, factor: int) -> Intrinsics:
         """The same camera with every pixel cut into factor^2."""
         return Intrinsics(
@@ -41,6 +47,10 @@ class Intrinsics:
             factor * self.width,
             factor * self.height,
         )
+
+    def normalized(self) -> list[float]:
+        """[fx / width, fy / height, cx / width, cy / height], the same for a picture of any size."""
+        return [self.fx / self.width, self.fy / self.height, self.cx / self.width, self.cy / self.height]
 
     def to_list(self) -> list[float]:
         """[fx, fy, cx, cy] in pixels."""

@@ -51,6 +51,23 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class PoseEmbedder(nn.Module):
+    """Packed poses [B, 4, 4] to [B, D]: the entries with their cosines and sines, then a two-layer perceptron."""
+
+    frequencies = (1.0, 2.0, 4.0, 8.0)  # radians per standard deviation
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        features = 16 * (1 + 2 * len(self.frequencies))
+        self.mlp = nn.Sequential(nn.Linear(features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, packed_pose: Tensor) -> Tensor:
+        entries = packed_pose.float().flatten(1)  # [B, 16]
+        angles = [frequency * entries for frequency in self.frequencies]
+        waves = [wave for angle in angles for wave in (angle.cos(), angle.sin())]
+        return self.mlp(torch.cat([entries, *waves], dim=1))
+
+
 class SelfAttention(Attention):
     """timm's attention over tokens [B, T, D], with bf16 products only where they pay.
 
@@ -103,6 +120,7 @@ class SiT(nn.Module):
     """The velocity of the flow: (x_t [B, C, h, w], t [B], label y [B]) -> [B, C, h, w].
 
     With `learn_sigma` the network has twice the output channels, as the published one, and the second half is dropped.
+    With `pose_condition` it is also given the packed pose [B, 4, 4], whose embedding is added to those of t and y.
     """
 
     def __init__(
@@ -117,6 +135,7 @@ class SiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1,
         learn_sigma: bool = False,
+        pose_condition: bool = False,
     ) -> None:
         super().__init__()
         self.patch_size, self.in_channels, self.learn_sigma = patch_size, in_channels, learn_sigma
@@ -124,6 +143,7 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pose_embedder = PoseEmbedder(hidden_size) if pose_condition else None
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(position_embedding(hidden_size, grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
@@ -141,20 +161,29 @@ class SiT(nn.Module):
         if projection.bias is not None:
             nn.init.zeros_(projection.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in self.t_embedder.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
+        for embedder in (self.t_embedder, self.pose_embedder):
+            for layer in embedder.mlp if embedder is not None else ():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         for block in [*self.blocks, self.final_layer]:
             nn.init.zeros_(block.adaLN_modulation[-1].weight)
             nn.init.zeros_(block.adaLN_modulation[-1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None = None) -> Tensor:
-        """Velocity at `x` [B, C, h, w], times `t` [B], labels `y` [B]; labels are ignored where `drop_labels` [B]."""
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None = None, pose: Tensor | None = None
+    ) -> Tensor:
+        """Velocity at `x` [B, C, h, w], times `t` [B], labels `y` [B]; labels are ignored where `drop_labels` [B].
+
+        `pose`: packed poses [B, 4, 4], for a model with `pose_condition`.
+        """
+        assert (pose is None) == (self.pose_embedder is None), "a pose is given to models with pose_condition"
         height, width = x.shape[-2:]
         tokens = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         condition = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # [B, D]
+        if self.pose_embedder is not None:
+            condition = condition + self.pose_embedder(pose)
         for block in self.blocks:
             tokens = block(tokens, condition)
         patches = self.final_layer(tokens, condition)  # [B, T, p * p * C_out]

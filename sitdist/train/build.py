@@ -7,14 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sitdist.config import ModelConfig, OptimizerConfig
+from sitdist.config import FlowConfig, ModelConfig, OptimizerConfig
 from sitdist.data.format import DatasetManifest
 from sitdist.errors import CodecError, ConfigError
+from sitdist.flow.endpoint import Endpoint
 from sitdist.model.codec import Codec, load_codec
 from sitdist.model.sit import SiT
 
 
-def build_model(config: ModelConfig, manifest: DatasetManifest) -> SiT:
+def build_endpoint(config: FlowConfig) -> Endpoint:
+    """What x0 is."""
+    return Endpoint(config.endpoint, config.sigma, config.gain, config.layout)
+
+
+def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoint = Endpoint()) -> SiT:  # noqa: B008
     """The transformer for the dataset's latents; ConfigError where its sizes do not fit them."""
     latent, sizes = manifest.latent, config.sizes()
     if config.num_classes < manifest.labels():
@@ -34,6 +40,7 @@ def build_model(config: ModelConfig, manifest: DatasetManifest) -> SiT:
         class_dropout_prob=config.class_dropout_prob,
         num_classes=config.num_classes,
         learn_sigma=config.learn_sigma,
+        pose_condition=endpoint.kind == "gaussian",
         **sizes,
     )
 

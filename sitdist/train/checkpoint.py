@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from sitdist.config import Config, load_yaml
 from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, ConfigError
+from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.path import Path as FlowPath
 from sitdist.flow.path import get_path
 from sitdist.model.codec import Codec
 from sitdist.model.sit import SiT
-from sitdist.train.build import build_model, load_matching_codec
+from sitdist.train.build import build_endpoint, build_model, load_matching_codec
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ class LoadedRun:
     manifest: DatasetManifest
     config: Config
     step: int
-    sigma: float
+    endpoint: Endpoint
 
 
 def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = None) -> LoadedRun:
@@ -306,7 +307,8 @@ def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = N
     if checkpoint is None:
         raise CheckpointError(f"{run}: has no whole checkpoint; train first with `sitdist train CONFIG --out {run}`")
     manifest = _dataset_of(run, checkpoint)
-    model = build_model(config.model, manifest)
+    endpoint = build_endpoint(config.flow)
+    model = build_model(config.model, manifest, endpoint)
     load_tensors(model, checkpoint.tensors["ema"], checkpoint.folder / "ema.safetensors")
     return LoadedRun(
         model=model.to(device).eval().requires_grad_(False),
@@ -315,7 +317,7 @@ def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = N
         manifest=manifest,
         config=config,
         step=checkpoint.step,
-        sigma=config.flow.sigma,
+        endpoint=endpoint,
     )
 
 

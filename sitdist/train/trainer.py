@@ -26,13 +26,13 @@ from sitdist.data.resident import ResidentSamples
 from sitdist.data.store import Store, open_store
 from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
 from sitdist.flow import draws
-from sitdist.flow.endpoint import pose_endpoint, sample_times
+from sitdist.flow.endpoint import sample_times
 from sitdist.flow.loss import velocity_loss
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
 from sitdist.runtime import Agreement, StopSignal, count_nodes, processes
 from sitdist.train import checkpoint as checkpoints
-from sitdist.train.build import build_model, build_optimizer, load_matching_codec
+from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
 from sitdist.train.monitor import Monitor
 from sitdist.train.schedule import learning_rate
@@ -59,13 +59,17 @@ def train(config: Config, run: Path, resume: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one forward pass sees: endpoints x0, x1 [B, C, h, w], times t [B], labels y [B], labels to drop [B]."""
+    """What one forward pass sees: endpoints x0, x1 [B, C, h, w], times t [B], labels y [B], labels to drop [B].
+
+    And the packed poses [B, 4, 4], for a model that is conditioned on them.
+    """
 
     x0: Tensor
     x1: Tensor
     t: Tensor
     y: Tensor
     drop_labels: Tensor | None
+    packed_pose: Tensor
 
 
 def make_inputs(batch: Batch, config: Config, device: torch.device) -> Inputs:
@@ -83,11 +87,12 @@ def make_inputs(batch: Batch, config: Config, device: torch.device) -> Inputs:
 
     dropout = config.model.class_dropout_prob
     return Inputs(
-        x0=pose_endpoint(batch.packed_pose, normal("noise"), config.flow.sigma),
+        x0=build_endpoint(config.flow).x0(batch.packed_pose, normal("noise")),
         x1=draw_latent(moments, normal("posterior")),
         t=sample_times(uniform("time", 2), config.flow.share_at_one, config.flow.share_at_zero),
         y=batch.label,
         drop_labels=uniform("dropout", 1)[:, 0] < dropout if dropout > 0 else None,
+        packed_pose=batch.packed_pose,
     )
 
 
@@ -131,9 +136,9 @@ class Trainer:
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
             reader = self._open_reader(store)
-            self.path = get_path(config.flow.path)
+            self.path, self.endpoint = get_path(config.flow.path), build_endpoint(config.flow)
             torch.manual_seed(config.seed)
-            self.raw_model = build_model(config.model, manifest).to(device)
+            self.raw_model = build_model(config.model, manifest, self.endpoint).to(device)
             self.ema = Ema(self.raw_model, config.train.ema_decay)
             self.raw_optimizer = build_optimizer(self.raw_model, config.train.optimizer)
 
@@ -234,9 +239,10 @@ class Trainer:
             part = slice(start, start + self.split.micro)
             drop_labels = None if inputs.drop_labels is None else inputs.drop_labels[part]
             is_last = start == starts[-1]
+            model = self.endpoint.conditioned(self.model, inputs.packed_pose[part])
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 loss = velocity_loss(
-                    self.model, self.path, inputs.x0[part], inputs.x1[part], inputs.t[part], inputs.y[part], drop_labels
+                    model, self.path, inputs.x0[part], inputs.x1[part], inputs.t[part], inputs.y[part], drop_labels
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
                 self.accelerator.backward(loss.sum() * share)
@@ -375,7 +381,8 @@ class Trainer:
             if self.validation is not None:
                 result = self.validation.measure(self.ema.model)
                 self.monitor.write_scalars(self.step, result.scalars, "validation")
-                self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
+                if result.picture is not None:
+                    self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
 
     def close(self) -> None:
         """Stop reading ahead and write out what is buffered."""

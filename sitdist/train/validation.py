@@ -13,21 +13,23 @@ from sitdist.data.format import DatasetManifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError
 from sitdist.flow import draws
-from sitdist.flow.endpoint import pose_endpoint
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.path import get_path
 from sitdist.flow.solve import generate
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.model.codec import Codec, latent_mean
+from sitdist.train.build import build_endpoint
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Pose errors over the views, and a picture [3, H, W]: rows of generated views above the true ones."""
+    """What the model can do: pose errors over the views; the mean PSNR in dB of generated views, and a picture
+    [3, H, W] with rows of these above the true ones.
+    """
 
     scalars: dict[str, float]
-    picture: Tensor
+    picture: Tensor | None
 
 
 class Validation:
@@ -44,6 +46,7 @@ class Validation:
         indices = list(range(min(views, config.train.validation_views)))
         pictured = indices[: config.train.picture_views]
         self._config, self._codec, self._device = config, codec, device
+        self._path, self._endpoint = get_path(config.flow.path), build_endpoint(config.flow)
         self._statistics = PoseStatistics.from_dict(manifest.statistics)
         moments, packed_poses = reader.moments_and_poses(indices)
         self._latents = latent_mean(moments.float()).to(device)
@@ -55,37 +58,46 @@ class Validation:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> ValidationResult:
         """One-step pose errors and generated views of `model`; one process is enough."""
-        path, batch = get_path(self._config.flow.path), self._config.evaluate.batch
+        flow = self._config.flow
+        scalars = self._pose_errors(model) if flow.why_no_pose() is None else {}
+        if flow.why_no_picture() is not None:
+            return ValidationResult(scalars, None)
+        from torchvision.utils import make_grid
+
+        generated = self._generate(model)
+        error = (generated - self._images).square().flatten(1).mean(1)  # [B]
+        scalars["psnr"] = float(-10.0 * error.log10().mean())
+        return ValidationResult(scalars, make_grid(torch.cat([generated, self._images]), nrow=len(generated)))
+
+    def _pose_errors(self, model: nn.Module) -> dict[str, float]:
+        batch, endpoint = self._config.evaluate.batch, self._endpoint
         estimates = [
-            estimate_pose(model, path, latents, labels, self._statistics).camera_to_world
+            estimate_pose(model, self._path, latents, labels, self._statistics, endpoint=endpoint).camera_to_world
             for latents, labels in zip(self._latents.split(batch), self._labels.split(batch), strict=True)
         ]
         estimated = torch.cat(estimates)
         rotation = rotation_error_deg(estimated[:, :3, :3], self._camera_to_world[:, :3, :3])
         translation = translation_error(estimated, self._camera_to_world)
-        scalars = {
+        return {
             "rotation_error_deg": float(rotation.mean()),
             "rotation_error_deg_median": float(rotation.median()),
             "translation_error": float(translation.mean()),
             "translation_error_median": float(translation.median()),
         }
-        return ValidationResult(scalars, self._picture(model))
 
-    def _picture(self, model: nn.Module) -> Tensor:
-        from torchvision.utils import make_grid
-
+    def _generate(self, model: nn.Module) -> Tensor:
+        """Pictures [B, 3, H, W] of the first views' poses."""
         count, shape = len(self._packed_poses), self._latents.shape[1:]
         positions = torch.arange(count, device=self._device)
         noise = draws.normal(self._config.seed, "validation", positions, shape.numel()).reshape(-1, *shape)
-        x0 = pose_endpoint(self._packed_poses, noise, self._config.flow.sigma)  # [B, C, h, w]
+        x0 = self._endpoint.x0(self._packed_poses, noise)  # [B, C, h, w]
         settings = self._config.evaluate
         latents = generate(
-            model,
-            get_path(self._config.flow.path),
+            self._endpoint.conditioned(model, self._packed_poses),
+            self._path,
             x0,
             self._labels[:count],
             settings.generator,
             settings.generator_steps,
         )
-        generated = self._codec.decode(latents).float().cpu()
-        return make_grid(torch.cat([generated, self._images]), nrow=count)
+        return self._codec.decode(latents).float().cpu()

@@ -497,6 +497,50 @@ def test_verify_finds_a_split_whose_shards_do_not_add_up(damaged):
     assert verify(damaged) == ["manifest.json: the shards of val do not hold 2 samples; build again"]
 
 
+# ------------------------------------------------------------------------------------------------- packed intrinsics
+
+
+@pytest.fixture(scope="module")
+def with_intrinsics(tmp_path_factory):
+    """Fields of view from 20 to 60 degrees, packed with the poses."""
+    folder = tmp_path_factory.mktemp("writer") / "intrinsics"
+    train = {"kind": "scene", "views": 20, "supersample": 1, "fov_range_deg": [20.0, 60.0]}
+    build(recipe(packing="intrinsics", splits={"train": train}), folder)
+    return folder
+
+
+def test_packed_poses_carry_the_cameras_standardized_over_the_training_views(with_intrinsics):
+    reader, manifest = ShardReader(with_intrinsics, "train"), load_manifest(with_intrinsics)
+    cameras = reader.intrinsics(range(17))
+    assert cameras[:, 0].std() > 0.2  # fx / width is 1.42 at 20 degrees and 0.87 at 60
+    torch.testing.assert_close(cameras[:, 2:], torch.full((17, 2), 0.5, dtype=torch.float64))
+    values = manifest.statistics["intrinsics"]
+    assert np.allclose(values["mean"], cameras.mean(0), atol=1e-12)
+    assert np.allclose(values["std"][:2], cameras.std(0, correction=0)[:2], atol=1e-12)
+    assert values["std"][2:] == [1.0, 1.0]  # constant
+    packed = reader.moments_and_poses(range(17))[1]
+    statistics = PoseStatistics.from_dict(manifest.statistics)
+    expected = standardize(reader.camera_to_world(), statistics, cameras).float()
+    assert torch.equal(packed, expected)
+    assert packed[:, 3, :2].std(0, correction=0).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_verify_recomputes_the_packed_cameras(with_intrinsics, tmp_path):
+    assert verify(with_intrinsics) == []
+    damaged = shutil.copytree(with_intrinsics, tmp_path / "damaged")
+    edit_manifest(damaged, lambda values: values["statistics"]["intrinsics"]["mean"].__setitem__(0, 0.5))
+    problems = verify(damaged)
+    assert len(problems) == 20
+    assert problems[0].startswith("train/00000.tar: sample 000000000: packed_pose is not camera_to_world standardized")
+
+
+def test_a_dataset_without_packed_intrinsics_still_knows_its_cameras(dataset):
+    reader = ShardReader(dataset, "test")
+    expected = open_source(recipe().splits["test"], 16).intrinsics(0).normalized()
+    assert reader.intrinsics([0, 6]).tolist() == [expected, expected]
+    assert reader.moments_and_poses(range(7))[1][:, 3].abs().max() == 0
+
+
 def test_a_missing_newer_or_damaged_manifest_is_named(dataset, damaged, tmp_path):
     with pytest.raises(
         DataError, match=r"nowhere: no dataset: manifest\.json is missing; make one with `sitdist shards"

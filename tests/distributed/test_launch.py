@@ -102,7 +102,7 @@ echo "scontrol $*" >> "$FOLDER/calls"
 if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; fi
 """,
     "python": """
-echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$FOLDER/calls"
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$FOLDER/calls"
 exit "$CODE"
 """,
 }
@@ -113,7 +113,7 @@ def test_slurm_gives_every_task_its_place_and_requeues_what_wants_to_be_resumed(
     for name, text in STUBS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path), "CODE": str(code)}
     command = ["train", "my config.yaml", "--out", "runs/x"]
     process = start(LAUNCH / "slurm.sh", *command, **job, **variables, PYTHON="python")
@@ -121,7 +121,7 @@ def test_slurm_gives_every_task_its_place_and_requeues_what_wants_to_be_resumed(
     show, *tasks = (tmp_path / "calls").read_text().splitlines()
     assert show == "scontrol show hostnames node-[a-b]"
     assert ("scontrol requeue 123" in tasks) == requeued
-    expected = "2 node-a 20123 -m sitdist train my config.yaml --out runs/x --resume"
+    expected = "2 1 node-a 20123 -m sitdist train my config.yaml --out runs/x --resume"
     assert sorted(tasks[:2]) == [f"0 0 {expected}", f"1 0 {expected}"]
 
 

@@ -10,7 +10,9 @@ def record(key: str, **values: Any) -> ViewRecord:
     numbers = {
         field: 1.0
         for field in ViewRecord.__dataclass_fields__
-        if field not in ("key", "label", "bin", "lpips", "true", "estimated")
+        if field not in ("key", "label", "bin", "lpips", "focal_error", "true", "estimated")
     }
     poses = {"true": [float(i) for i in range(12)], "estimated": [0.0] * 12}
-    return ViewRecord(**({"key": key, "label": 0, "bin": 1, "lpips": None} | numbers | poses | values))
+    return ViewRecord(
+        **({"key": key, "label": 0, "bin": 1, "lpips": None, "focal_error": None} | numbers | poses | values)
+    )

@@ -19,6 +19,7 @@ from sitdist.data.writer import build
 from sitdist.errors import CodecError, ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate, summary_rows
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
+from sitdist.evaluate.report import format_table, write_report
 from sitdist.flow.estimate import estimate_pose
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import check_rigid, rotation_error_deg
@@ -27,8 +28,9 @@ from sitdist.train.checkpoint import load_run
 from sitdist.train.trainer import train
 
 
-def config_on(data: Path) -> Config:
+def config_on(data: Path, **flow) -> Config:
     values = {
+        "flow": flow,
         "name": "tiny",
         "data": str(data),
         "model": {"patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2},
@@ -199,6 +201,96 @@ def test_a_dataset_of_another_codec_is_refused_with_both_values(run, tiny_datase
 def test_options_that_cannot_be_honoured_are_refused(run, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(run, EvalOptions(**options, out=tmp_path))
+
+
+# ---------------------------------------------------------------------------------- one direction, and other endpoints
+
+
+@pytest.fixture
+def evaluated(tiny_dataset, tmp_path):
+    """Train two steps with another endpoint or other times, evaluate a view of every bin; gives metrics and rows."""
+
+    def run(**flow):
+        train(config_on(tiny_dataset, **flow), tmp_path / "run")
+        folder = evaluate(tmp_path / "run", EvalOptions(split="test", views_per_radius=1))
+        return json.loads((folder / "metrics.json").read_text()), rows(folder), folder
+
+    return run
+
+
+def test_a_regressor_has_pose_errors_and_no_pictures_and_the_table_says_why(evaluated):
+    metrics, table, folder = evaluated(share_at_one=1.0, share_at_zero=0.0)
+    assert metrics["no_picture"] == "the model was trained at t = 1 alone, as a regressor of the pose"
+    assert all(row["rotation_error_deg"] and row["estimated_00"] and not row["psnr"] for row in table)
+    assert all("psnr" not in row and "codec_psnr" in row for row in metrics["rows"])
+    with np.load(folder / "images.npz") as pictures:
+        assert sorted(pictures.files) == ["bin", "key", "true"]
+    text = format_table(metrics)
+    assert "No picture is rendered: the model was trained at t = 1 alone" in text
+    assert "pictures by" not in text
+    write_report(folder)
+    assert "No picture is rendered" in (folder / "report.html").read_text()
+    assert not (folder / "plots" / "psnr.png").exists()
+
+
+def test_a_regressor_is_not_integrated(run, evaluated, tmp_path):
+    evaluated(share_at_one=1.0, share_at_zero=0.0)
+    with pytest.raises(
+        ConfigError, match=r"evaluate.estimator = 'euler': the model was trained at t = 1 alone.*one_step"
+    ):
+        evaluate(tmp_path / "run", EvalOptions(split="test", estimator="euler", out=tmp_path / "out"))
+
+
+def test_a_model_with_a_gaussian_endpoint_renders_and_reads_no_poses(evaluated):
+    metrics, table, folder = evaluated(endpoint="gaussian", share_at_one=0.0)
+    assert metrics["no_pose"] == "the gaussian endpoint is noise and holds no pose"
+    assert metrics["noise_floor"] is None
+    assert all(row["psnr"] and row["nearest_rotation_error_deg"] and not row["rotation_error_deg"] for row in table)
+    text = format_table(metrics)
+    assert "No pose is read off a picture: the gaussian endpoint is noise and holds no pose." in text
+    assert "noise floor" not in text
+    assert "poses by" not in text
+    write_report(folder)
+    assert not (folder / "plots" / "cameras.png").exists()
+    assert (folder / "plots" / "psnr.png").exists()
+
+
+def test_pictures_of_a_gaussian_endpoint_depend_on_the_pose_that_they_are_conditioned_on(tiny_dataset, tmp_path):
+    train(config_on(tiny_dataset, endpoint="gaussian"), tmp_path)
+    loaded = load_run(tmp_path)
+    noise = torch.randn(1, 4, 4, 4).expand(2, -1, -1, -1)
+    poses = torch.randn(2, 4, 4)
+    model = loaded.endpoint.conditioned(loaded.model, poses)
+    out = model(noise, torch.full((2,), 0.5), torch.zeros(2).long())
+    assert (out[0] - out[1]).abs().max() > 1e-6
+
+
+def test_the_noise_floor_is_that_of_sigma_over_the_gain(evaluated, on_split):
+    floor = evaluated(gain=10.0, sigma=1.0, layout="interleaved")[0]["noise_floor"]
+    plain = json.loads((on_split / "metrics.json").read_text())["noise_floor"]  # of sigma 0.1
+    assert floor["translation"] == pytest.approx(plain["translation"], rel=0.05)
+
+
+def test_the_focal_length_is_estimated_where_the_dataset_packs_it(tmp_path):
+    recipe = {
+        "name": "zoom",
+        "image_size": 16,
+        "packing": "intrinsics",
+        "codec": {"kind": "pca", "fit_views": 8},
+        "val_views": 3,
+        "splits": {"train": {"kind": "scene", "views": 10, "supersample": 1, "fov_range_deg": [20.0, 60.0]}},
+    }
+    build(parse(Recipe, recipe, "zoom"), tmp_path / "data")
+    train(config_on(tmp_path / "data"), tmp_path / "run")
+    folder = evaluate(tmp_path / "run", EvalOptions(split="val"))
+    loaded, reader = load_run(tmp_path / "run"), ShardReader(tmp_path / "data", "val")
+    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
+    latents = latent_mean(reader.moments(range(3)).float())
+    estimate = estimate_pose(loaded.model, loaded.path, latents, reader.labels(), statistics)
+    expected = 100 * (estimate.intrinsics[:, 0] / reader.intrinsics(range(3))[:, 0] - 1).abs()
+    assert [float(row["focal_error"]) for row in rows(folder)] == pytest.approx(expected.tolist(), rel=1e-2)
+    text = format_table(json.loads((folder / "metrics.json").read_text()))
+    assert "focal error (%)" in text
 
 
 def test_rows_of_the_table_hold_exactly_the_views_they_name():

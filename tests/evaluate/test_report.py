@@ -40,7 +40,7 @@ def make_records(lpips=False):
             values = dict.fromkeys(MEASURES, 0.1 * factor + bin_)
             values |= {"rotation_error_deg": factor * bin_, "translation_error": error, "psnr": 20.0 + factor}
             values |= {"true": look_down(radius), "estimated": look_down(radius + error)}
-            values |= {"lpips": 0.125 * factor if lpips else None}
+            values |= {"lpips": 0.125 * factor if lpips else None, "focal_error": None}
             records.append(ViewRecord(key=f"v{bin_}_{i}", label=0, radius=radius, bin=bin_, **values))
     return records
 
@@ -179,6 +179,38 @@ def test_lpips_has_columns_if_measured_and_a_reason_if_not(folder, folder_with_l
     assert max(map(len, text.splitlines())) <= 110
     assert (folder_with_lpips / "plots" / "lpips.png").exists()
     assert "LPIPS 0.125" in (folder_with_lpips / "report.html").read_text()
+
+
+def test_a_report_on_a_model_trained_radius_augmented_says_so(folder, tmp_path):
+    assert "augmented" not in format_table(metrics_of(folder))
+    write_evaluation(tmp_path, make_records(), radius_augmented=40)
+    write_report(tmp_path)
+    text = format_table(metrics_of(tmp_path))
+    assert "seed 3, trained radius augmented" in text
+    assert text.count("Radius augmented: 40 of the 100 training views are zoomed copies") == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Radius augmented: 40 of the 100 training views") == 2
+    assert "and 40 are radius augmented" in page
+
+
+def test_the_focal_lengths_error_has_columns_where_it_was_measured(tmp_path):
+    records = [replace(record, focal_error=record.psnr) for record in make_records()]  # 21, 22 and 26
+    write_evaluation(tmp_path, records)
+    write_report(tmp_path)
+    text = format_table(metrics_of(tmp_path))
+    assert "focal error (%)" in text
+    assert [line for line in text.splitlines() if line.startswith("r in [2, 3)") and line.endswith("23.00  22.00")]
+    assert "focal length 21.0% off" in (tmp_path / "report.html").read_text()
+
+
+def test_metrics_that_state_errors_of_what_was_not_measured_are_damaged(folder):
+    with pytest.raises(DataError, match="rotation_error_deg is there"):
+        format_table(metrics_of(folder) | {"no_pose": "a reason"})
+    metrics = metrics_of(folder)
+    for row in metrics["rows"]:
+        del row["psnr"]
+    with pytest.raises(DataError, match="psnr is missing"):
+        format_table(metrics)
 
 
 # --------------------------------------------------------------------------------------------------------------- page
@@ -332,7 +364,7 @@ def test_many_cameras_are_thinned_evenly_by_radius_and_few_are_all_shown():
 
 def test_small_pictures_are_enlarged_by_whole_factors():
     true, rendered = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    pair = plots._pair(true, rendered)
+    pair = plots._side_by_side(true, rendered)
     assert pair.shape == (128, 2 * 128 + 4, 3)
     np.testing.assert_array_equal(pair[::8, :128:8], true)
     np.testing.assert_array_equal(pair[7::8, 132 + 7 :: 8], rendered)
@@ -349,7 +381,7 @@ def read_board(folder):
 def test_tensorboard_holds_the_numbers_of_metrics_json_by_radius(folder):
     board, rows = read_board(folder), metrics_of(folder)["rows"]
     bins = [row for row in rows if row["radius"][1] - row["radius"][0] == 1]
-    for measure in set(MEASURES) - {"lpips"}:
+    for measure in set(MEASURES) - {"lpips", "focal_error"}:
         for statistic in ("mean", "median", "n"):
             events = board.Scalars(f"{measure}/{statistic}")
             assert [event.step for event in events] == [2, 3, 4, 6]

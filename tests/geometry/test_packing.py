@@ -3,9 +3,18 @@
 import pytest
 import torch
 
+from sitdist.errors import PoseError
 from sitdist.flow import draws
-from sitdist.geometry.camera import shell_cameras
-from sitdist.geometry.packing import PoseStatistics, destandardize, pack, standardize, unpack
+from sitdist.geometry.camera import Intrinsics, shell_cameras
+from sitdist.geometry.packing import (
+    Layout,
+    PoseStatistics,
+    destandardize,
+    pack,
+    packed_intrinsics,
+    standardize,
+    unpack,
+)
 
 POSES = shell_cameras(draws.uniform(0, "cameras", torch.arange(2000), 3), (3.0, 5.0), "upper")
 
@@ -20,14 +29,26 @@ def test_row_i_fills_channel_i_as_quadrants_in_reading_order() -> None:
         assert torch.equal(packed[0, row + 4], expected)
 
 
-def test_unpack_undoes_pack() -> None:
+def test_interleaved_entries_fill_every_two_by_two_block_in_reading_order() -> None:
+    packed = pack(torch.arange(16.0).reshape(1, 4, 4), 8, 4, 6, "interleaved")
+    for row in range(4):
+        block = 4.0 * row + torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        assert torch.equal(packed[0, row], block.repeat(2, 3))
+        assert torch.equal(packed[0, row + 4], block.repeat(2, 3))
+
+
+@pytest.mark.parametrize("layout", ["quadrants", "interleaved"])
+@pytest.mark.parametrize("channels", [4, 8, 12])
+def test_unpack_undoes_pack(layout: Layout, channels: int) -> None:
     packed_pose = torch.randn(5, 4, 4)
-    torch.testing.assert_close(unpack(pack(packed_pose, 8, 6, 4)), packed_pose)
+    torch.testing.assert_close(unpack(pack(packed_pose, channels, 6, 4, layout), layout), packed_pose)
 
 
-def test_unpacking_leaves_noise_of_two_over_the_latent_size() -> None:
-    noise = draws.normal(0, "noise", torch.arange(2000), 4 * 16 * 16).reshape(-1, 4, 16, 16)
-    assert unpack(noise).std().item() == pytest.approx(2 / 16, rel=0.02)
+@pytest.mark.parametrize("layout", ["quadrants", "interleaved"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_unpacking_leaves_noise_of_two_over_the_latent_size_and_the_root_of_k(layout: Layout, k: int) -> None:
+    noise = draws.normal(0, "noise", torch.arange(2000), 4 * k * 16 * 16).reshape(-1, 4 * k, 16, 16)
+    assert unpack(noise, layout).std().item() == pytest.approx(2 / 16 / k**0.5, rel=0.02)
 
 
 def test_standardized_training_poses_have_mean_zero_and_deviation_one() -> None:
@@ -48,3 +69,41 @@ def test_pose_comes_back_through_statistics_read_from_json() -> None:
     again = PoseStatistics.from_dict(statistics.to_dict())
     assert torch.equal(again.std[:3], statistics.std[:3])
     torch.testing.assert_close(destandardize(standardize(POSES, statistics), again), POSES, rtol=0, atol=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------- intrinsics
+
+
+def cameras_of(count: int) -> torch.Tensor:
+    """Normalized intrinsics [N, 4] of square, centred cameras whose fields of view differ."""
+    fov = torch.linspace(20.0, 60.0, count).tolist()
+    return torch.tensor([Intrinsics.from_fov(angle, 64, 64).normalized() for angle in fov], dtype=torch.float64)
+
+
+def test_intrinsics_are_relative_to_the_picture() -> None:
+    assert Intrinsics(50.0, 60.0, 40.0, 15.0, 100, 30).normalized() == [0.5, 2.0, 0.4, 0.5]
+
+
+def test_the_last_row_carries_standardized_intrinsics_which_come_back() -> None:
+    intrinsics = cameras_of(len(POSES))
+    statistics = PoseStatistics.from_dict(PoseStatistics.from_poses(POSES, intrinsics).to_dict())
+    packed = standardize(POSES, statistics, intrinsics)
+    torch.testing.assert_close(packed[:, 3, :2].std(dim=0, correction=0), torch.ones(2).double())
+    assert packed[:, 3, :2].mean(dim=0).abs().max() < 1e-12
+    assert packed[:, 3, 2:].abs().max() < 1e-12  # the principal point of all is the centre: deviation 1
+    torch.testing.assert_close(packed_intrinsics(packed, statistics), intrinsics, rtol=0, atol=1e-12)
+    torch.testing.assert_close(destandardize(packed, statistics), POSES, rtol=0, atol=1e-12)
+    assert torch.equal(packed[:, :3], standardize(POSES, PoseStatistics.from_poses(POSES))[:, :3])
+
+
+def test_without_intrinsics_in_the_statistics_there_are_none_in_the_pose() -> None:
+    plain = PoseStatistics.from_poses(POSES)
+    assert "intrinsics" not in plain.to_dict()
+    packed = standardize(POSES, plain, cameras_of(len(POSES)))
+    assert packed[:, 3].abs().max() == 0
+    assert packed_intrinsics(packed, plain) is None
+
+
+def test_a_dataset_that_packs_intrinsics_wants_them_with_every_pose() -> None:
+    with pytest.raises(PoseError, match="packs intrinsics with every pose, but none are given"):
+        standardize(POSES, PoseStatistics.from_poses(POSES, cameras_of(len(POSES))))

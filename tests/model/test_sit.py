@@ -60,3 +60,22 @@ def test_a_fresh_model_is_the_zero_velocity() -> None:
     out = fresh(torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64))
     assert out.shape == (2, 4, 8, 8)
     assert out.abs().max() == 0
+
+
+def test_a_pose_is_a_condition_only_of_a_model_that_asks_for_one() -> None:
+    torch.manual_seed(0)
+    plain = SiT(input_size=8, patch_size=4, in_channels=4, hidden_size=32, depth=2, num_heads=2)
+    conditioned = SiT(
+        input_size=8, patch_size=4, in_channels=4, hidden_size=32, depth=2, num_heads=2, pose_condition=True
+    )
+    extra = conditioned.state_dict().keys() - plain.state_dict().keys()
+    assert {name.split(".")[0] for name in extra} == {"pose_embedder"}
+    for module in conditioned.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.1)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    poses = torch.randn(2, 4, 4)
+    out = conditioned(x, t, y, None, poses)
+    assert not torch.allclose(out, conditioned(x, t, y, None, poses + 0.1), atol=1e-4)
+    with pytest.raises(AssertionError, match="a pose is given to models with pose_condition"):
+        plain(x, t, y, None, poses)

@@ -118,6 +118,9 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_the_nearest
         "model.learn_sigma=true",
         "model.mlp_ratio=2.0",
         "flow.sigma=1.0",
+        "flow.gain=3.0",
+        "flow.layout=interleaved",
+        "flow.endpoint=gaussian",
         "flow.path=gvp",
         "flow.share_at_one=0.8",
     ],
@@ -161,6 +164,43 @@ def test_validation_and_pictures_are_in_tensorboard_at_their_interval(config, tm
     tags = set(read.Tags()["scalars"])
     assert {"train/loss", "train/lr", "train/gradient_norm", "train/samples_per_second"} <= tags
     assert {"train/data_wait_share", "train/loss_by_t/0", "train/loss_by_t/1"} <= tags
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "absent"),
+    [
+        (("flow.endpoint=gaussian",), "psnr", "rotation_error_deg"),
+        (("flow.share_at_one=1.0", "flow.share_at_zero=0.0"), "rotation_error_deg", "psnr"),
+    ],
+)
+def test_validation_tells_what_the_model_can_do_and_nothing_else(config, tmp_path, overrides, there, absent):
+    train(config("train.steps=2", "train.validate_every=1", *overrides), tmp_path)
+    values = lines(tmp_path)[-1]
+    assert f"validation/{there}" in values
+    assert f"validation/{absent}" not in values
+    read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    read.Reload()
+    assert ("validation/generated_above_true" in read.Tags()["images"]) == (there == "psnr")
+
+
+def test_the_gaussian_endpoint_is_trained_with_the_samples_own_poses(config, tmp_path, tiny_dataset, monkeypatch):
+    """A model that sees only its condition learns to tell views apart by their poses."""
+    seen = []
+    forward = trainer_module.velocity_loss
+
+    def look(model, path, x0, x1, t, y, drop_labels):
+        seen.append((x0, model))
+        return forward(model, path, x0, x1, t, y, drop_labels)
+
+    monkeypatch.setattr(trainer_module, "velocity_loss", look)
+    settings = config("train.steps=1", "train.max_batch_per_device=5", "flow.endpoint=gaussian")
+    train(settings, tmp_path)
+    batch = BatchReader(ShardReader(tiny_dataset, "train"), settings.seed, 12).batch(0)
+    poses = torch.cat(
+        [model.__closure__[[*model.__code__.co_freevars].index("packed_pose")].cell_contents for _, model in seen]
+    )
+    assert torch.equal(poses, batch.packed_pose)
+    assert torch.cat([x0 for x0, _ in seen]).std().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_validation_changes_nothing_in_the_training(config, tmp_path):
