@@ -22,7 +22,17 @@ FIXED_STEP = {
     "heun3": ("heun3", 3),
     "rk4": ("rk4", 4),
 }
-ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun")
+# Steps of a fixed size too, from the velocities of up to eleven earlier ones; the implicit one iterates to a tolerance.
+MULTI_STEP = ("explicit_adams", "implicit_adams")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+SOLVERS = (*FIXED_STEP, *MULTI_STEP, *ADAPTIVE)
+
+
+def solver_name(method: str) -> str:
+    """torchdiffeq's name of a method; ConfigError if there is none."""
+    if method not in SOLVERS:
+        raise ConfigError(f"solver '{method}': unknown; choose one of {', '.join(SOLVERS)}")
+    return FIXED_STEP[method][0] if method in FIXED_STEP else method
 
 
 def function_evaluations(method: str, steps: int) -> int:
@@ -34,19 +44,19 @@ def generate(
     model: Model, path: Path, x0: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
 ) -> Tensor:
     """x1 [B, C, h, w] from x0: integrate from t = 0 to 1 on `steps` equal intervals."""
-    return _integrate(model, x0, y, 0.0, path.t_one, method, steps, tolerance)
+    return _integrate(model, x0, y, path.t_zero, path.t_one, method, steps, tolerance)
 
 
 def invert(
     model: Model, path: Path, x1: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
 ) -> Tensor:
     """x0 [B, C, h, w] from x1: integrate from t = 1 to 0 on `steps` equal intervals."""
-    return _integrate(model, x1, y, path.t_one, 0.0, method, steps, tolerance)
+    return _integrate(model, x1, y, path.t_one, path.t_zero, method, steps, tolerance)
 
 
 def invert_at_arrival(model: Model, path: Path, x1: Tensor, y: Tensor, steps: int) -> Tensor:
     """x0 by explicit Euler with the velocity taken at the time of arrival, t - h, as the source's code does it."""
-    times = torch.linspace(path.t_one, 0.0, steps + 1, dtype=x1.dtype, device=x1.device)
+    times = torch.linspace(path.t_one, path.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
     x = x1
     for start, stop in itertools.pairwise(times):
         x = x + (stop - start) * model(x, stop.expand(len(x)), y)
@@ -56,13 +66,11 @@ def invert_at_arrival(model: Model, path: Path, x1: Tensor, y: Tensor, steps: in
 def _integrate(
     model: Model, x: Tensor, y: Tensor, start: float, stop: float, method: str, steps: int, tolerance: float
 ) -> Tensor:
-    """An adaptive method's step control takes its error norm over the whole batch, so its result depends on it."""
-    if method not in FIXED_STEP and method not in ADAPTIVE:
-        raise ConfigError(f"solver '{method}': unknown; choose one of {', '.join([*FIXED_STEP, *ADAPTIVE])}")
+    """A tolerance (adaptive methods, implicit_adams) is met over the whole batch, so that a result depends on it."""
+    name = solver_name(method)
     times = torch.linspace(start, stop, steps + 1, dtype=x.dtype, device=x.device)
 
     def velocity(t: Tensor, x_t: Tensor) -> Tensor:
         return model(x_t, t.expand(len(x_t)), y)
 
-    name = FIXED_STEP[method][0] if method in FIXED_STEP else method
     return odeint(velocity, x, times, method=name, rtol=tolerance, atol=tolerance)[-1]

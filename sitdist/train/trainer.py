@@ -27,9 +27,10 @@ from sitdist.data.store import Store, open_store
 from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import pose_endpoint, sample_times
-from sitdist.flow.loss import velocity_loss
+from sitdist.flow.loss import flow_loss, training_interval
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
+from sitdist.model.pretrained import initialize_from
 from sitdist.runtime import Agreement, StopSignal, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.build import build_model, build_optimizer, load_matching_codec
@@ -81,11 +82,12 @@ def make_inputs(batch: Batch, config: Config, device: torch.device) -> Inputs:
     def uniform(stream: str, count: int) -> Tensor:
         return draws.uniform(config.seed, stream, positions, count)
 
-    dropout = config.model.class_dropout_prob
+    flow, dropout = config.flow, config.model.class_dropout_prob
+    interval = training_interval(get_path(flow.path), flow.prediction, flow.loss_weight)
     return Inputs(
-        x0=pose_endpoint(batch.packed_pose, normal("noise"), config.flow.sigma),
+        x0=pose_endpoint(batch.packed_pose, normal("noise"), flow.sigma),
         x1=draw_latent(moments, normal("posterior")),
-        t=sample_times(uniform("time", 2), config.flow.share_at_one, config.flow.share_at_zero),
+        t=sample_times(uniform("time", 2), flow.share_at_one, flow.share_at_zero, interval),
         y=batch.label,
         drop_labels=uniform("dropout", 1)[:, 0] < dropout if dropout > 0 else None,
     )
@@ -131,7 +133,7 @@ class Trainer:
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
             reader = self._open_reader(store)
-            self.path = get_path(config.flow.path)
+            self.path = get_path(config.flow.path, config.flow.prediction)
             torch.manual_seed(config.seed)
             self.raw_model = build_model(config.model, manifest).to(device)
             self.ema = Ema(self.raw_model, config.train.ema_decay)
@@ -146,6 +148,9 @@ class Trainer:
         with agreement.together():
             if start is not None:
                 self._go_on_from(newest or checkpoints.read_checkpoint(checkpoints.folder_of(run, start)))
+            elif config.model.init_from is not None:
+                log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
+                self.ema = Ema(self.raw_model, config.train.ema_decay)
         self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
 
         # ---- what watches it
@@ -234,8 +239,16 @@ class Trainer:
             drop_labels = None if inputs.drop_labels is None else inputs.drop_labels[part]
             is_last = start == starts[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = velocity_loss(
-                    self.model, self.path, inputs.x0[part], inputs.x1[part], inputs.t[part], inputs.y[part], drop_labels
+                loss = flow_loss(
+                    self.model,
+                    self.path,
+                    inputs.x0[part],
+                    inputs.x1[part],
+                    inputs.t[part],
+                    inputs.y[part],
+                    drop_labels,
+                    self.config.flow.prediction,
+                    self.config.flow.loss_weight,
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
                 self.accelerator.backward(loss.sum() * share)

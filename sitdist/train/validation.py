@@ -15,7 +15,9 @@ from sitdist.errors import ConfigError
 from sitdist.flow import draws
 from sitdist.flow.endpoint import pose_endpoint
 from sitdist.flow.estimate import estimate_pose
+from sitdist.flow.path import Path as FlowPath
 from sitdist.flow.path import get_path
+from sitdist.flow.predict import velocity_model
 from sitdist.flow.solve import generate
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -55,7 +57,9 @@ class Validation:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> ValidationResult:
         """One-step pose errors and generated views of `model`; one process is enough."""
-        path, batch = get_path(self._config.flow.path), self._config.evaluate.batch
+        flow, batch = self._config.flow, self._config.evaluate.batch
+        path = get_path(flow.path, flow.prediction)
+        model = velocity_model(model, path, flow.prediction)
         estimates = [
             estimate_pose(model, path, latents, labels, self._statistics).camera_to_world
             for latents, labels in zip(self._latents.split(batch), self._labels.split(batch), strict=True)
@@ -69,9 +73,9 @@ class Validation:
             "translation_error": float(translation.mean()),
             "translation_error_median": float(translation.median()),
         }
-        return ValidationResult(scalars, self._picture(model))
+        return ValidationResult(scalars, self._picture(model, path))
 
-    def _picture(self, model: nn.Module) -> Tensor:
+    def _picture(self, model: nn.Module, path: FlowPath) -> Tensor:
         from torchvision.utils import make_grid
 
         count, shape = len(self._packed_poses), self._latents.shape[1:]
@@ -81,7 +85,7 @@ class Validation:
         settings = self._config.evaluate
         latents = generate(
             model,
-            get_path(self._config.flow.path),
+            path,
             x0,
             self._labels[:count],
             settings.generator,

@@ -8,7 +8,7 @@ import torch
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint, sample_times
 from sitdist.flow.estimate import estimate_pose
-from sitdist.flow.loss import velocity_loss
+from sitdist.flow.loss import flow_loss
 from sitdist.flow.path import get_path
 from sitdist.flow.solve import FIXED_STEP, generate, invert, invert_at_arrival
 from sitdist.geometry.camera import shell_cameras
@@ -66,10 +66,8 @@ def test_every_estimator_reads_the_pose_off_a_perfect_flow() -> None:
 def test_loss_is_zero_for_the_true_velocity_and_the_mean_square_otherwise() -> None:
     x0, x1 = torch.randn(2, 2, 4, 4, 4)
     t = torch.tensor([0.2, 1.0])
-    assert velocity_loss(lambda x, t, y, d: x1 - x0, LINEAR, x0, x1, t, Y).abs().max() == 0
-    torch.testing.assert_close(
-        velocity_loss(lambda x, t, y, d: x1 - x0 + 3, LINEAR, x0, x1, t, Y), torch.full((2,), 9.0)
-    )
+    assert flow_loss(lambda x, t, y, d: x1 - x0, LINEAR, x0, x1, t, Y).abs().max() == 0
+    torch.testing.assert_close(flow_loss(lambda x, t, y, d: x1 - x0 + 3, LINEAR, x0, x1, t, Y), torch.full((2,), 9.0))
 
 
 def test_times_have_the_asked_shares_at_the_ends_and_are_uniform_between() -> None:
