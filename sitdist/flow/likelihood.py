@@ -14,12 +14,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from sitdist.errors import ConfigError
 from sitdist.flow import draws
 from sitdist.flow.path import Path
-from sitdist.flow.solve import Model, solver_name
+from sitdist.flow.solve import Model, integrate
 from sitdist.geometry.packing import pack, unpack
 
 
@@ -99,16 +98,15 @@ def log_likelihood(
     `probes` [K, B, C, h, w] have mean 0 and unit covariance, such as `rademacher`'s; they stay the same along the
     trajectory, so that it is that of one ODE. The estimate is unbiased, its variance falls as 1 / K.
     """
-    name = solver_name(method)
     times = torch.linspace(path.t_one, path.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
 
     def derivatives(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return _velocity_and_divergence(model, state[0], t.expand(len(x1)), y, probes.to(x1.dtype))
 
     start = (x1, torch.zeros(len(x1), dtype=x1.dtype, device=x1.device))
-    x, gathered = odeint(derivatives, start, times, method=name, rtol=tolerance, atol=tolerance)
+    x0, gathered = integrate(derivatives, start, times, method, tolerance)
     # Integrated from 1 down to 0, what is gathered is minus the integral of the divergence.
-    return Likelihood(base.log_density(x[-1]) + gathered[-1].double(), x[-1])
+    return Likelihood(base.log_density(x0) + gathered.double(), x0)
 
 
 def _velocity_and_divergence(model: Model, x: Tensor, t: Tensor, y: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,10 @@ class SdeOptions:
         ):
             if value not in choices:
                 raise ConfigError(f"SDE {what} '{value}': unknown; choose one of {', '.join(map(str, choices))}")
+        if self.steps < 1:
+            raise ConfigError(f"SDE steps {self.steps}: should be 1 or more")
+        if self.norm <= 0.0:
+            raise ConfigError(f"SDE norm {self.norm:g}: should be above 0")
         if self.last_step is not None and not 0.0 < self.last_step_size < 1.0:
             raise ConfigError(f"SDE last_step_size {self.last_step_size:g}: should be between 0 and 1, such as 0.04")
 
