@@ -350,13 +350,10 @@ class FlowConfig(Schema):
                 f"loss_weight {self.loss_weight} weights the errors of x0 or the score, and the prediction is velocity;"
                 " set it to none, or prediction to x0"
             )
-        if self.share_at_one > 0 and (self.prediction == "score" or self.loss_weight == "likelihood"):
-            what = (
-                "loss says nothing of the score"
-                if self.loss_weight != "likelihood"
-                else "likelihood weight is infinite"
-            )
-            raise ValueError(f"at t = 1 the {what}; set share_at_one to 0")
+        if self.share_at_one > 0 and self.loss_weight == "likelihood":
+            raise ValueError("at t = 1 the likelihood weight is infinite; set share_at_one to 0")
+        if self.share_at_one > 0 and self.prediction == "score":
+            raise ValueError("at t = 1 the loss says nothing of the score; set share_at_one to 0")
         if self.share_at_zero > 0 and self.loss_weight != "none":
             raise ValueError(f"at t = 0 the {self.loss_weight} weight is infinite; set share_at_zero to 0")
         return self

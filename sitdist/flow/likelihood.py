@@ -19,7 +19,6 @@ from sitdist.errors import ConfigError
 from sitdist.flow import draws
 from sitdist.flow.path import Path
 from sitdist.flow.solve import Model, integrate
-from sitdist.geometry.packing import pack, unpack
 
 
 class Base(Protocol):
@@ -38,28 +37,25 @@ class GaussianBase:
 
 
 class PoseBase:
-    """The mixture of N(pack(pose_i), sigma^2 I), in equal parts, over packed training poses [N, 4, 4].
+    """The mixture of N(mean_i, sigma^2 I), in equal parts, over the x0 of the training poses without noise.
 
-    ConfigError if sigma is 0: x0 then lies on the poses alone and has no density.
+    `means` [N, C, h, w]: such as pose_endpoint(packed_poses, zeros, 0). ConfigError if sigma is 0: x0 then lies on the
+    poses alone and has no density.
     """
 
-    def __init__(self, packed_poses: Tensor, sigma: float) -> None:
+    def __init__(self, means: Tensor, sigma: float) -> None:
         if sigma <= 0:
             raise ConfigError(
                 f"flow.sigma = {sigma:g}: without noise on the packed poses x0 has no density, so there is no "
                 "likelihood; train with flow.sigma above 0"
             )
-        self.packed_poses, self.sigma = packed_poses.double(), sigma
+        self.means, self.sigma = means, sigma
 
     def log_density(self, x0: Tensor) -> Tensor:
-        """Packing repeats every entry equally often, so |x0 - pack(p)|^2 splits into x0's own part and one of p."""
-        x0 = x0.double()
-        shape, entries = x0.shape[1:], unpack(x0).flatten(1)  # [B, 16]
-        outside = (x0 - pack(entries.reshape(-1, 4, 4), *shape)).flatten(1).square().sum(dim=1)  # [B]
-        repeats = shape.numel() / entries.shape[1]
-        inside = repeats * torch.cdist(entries, self.packed_poses.to(x0.device).flatten(1)).square()  # [B, N]
-        logs = _normal(outside[:, None] + inside, shape.numel(), self.sigma)
-        return logs.logsumexp(dim=1) - math.log(len(self.packed_poses))
+        x = x0.double().flatten(1)  # [B, D]
+        chunks = self.means.to(x.device).flatten(1).split(4096)
+        squares = torch.cat([torch.cdist(x, chunk.double()).square() for chunk in chunks], dim=1)  # [B, N]
+        return _normal(squares, x.shape[1], self.sigma).logsumexp(dim=1) - math.log(len(self.means))
 
 
 def _normal(square: Tensor, dimensions: int, sigma: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ class VelocityModel(nn.Module):
         super().__init__()
         self.network, self.path, self.prediction = network, path, check_prediction(prediction)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None = None) -> Tensor:
-        """Velocity at `x_t` [B, C, h, w], times `t` [B] between the path's t_zero and t_one, labels `y` [B]."""
-        output = self.network(x_t, t, y, drop_labels)
+    def forward(self, x_t: Tensor, t: Tensor, *conditions: Any, **named: Any) -> Tensor:
+        """Velocity at `x_t` [B, C, h, w], times `t` [B] between the path's t_zero and t_one; the rest is passed on."""
+        output = self.network(x_t, t, *conditions, **named)
         convert = self.path.velocity_from_x0 if self.prediction == "x0" else self.path.velocity_from_score
         return convert(output.to(x_t.dtype), x_t, t)
 

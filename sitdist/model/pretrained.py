@@ -54,15 +54,16 @@ def initialize_from(model: SiT, path: Path) -> Initialization:
     theirs, report = read_weights(path), Initialization(path)
     ours = model.state_dict()
     _check_same_transformer(ours, theirs, path)
+    same_patches = theirs[PATCHES].shape[1:] == ours[PATCHES].shape[1:]
     for name, tensor in ours.items():
         given = theirs.get(name)
         if given is None:
             report.fresh.append(name)
-        elif given.shape == tensor.shape:
+        elif given.shape == tensor.shape and (same_patches or name not in FINAL):
             ours[name] = given
             report.kept.append(name)
         else:
-            fitted = _fit(model, name, given, tensor)
+            fitted = None if name in FINAL and not same_patches else _fit(model, name, given, tensor)
             sizes = f"{name} ({_shape(given)} to {_shape(tensor)})"
             (report.fresh if fitted is None else report.adapted).append(sizes)
             ours[name] = tensor if fitted is None else fitted
@@ -110,11 +111,9 @@ def _fit_labels(model: SiT, given: Tensor, tensor: Tensor) -> Tensor:
     return fitted
 
 
-def _fit_final(model: SiT, given: Tensor, tensor: Tensor) -> Tensor | None:
+def _fit_final(model: SiT, given: Tensor, tensor: Tensor) -> Tensor:
     """Rows run over (place in the patch, channel), the learned variances being the second half of the channels."""
     places, channels = model.patch_size**2, model.in_channels
-    if len(given) not in (places * channels, 2 * places * channels) or given.shape[1:] != tensor.shape[1:]:
-        return None
     fitted = tensor.clone().unflatten(0, (places, -1))
     fitted[:, :channels] = given.unflatten(0, (places, -1))[:, :channels]
     return fitted.flatten(0, 1)

@@ -7,6 +7,7 @@ import torch
 from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
+from sitdist.flow.endpoint import pose_endpoint
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.flow.path import PATHS, get_path
 from sitdist.geometry.packing import pack
@@ -74,14 +75,17 @@ def test_density_of_the_pose_endpoint_is_the_mixture_over_the_training_poses(sha
         torch.distributions.Normal(pack(pose[None], *shape), sigma).log_prob(x0).flatten(1).sum(dim=1) for pose in poses
     ]
     expected = torch.stack(parts).logsumexp(dim=0) - math.log(7)
-    torch.testing.assert_close(PoseBase(poses, sigma).log_density(x0), expected)
+    torch.testing.assert_close(
+        PoseBase(pose_endpoint(poses, torch.zeros(7, *shape, dtype=torch.float64), 0.0), sigma).log_density(x0),
+        expected,
+    )
 
 
 def test_likelihood_over_the_pose_endpoint_is_the_density_carried_along() -> None:
     """x1 = e^1.5 x0 on dx/dt = (1 + t) x, so the density is that of x0 less 1.5 for every number."""
     path, poses = get_path("linear"), torch.randn(5, 4, 4, dtype=torch.float64)
     x0 = pack(poses[:3], *SHAPE) + 0.1 * torch.randn(3, *SHAPE, dtype=torch.float64)
-    base = PoseBase(poses, 0.1)
+    base = PoseBase(pack(poses, *SHAPE), 0.1)
     probes = rademacher(0, torch.arange(3), 1, SHAPE)
     result = log_likelihood(
         lambda x, t, y: (1 + t).reshape(-1, 1, 1, 1) * x, path, math.exp(1.5) * x0, Y[:3], base, probes, "rk4", 40
@@ -91,7 +95,7 @@ def test_likelihood_over_the_pose_endpoint_is_the_density_carried_along() -> Non
 
 def test_without_noise_on_the_poses_there_is_no_likelihood() -> None:
     with pytest.raises(ConfigError, match=r"flow.sigma = 0: .*x0 has no density.*train with flow.sigma above 0"):
-        PoseBase(torch.zeros(3, 4, 4), 0.0)
+        PoseBase(torch.zeros(3, *SHAPE), 0.0)
 
 
 def test_probes_are_signs_of_their_position_alone() -> None:

@@ -33,7 +33,7 @@ def test_velocity_weight_makes_the_loss_the_squared_error_of_the_velocity(name: 
     x0, x1, output = torch.randn(3, 2, 4, 4, 4)
 
     class Network(torch.nn.Module):
-        def forward(self, x, t, y, drop):
+        def forward(self, *_):
             return output
 
     sample = path.sample(x0, x1, T)

@@ -26,20 +26,22 @@ def sampled(path, options, flow=None, seed=0):
 @pytest.mark.parametrize("method", SDE_METHODS)
 @pytest.mark.parametrize("form", DIFFUSIONS)
 def test_marginals_are_those_of_the_ode(form: str, method: str) -> None:
+    steps = 200 if form == "SBDM" else 60  # its diffusion is nearly infinite where it begins
     for name in PATHS:
         path = get_path(name)
         flow = GaussianFlow(path)
-        x1 = sampled(path, SdeOptions(method, 60, form, 0.5, "Mean", 0.01), flow)
+        x1 = sampled(path, SdeOptions(method, steps, form, 0.5, "Mean", 0.01), flow)
         # x0 to x1 by the ODE: mean + deviation * x0, up to the solver's error of O(1 / steps)
         assert x1.mean() == pytest.approx(flow.mean, abs=0.05), name
         assert x1.std() == pytest.approx(flow.deviation, abs=0.05), name
 
 
-@pytest.mark.parametrize("method", SDE_METHODS)
-def test_the_bias_falls_with_the_number_of_steps(method: str) -> None:
+@pytest.mark.parametrize(("method", "coarse"), [("euler_maruyama", 8), ("heun", 2)])
+def test_the_bias_falls_with_the_number_of_steps(method: str, coarse: int) -> None:
     path = get_path("linear")
     bias = [
-        abs(sampled(path, SdeOptions(method, steps, "sigma", 2.0, "Euler", 0.001)).var() - 0.25) for steps in (8, 64)
+        abs(sampled(path, SdeOptions(method, steps, "sigma", 2.0, "Euler", 0.001)).var() - 0.25)
+        for steps in (coarse, 64)
     ]
     assert bias[1] < 0.5 * bias[0]
 
