@@ -321,7 +321,10 @@ SIT_PRESETS = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in (2,
 
 
 class ModelConfig(Schema):
-    """Size of the transformer: a published preset such as SiT-B/8, or free sizes. The data give the latent's shape."""
+    """Size of the transformer: a published preset such as SiT-B/8, or free sizes. The data give the latent's shape.
+
+    `init_from`: a file of weights to start from, a published SiT checkpoint (.pt) or a .safetensors.
+    """
 
     preset: str | None = None
     patch_size: Positive | None = None
@@ -332,6 +335,7 @@ class ModelConfig(Schema):
     num_classes: Positive = 1
     class_dropout_prob: Share = 0.1
     learn_sigma: bool = False
+    init_from: Word | None = None
 
     @field_validator("preset")
     @classmethod
@@ -375,6 +379,8 @@ class FlowConfig(Schema):
     sigma: Annotated[float, Field(ge=0)] = 0.1
     gain: Annotated[float, Field(gt=0)] = 1.0
     layout: Literal["quadrants", "interleaved"] = "quadrants"
+    prediction: Literal["velocity", "x0", "score"] = "velocity"
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     share_at_one: Share = 0.25
     share_at_zero: Share = 0.15
 
@@ -420,6 +426,26 @@ class FlowConfig(Schema):
     def why_no_picture(self) -> str | None:
         """Why a model that was trained so renders no picture of a pose; None if it does."""
         return "the model was trained at t = 1 alone, as a regressor of the pose" if self.share_at_one == 1 else None
+
+    @model_validator(mode="after")
+    def _prediction(self) -> FlowConfig:
+        if self.prediction == "score" and self.endpoint != "gaussian":
+            raise ValueError(
+                f"prediction score needs the gaussian endpoint, not '{self.endpoint}', because score = -E[x0 | x_t] / "
+                "sigma(t) holds for x0 ~ N(0, I) only; set prediction to velocity or x0"
+            )
+        if self.prediction == "velocity" and self.loss_weight != "none":
+            raise ValueError(
+                f"loss_weight {self.loss_weight} weights the errors of x0 or the score, and the prediction is velocity;"
+                " set it to none, or prediction to x0"
+            )
+        if self.share_at_one > 0 and self.loss_weight == "likelihood":
+            raise ValueError("at t = 1 the likelihood weight is infinite; set share_at_one to 0")
+        if self.share_at_one > 0 and self.prediction == "score":
+            raise ValueError("at t = 1 the loss says nothing of the score; set share_at_one to 0")
+        if self.share_at_zero > 0 and self.loss_weight != "none":
+            raise ValueError(f"at t = 0 the {self.loss_weight} weight is infinite; set share_at_zero to 0")
+        return self
 
 
 class OptimizerConfig(Schema):

@@ -90,6 +90,17 @@ def refusal(schema, values):
         ),
         ("flow.gain", 0.0, "flow.gain = 0.0: input should be greater than 0"),
         ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set share_at_one and"),
+        ("flow.prediction", "noise", "flow.prediction = 'noise': input should be 'velocity', 'x0' or 'score'"),
+        ("flow", {"prediction": "score"}, "flow: prediction score needs the gaussian endpoint, not 'pose', because"),
+        ("flow", {"loss_weight": "velocity"}, "flow: loss_weight velocity weights the errors of x0 or the score, and"),
+        (
+            *("flow", {"prediction": "x0", "loss_weight": "likelihood", "share_at_zero": 0.0}),
+            "flow: at t = 1 the likelihood weight is infinite; set share_at_one to 0",
+        ),
+        (
+            *("flow", {"prediction": "x0", "loss_weight": "velocity"}),
+            "flow: at t = 0 the velocity weight is infinite; set share_at_zero to 0",
+        ),
         ("model", {"preset": "SiT-B/3"}, "model.preset = 'SiT-B/3': 'SiT-B/3' is not a published size; did you mean"),
         ("model.preset", "SiT-B/8", "model: preset SiT-B/8 already fixes ['depth', 'hidden_size', 'num_heads',"),
         ("model.depth", ..., "model: give preset, or all of patch_size, hidden_size, depth, num_heads; missing: "),

@@ -3,6 +3,7 @@
     x_t = alpha(t) x1 + sigma(t) x0        velocity = d x_t / dt
 
 Elsewhere the words are `generate` (0 -> 1) and `invert` (1 -> 0). Paths and their coefficients: Ma et al., "SiT", 2024.
+What is said of the score, the gradient of log p(x_t), holds for x0 ~ N(0, I) only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from sitdist.errors import ConfigError
 
+EPSILON = 1e-3  # how near samplers come to a time at which something is infinite, as the published ones do
+PREDICTIONS = ("velocity", "x0", "score")
+
 
 @dataclass(frozen=True)
 class PathSample:
@@ -25,10 +29,12 @@ class PathSample:
 
 
 class Path:
-    """An interpolant between x0 and x1; `t_one` is the latest time at which its velocity is finite."""
+    """An interpolant between x0 and x1; samplers look at it from `t_zero` to `t_one`, where its velocity is finite."""
 
     name: str
+    t_zero: float = 0.0
     t_one: float = 1.0
+    starts_without_x1: bool = True  # alpha(0) = 0: at t = 0, nothing is known of x1 but through a velocity
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """alpha, sigma and their derivatives by t, each of the shape of `t`."""
@@ -36,13 +42,31 @@ class Path:
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample:
         """The point at times `t` [B] between `x0` and `x1` [B, C, h, w], and its velocity."""
-        alpha, sigma, d_alpha, d_sigma = self.coefficients(_like(t, x0))
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(like(t, x0))
         return PathSample(alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0)
 
     def posterior_x0(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t] from the velocity at `x_t` [B, C, h, w], times `t` [B] (linear path at 1: x1 - velocity)."""
-        alpha, sigma, d_alpha, d_sigma = self.coefficients(_like(t, x_t))
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(like(t, x_t))
         return (alpha * velocity - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
+
+    def posterior_x1(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """E[x1 | x_t] from the velocity at `x_t` [B, C, h, w], times `t` [B] (linear path at 0: x0 + velocity)."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(like(t, x_t))
+        return (d_sigma * x_t - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+
+    def velocity_from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity from E[x0 | x_t]; infinite where alpha is 0. The inverse of `posterior_x0`."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(like(t, x_t))
+        return (d_alpha * x_t + (alpha * d_sigma - d_alpha * sigma) * x0) / alpha
+
+    def score_from_velocity(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The score, -E[x0 | x_t] / sigma (Tweedie's formula); infinite where sigma is 0."""
+        return -self.posterior_x0(velocity, x_t, t) / self.coefficients(like(t, x_t))[1]
+
+    def velocity_from_score(self, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The inverse of `score_from_velocity`; infinite where alpha is 0."""
+        return self.velocity_from_x0(-self.coefficients(like(t, x_t))[1] * score, x_t, t)
 
 
 class LinearPath(Path):
@@ -66,10 +90,14 @@ class GvpPath(Path):
 
 
 class VpPath(Path):
-    """The variance-preserving diffusion with rates from 0.1 to 20 (Song et al. 2021), running from noise to data."""
+    """The variance-preserving diffusion with rates from 0.1 to 20 (Song et al. 2021), running from noise to data.
+
+    Its sigma is a root near t = 1, so its velocity is infinite there; at t = 0 it still holds 0.7% of x1.
+    """
 
     name = "vp"
-    t_one = 1.0 - 1e-5
+    t_one = 1.0 - EPSILON
+    starts_without_x1 = False
     rate_min, rate_max = 0.1, 20.0
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,12 +111,29 @@ class VpPath(Path):
 PATHS: dict[str, type[Path]] = {path.name: path for path in (LinearPath, GvpPath, VpPath)}
 
 
-def get_path(name: str) -> Path:
-    """The path called `name`; ConfigError if there is none."""
+def get_path(name: str, prediction: str = "velocity") -> Path:
+    """The path called `name`, for a network that predicts `prediction`; ConfigError if there is none.
+
+    t_zero and t_one are where the velocity that follows from the prediction is finite: alpha divides for x0 and score,
+    and a score is itself infinite where sigma is 0.
+    """
     if name not in PATHS:
         raise ConfigError(f"flow.path = '{name}': unknown; choose one of {', '.join(PATHS)}")
-    return PATHS[name]()
+    path = PATHS[name]()
+    if check_prediction(prediction) != "velocity" and path.starts_without_x1:
+        path.t_zero = EPSILON
+    if prediction == "score":
+        path.t_one = 1.0 - EPSILON
+    return path
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def check_prediction(prediction: str) -> str:
+    """`prediction`, or ConfigError if it is none of PREDICTIONS."""
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"flow.prediction = '{prediction}': unknown; choose one of {', '.join(PREDICTIONS)}")
+    return prediction
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """Times [B] in the type of `x` [B, ...], with ones for its other dimensions."""
     return t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # [B, 1, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,29 @@ FIXED_STEP = {
     "heun3": ("heun3", 3),
     "rk4": ("rk4", 4),
 }
-ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun")
+# Steps of a fixed size too, from the velocities of earlier ones; the implicit one iterates to the tolerance.
+MULTI_STEP = ("explicit_adams", "implicit_adams")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+SOLVERS = (*FIXED_STEP, *MULTI_STEP, *ADAPTIVE)
+
+
+def integrate(derivative: Callable[..., Any], state: Any, times: Tensor, method: str, tolerance: float) -> Any:
+    """torchdiffeq's odeint from times[0] to times[-1]: the last state; ConfigError if there is no such method.
+
+    `times` [steps + 1] are the steps of the methods whose steps have a fixed size. An adaptive one ends on the last of
+    them instead of interpolating from beyond, where a velocity may be infinite. A tolerance (adaptive methods,
+    implicit_adams) is met over the whole batch, so that a result depends on it.
+    """
+    if method not in SOLVERS:
+        raise ConfigError(f"solver '{method}': unknown; choose one of {', '.join(SOLVERS)}")
+    name, options = FIXED_STEP[method][0] if method in FIXED_STEP else method, dict[str, Any]()
+    if method in MULTI_STEP:
+        options = {"max_order": 5}  # order 4; of order 11, torchdiffeq's default, the explicit one is not stable
+    elif method in ADAPTIVE:
+        times = times[[0, -1]]
+        options = {} if method == "scipy_solver" else {"step_t": times[-1:]}
+    out = odeint(derivative, state, times, method=name, rtol=tolerance, atol=tolerance, options=options)
+    return tuple(each[-1] for each in out) if isinstance(state, tuple) else out[-1]
 
 
 def function_evaluations(method: str, steps: int) -> int:
@@ -34,19 +57,19 @@ def generate(
     model: Model, path: Path, x0: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
 ) -> Tensor:
     """x1 [B, C, h, w] from x0: integrate from t = 0 to 1 on `steps` equal intervals."""
-    return _integrate(model, x0, y, 0.0, path.t_one, method, steps, tolerance)
+    return _integrate(model, x0, y, path.t_zero, path.t_one, method, steps, tolerance)
 
 
 def invert(
     model: Model, path: Path, x1: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
 ) -> Tensor:
     """x0 [B, C, h, w] from x1: integrate from t = 1 to 0 on `steps` equal intervals."""
-    return _integrate(model, x1, y, path.t_one, 0.0, method, steps, tolerance)
+    return _integrate(model, x1, y, path.t_one, path.t_zero, method, steps, tolerance)
 
 
 def invert_at_arrival(model: Model, path: Path, x1: Tensor, y: Tensor, steps: int) -> Tensor:
     """x0 by explicit Euler with the velocity taken at the time of arrival, t - h, as the source's code does it."""
-    times = torch.linspace(path.t_one, 0.0, steps + 1, dtype=x1.dtype, device=x1.device)
+    times = torch.linspace(path.t_one, path.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
     x = x1
     for start, stop in itertools.pairwise(times):
         x = x + (stop - start) * model(x, stop.expand(len(x)), y)
@@ -56,13 +79,9 @@ def invert_at_arrival(model: Model, path: Path, x1: Tensor, y: Tensor, steps: in
 def _integrate(
     model: Model, x: Tensor, y: Tensor, start: float, stop: float, method: str, steps: int, tolerance: float
 ) -> Tensor:
-    """An adaptive method's step control takes its error norm over the whole batch, so its result depends on it."""
-    if method not in FIXED_STEP and method not in ADAPTIVE:
-        raise ConfigError(f"solver '{method}': unknown; choose one of {', '.join([*FIXED_STEP, *ADAPTIVE])}")
     times = torch.linspace(start, stop, steps + 1, dtype=x.dtype, device=x.device)
 
     def velocity(t: Tensor, x_t: Tensor) -> Tensor:
         return model(x_t, t.expand(len(x_t)), y)
 
-    name = FIXED_STEP[method][0] if method in FIXED_STEP else method
-    return odeint(velocity, x, times, method=name, rtol=tolerance, atol=tolerance)[-1]
+    return integrate(velocity, x, times, method, tolerance)

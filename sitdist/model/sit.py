@@ -12,6 +12,8 @@ from timm.layers import GELUTanh, Mlp, PatchEmbed
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
+from sitdist.errors import ConfigError
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Affine change of tokens [B, T, D] by a per-sample shift and scale [B, D]."""
@@ -42,11 +44,16 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.may_drop = num_classes, dropout_prob > 0
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y: Tensor, drop_labels: Tensor | None = None) -> Tensor:
         if drop_labels is not None:
+            if not self.may_drop:
+                raise ConfigError(
+                    "model.class_dropout_prob = 0: trained without dropping labels, the model has no velocity without "
+                    "a label and cannot be guided; train it with class_dropout_prob above 0"
+                )
             y = torch.where(drop_labels, torch.full_like(y, self.num_classes), y)
         return self.embedding_table(y)
 

@@ -32,8 +32,8 @@ from sitdist.errors import CheckpointError, ConfigError
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.path import Path as FlowPath
 from sitdist.flow.path import get_path
+from sitdist.flow.predict import velocity_model
 from sitdist.model.codec import Codec
-from sitdist.model.sit import SiT
 from sitdist.train.build import build_endpoint, build_model, load_matching_codec
 
 log = logging.getLogger(__name__)
@@ -286,9 +286,9 @@ def load_optimizer(
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and everything that is needed to use it: EMA weights, in eval mode."""
+    """A trained model of the velocity and everything that is needed to use it: EMA weights, in eval mode."""
 
-    model: SiT
+    model: nn.Module
     path: FlowPath
     codec: Codec
     manifest: DatasetManifest
@@ -308,11 +308,12 @@ def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = N
         raise CheckpointError(f"{run}: has no whole checkpoint; train first with `sitdist train CONFIG --out {run}`")
     manifest = _dataset_of(run, checkpoint)
     endpoint = build_endpoint(config.flow)
+    path = get_path(config.flow.path, config.flow.prediction)
     model = build_model(config.model, manifest, endpoint)
     load_tensors(model, checkpoint.tensors["ema"], checkpoint.folder / "ema.safetensors")
     return LoadedRun(
-        model=model.to(device).eval().requires_grad_(False),
-        path=get_path(config.flow.path),
+        model=velocity_model(model, path, config.flow.prediction).to(device).eval().requires_grad_(False),
+        path=path,
         codec=load_matching_codec(run / "codec", manifest, device),
         manifest=manifest,
         config=config,

@@ -27,9 +27,10 @@ from sitdist.data.store import Store, open_store
 from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
-from sitdist.flow.loss import velocity_loss
+from sitdist.flow.loss import flow_loss, training_interval
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
+from sitdist.model.pretrained import initialize_from
 from sitdist.runtime import Agreement, StopSignal, count_nodes, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
@@ -85,11 +86,12 @@ def make_inputs(batch: Batch, config: Config, device: torch.device) -> Inputs:
     def uniform(stream: str, count: int) -> Tensor:
         return draws.uniform(config.seed, stream, positions, count)
 
-    dropout = config.model.class_dropout_prob
+    flow, dropout = config.flow, config.model.class_dropout_prob
+    interval = training_interval(get_path(flow.path), flow.prediction, flow.loss_weight)
     return Inputs(
         x0=build_endpoint(config.flow).x0(batch.packed_pose, normal("noise")),
         x1=draw_latent(moments, normal("posterior")),
-        t=sample_times(uniform("time", 2), config.flow.share_at_one, config.flow.share_at_zero),
+        t=sample_times(uniform("time", 2), flow.share_at_one, flow.share_at_zero, interval),
         y=batch.label,
         drop_labels=uniform("dropout", 1)[:, 0] < dropout if dropout > 0 else None,
         packed_pose=batch.packed_pose,
@@ -136,7 +138,8 @@ class Trainer:
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
             reader = self._open_reader(store)
-            self.path, self.endpoint = get_path(config.flow.path), build_endpoint(config.flow)
+            self.path = get_path(config.flow.path, config.flow.prediction)
+            self.endpoint = build_endpoint(config.flow)
             torch.manual_seed(config.seed)
             self.raw_model = build_model(config.model, manifest, self.endpoint).to(device)
             self.ema = Ema(self.raw_model, config.train.ema_decay)
@@ -151,6 +154,9 @@ class Trainer:
         with agreement.together():
             if start is not None:
                 self._go_on_from(newest or checkpoints.read_checkpoint(checkpoints.folder_of(run, start)))
+            elif config.model.init_from is not None:
+                log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
+                self.ema = Ema(self.raw_model, config.train.ema_decay)
         self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
 
         # ---- what watches it
@@ -241,8 +247,16 @@ class Trainer:
             is_last = start == starts[-1]
             model = self.endpoint.conditioned(self.model, inputs.packed_pose[part])
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = velocity_loss(
-                    model, self.path, inputs.x0[part], inputs.x1[part], inputs.t[part], inputs.y[part], drop_labels
+                loss = flow_loss(
+                    model,
+                    self.path,
+                    inputs.x0[part],
+                    inputs.x1[part],
+                    inputs.t[part],
+                    inputs.y[part],
+                    drop_labels,
+                    self.config.flow.prediction,
+                    self.config.flow.loss_weight,
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
                 self.accelerator.backward(loss.sum() * share)

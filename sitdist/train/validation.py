@@ -15,6 +15,7 @@ from sitdist.errors import ConfigError
 from sitdist.flow import draws
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.path import get_path
+from sitdist.flow.predict import velocity_model
 from sitdist.flow.solve import generate
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -46,7 +47,8 @@ class Validation:
         indices = list(range(min(views, config.train.validation_views)))
         pictured = indices[: config.train.picture_views]
         self._config, self._codec, self._device = config, codec, device
-        self._path, self._endpoint = get_path(config.flow.path), build_endpoint(config.flow)
+        self._endpoint = build_endpoint(config.flow)
+        self._path = get_path(config.flow.path, config.flow.prediction)
         self._statistics = PoseStatistics.from_dict(manifest.statistics)
         moments, packed_poses = reader.moments_and_poses(indices)
         self._latents = latent_mean(moments.float()).to(device)
@@ -59,6 +61,7 @@ class Validation:
     def measure(self, model: nn.Module) -> ValidationResult:
         """One-step pose errors and generated views of `model`; one process is enough."""
         flow = self._config.flow
+        model = velocity_model(model, self._path, flow.prediction)
         scalars = self._pose_errors(model) if flow.why_no_pose() is None else {}
         if flow.why_no_picture() is not None:
             return ValidationResult(scalars, None)

@@ -8,9 +8,8 @@ import torch
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint, sample_times
 from sitdist.flow.estimate import estimate_pose
-from sitdist.flow.loss import velocity_loss
 from sitdist.flow.path import get_path
-from sitdist.flow.solve import FIXED_STEP, generate, invert, invert_at_arrival
+from sitdist.flow.solve import ADAPTIVE, FIXED_STEP, SOLVERS, generate, invert, invert_at_arrival
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -34,6 +33,63 @@ def test_error_falls_with_the_order_of_the_method(method: str, order: int) -> No
     x0 = torch.ones(2, 4, 2, 2, dtype=torch.float64)
     error = [float((generate(growth, LINEAR, x0, Y, method, n) - math.exp(1.5)).abs().max()) for n in (10, 20)]
     assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize(("method", "order"), [("explicit_adams", 4), ("implicit_adams", 5)])
+def test_error_of_multi_step_methods_falls_with_their_order(method: str, order: int) -> None:
+    x0 = torch.ones(2, 4, 2, 2, dtype=torch.float64)
+    error = [float((generate(growth, LINEAR, x0, Y, method, n, 1e-9) - math.exp(1.5)).abs().max()) for n in (40, 80)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.2)
+
+
+ADAPTIVE_ORDERS = {
+    "dopri5": (5, (1e-5, 1e-8)),
+    "dopri8": (8, (1e-4, 1e-8)),
+    "bosh3": (3, (1e-3, 1e-5)),
+    "fehlberg2": (2, (1e-3, 1e-4)),
+    "adaptive_heun": (2, (1e-2, 1e-3)),
+    "scipy_solver": (1, (1e-5, 1e-8)),  # LSODA, of a varying order
+}
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_error_of_an_adaptive_method_falls_with_evaluations_as_its_order_says(method: str) -> None:
+    order, tolerances = ADAPTIVE_ORDERS[method]
+    evaluations, errors = [], []
+    for tolerance in tolerances:
+        times = []
+
+        def counted(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, times: list = times) -> torch.Tensor:
+            times.append(float(t[0]))
+            return growth(x, t, y)
+
+        x0 = torch.ones(2, 4, 2, 2, dtype=torch.float64)
+        x1 = generate(counted, LINEAR, x0, Y, method, 3, tolerance)
+        errors.append(float((x1 - math.exp(1.5)).abs().max()))
+        evaluations.append(len(times))
+        torch.testing.assert_close(invert(counted, LINEAR, x1, Y, method, 3, tolerance), x0, rtol=0, atol=3 * errors[0])
+        if method != "scipy_solver":
+            assert (min(times), max(times)) == (0, 1)  # never beyond the ends
+    slope = math.log(errors[0] / errors[1]) / math.log(evaluations[1] / evaluations[0])
+    assert slope > 0.8 * order
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_inversion_undoes_generation(method: str) -> None:
+    x0 = torch.ones(2, 4, 2, 2, dtype=torch.float64)
+    steps = 400 if method == "euler" else 50
+    back = invert(growth, LINEAR, generate(growth, LINEAR, x0, Y, method, steps, 1e-4), Y, method, steps, 1e-4)
+    torch.testing.assert_close(back, x0, rtol=0, atol=0.02 if method == "euler" else 5e-3)
+
+
+def test_the_tolerance_of_an_adaptive_method_is_met_over_the_batch() -> None:
+    x0 = torch.ones(2, 4, 2, 2, dtype=torch.float64)
+    alone = generate(growth, LINEAR, x0, Y, "dopri5", 1, 1e-3)
+    x0[1] *= 100
+    together = generate(growth, LINEAR, x0, Y, "dopri5", 1, 1e-3)
+    assert not torch.equal(alone[0], together[0])
+    alone = generate(growth, LINEAR, x0[:1], Y[:1], "heun")
+    assert torch.equal(alone[0], generate(growth, LINEAR, x0, Y, "heun")[0])
 
 
 def test_inversion_at_arrival_takes_the_velocity_at_the_time_it_goes_to() -> None:
@@ -61,15 +117,6 @@ def test_every_estimator_reads_the_pose_off_a_perfect_flow() -> None:
         assert translation_error(estimate.camera_to_world, poses).max() < 1e-9
         evaluations[estimator] = estimate.function_evaluations
     assert evaluations == {"one_step": 1, "euler": 4, "heun": 8, "midpoint": 8, "source": 249}
-
-
-def test_loss_is_zero_for_the_true_velocity_and_the_mean_square_otherwise() -> None:
-    x0, x1 = torch.randn(2, 2, 4, 4, 4)
-    t = torch.tensor([0.2, 1.0])
-    assert velocity_loss(lambda x, t, y, d: x1 - x0, LINEAR, x0, x1, t, Y).abs().max() == 0
-    torch.testing.assert_close(
-        velocity_loss(lambda x, t, y, d: x1 - x0 + 3, LINEAR, x0, x1, t, Y), torch.full((2,), 9.0)
-    )
 
 
 def test_times_have_the_asked_shares_at_the_ends_and_are_uniform_between() -> None:

@@ -18,7 +18,7 @@ from sitdist.errors import CheckpointError, CodecError, ConfigError, DataError, 
 from sitdist.runtime import StopSignal, processes
 from sitdist.train import trainer as trainer_module
 from sitdist.train.build import build_model
-from sitdist.train.checkpoint import folder_of, list_checkpoints, read_newest
+from sitdist.train.checkpoint import folder_of, list_checkpoints, load_run, read_newest
 from sitdist.train.trainer import Trainer, make_inputs, split_batch, train
 
 
@@ -123,6 +123,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_the_nearest
         "flow.endpoint=gaussian",
         "flow.path=gvp",
         "flow.share_at_one=0.8",
+        "flow.prediction=x0",
     ],
 )
 def test_every_setting_of_the_training_changes_the_weights(config, tmp_path, override):
@@ -131,6 +132,44 @@ def test_every_setting_of_the_training_changes_the_weights(config, tmp_path, ove
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     changed = [name for name in a if a[name].shape != b[name].shape or not torch.equal(a[name], b[name])]
     assert any(name.startswith("blocks.") for name in changed)
+
+
+def test_a_loss_weight_changes_the_weights_and_a_run_that_predicts_x0_is_loaded_as_a_velocity(config, tmp_path):
+    flow = ("train.steps=3", "flow.prediction=x0", "flow.share_at_zero=0.0", "train.validate_every=3")
+    train(config(*flow), tmp_path / "a")
+    train(config(*flow, "flow.loss_weight=velocity"), tmp_path / "b")
+    assert largest_difference(weights(tmp_path / "a"), weights(tmp_path / "b")) > 1e-3
+    loaded = load_run(tmp_path / "a")
+    network = build_model(config().model, loaded.manifest)
+    network.load_state_dict(read_newest(tmp_path / "a").tensors["ema"])
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([1e-3, 1.0]), torch.zeros(2, dtype=torch.int64)
+    velocity = (x - network(x, t, y)) / t.reshape(-1, 1, 1, 1)  # on the linear path
+    torch.testing.assert_close(loaded.model(x, t, y), velocity)
+    assert (loaded.path.t_zero, loaded.path.t_one) == (1e-3, 1.0)
+
+
+def test_times_of_a_weighted_loss_keep_away_from_where_it_is_infinite(config, tiny_dataset):
+    batch = BatchReader(ShardReader(tiny_dataset, "train"), 0, 48).batch(0)
+    shares = ("flow.share_at_zero=0.0", "flow.share_at_one=0.0")
+    plain = make_inputs(batch, config(*shares), torch.device("cpu")).t.double()
+    weighted = config(*shares, "flow.prediction=x0", "flow.loss_weight=likelihood")
+    t = make_inputs(batch, weighted, torch.device("cpu")).t.double()
+    torch.testing.assert_close(t, 1e-3 + 0.998 * plain, rtol=0, atol=1e-6)
+
+
+def test_a_run_starts_from_the_weights_it_is_given_and_says_so(config, tmp_path, capfd):
+    train(config("train.steps=2"), tmp_path / "a")
+    source = folder_of(tmp_path / "a", 2) / "ema.safetensors"
+    settings = config(f"model.init_from={source}", "train.steps=1", "train.optimizer.lr=1e-12")
+    train(settings, tmp_path / "b")
+    assert largest_difference(weights(tmp_path / "b"), read_newest(tmp_path / "a").tensors["ema"]) < 1e-9
+    assert largest_difference(read_newest(tmp_path / "b").tensors["ema"], weights(tmp_path / "b")) < 1e-9
+    assert f"started from {source}: kept " in capfd.readouterr().err
+    shutil.move(source, tmp_path / "moved")  # a run that goes on needs the file no more
+    train(config(f"model.init_from={source}", "train.steps=2", "train.optimizer.lr=1e-12"), tmp_path / "b", resume=True)
+    with pytest.raises(CheckpointError, match=r"ema.safetensors: no such file; give a SiT checkpoint"):
+        train(settings, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_without_label_dropout_no_label_is_dropped(config, tiny_dataset):
@@ -186,13 +225,13 @@ def test_validation_tells_what_the_model_can_do_and_nothing_else(config, tmp_pat
 def test_the_gaussian_endpoint_is_trained_with_the_samples_own_poses(config, tmp_path, tiny_dataset, monkeypatch):
     """A model that sees only its condition learns to tell views apart by their poses."""
     seen = []
-    forward = trainer_module.velocity_loss
+    forward = trainer_module.flow_loss
 
-    def look(model, path, x0, x1, t, y, drop_labels):
+    def look(model, path, x0, *rest):
         seen.append((x0, model))
-        return forward(model, path, x0, x1, t, y, drop_labels)
+        return forward(model, path, x0, *rest)
 
-    monkeypatch.setattr(trainer_module, "velocity_loss", look)
+    monkeypatch.setattr(trainer_module, "flow_loss", look)
     settings = config("train.steps=1", "train.max_batch_per_device=5", "flow.endpoint=gaussian")
     train(settings, tmp_path)
     batch = BatchReader(ShardReader(tiny_dataset, "train"), settings.seed, 12).batch(0)

@@ -1,0 +1,150 @@
+"""SDEs: every form and solver gives the marginals of the ODE, and only where there is a score."""
+
+import math
+
+import pytest
+import torch
+from gaussian import GaussianFlow
+
+from sitdist.errors import ConfigError
+from sitdist.flow.path import PATHS, get_path
+from sitdist.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_METHODS, SdeOptions, diffusion, generate_sde, sde_interval
+
+Y = torch.zeros(500, dtype=torch.int64)
+
+
+def sampled(path, options, flow=None, seed=0):
+    """x1 of 8,000 independent numbers of a Gaussian flow."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(step: int = 0) -> torch.Tensor:
+        return torch.randn(500, 4, 2, 2, dtype=torch.float64, generator=generator)
+
+    return generate_sde(flow or GaussianFlow(path), path, noise(), Y, noise, options, "gaussian")
+
+
+@pytest.mark.parametrize("method", SDE_METHODS)
+@pytest.mark.parametrize("form", DIFFUSIONS)
+def test_marginals_are_those_of_the_ode(form: str, method: str) -> None:
+    steps = 200 if form == "SBDM" else 60  # its diffusion is nearly infinite where it begins
+    for name in PATHS:
+        path = get_path(name)
+        flow = GaussianFlow(path)
+        x1 = sampled(path, SdeOptions(method, steps, form, 0.5, "Mean", 0.01), flow)
+        # x0 to x1 by the ODE: mean + deviation * x0, up to the solver's error of O(1 / steps)
+        assert x1.mean() == pytest.approx(flow.mean, abs=0.05), name
+        assert x1.std() == pytest.approx(flow.deviation, abs=0.05), name
+
+
+@pytest.mark.parametrize(("method", "coarse"), [("euler_maruyama", 8), ("heun", 2)])
+def test_the_bias_falls_with_the_number_of_steps(method: str, coarse: int) -> None:
+    path = get_path("linear")
+    bias = [
+        abs(sampled(path, SdeOptions(method, steps, "sigma", 2.0, "Euler", 0.001)).var() - 0.25)
+        for steps in (coarse, 64)
+    ]
+    assert bias[1] < 0.5 * bias[0]
+
+
+def test_the_noise_is_in_the_samples_and_norm_scales_it() -> None:
+    """x1 given x0 spreads; with the noise switched off the SDE would be another flow of wrong spread."""
+    path = get_path("linear")
+    x0 = torch.zeros(500, 4, 2, 2, dtype=torch.float64)
+    spread = []
+    for norm in (0.01, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        options = SdeOptions("euler_maruyama", 50, "sigma", norm, "Mean", 0.04)
+        x1 = generate_sde(
+            GaussianFlow(path),
+            path,
+            x0,
+            Y,
+            lambda _, g=generator: torch.randn(x0.shape, generator=g).double(),
+            options,
+            "gaussian",
+        )
+        spread.append(float(x1.std()))
+    assert spread[0] < 0.1 < 0.3 < spread[1]
+
+
+def test_last_steps_are_what_they_are_called() -> None:
+    path, size = get_path("linear"), 0.04
+    flow = GaussianFlow(path)
+    t = torch.full((500,), 1 - size, dtype=torch.float64)
+    before = sampled(path, SdeOptions(steps=20, diffusion="sigma", last_step=None), flow)
+    assert before.shape == (500, 4, 2, 2)
+    results = {
+        last: sampled(path, SdeOptions(steps=20, diffusion="sigma", last_step=last, last_step_size=size), flow)
+        for last in LAST_STEPS
+    }
+    # All three start from the same x at 1 - size, found from Euler's: x + size v(x) is affine in x.
+    slope, offset = (flow(torch.full((1, 1, 1, 1), v, dtype=torch.float64), t[:1]).item() for v in (1.0, 0.0))
+    x = (results["Euler"] - size * offset) / (1 + size * (slope - offset))
+    torch.testing.assert_close(results["Euler"], x + size * flow(x, t))
+    torch.testing.assert_close(results["Mean"], x + size * (flow(x, t) + size * flow.score(x, t)))  # w = sigma = size
+    mean, variance = 1 - size, size**2  # of x given x1: (1 - size) x1 + size x0
+    torch.testing.assert_close(results["Tweedie"], (x + variance * flow.score(x, t)) / mean)
+
+
+def test_diffusions_have_the_published_values() -> None:
+    t = torch.tensor([0.25], dtype=torch.float64)
+    linear = {form: diffusion(get_path("linear"), form, t, 0.5).item() for form in DIFFUSIONS}
+    assert linear == pytest.approx(
+        {
+            "constant": 0.5,
+            "SBDM": 0.5 * (0.75**2 / 0.25 + 0.75),
+            "sigma": 0.5 * 0.75,
+            "linear": 0.5 * 0.75,
+            "decreasing": 0.25 * (0.5 * math.cos(math.pi / 4) + 1) ** 2,
+            "increasing-decreasing": 0.5 * 0.5,
+        }
+    )
+    assert diffusion(get_path("gvp"), "sigma", t).item() == pytest.approx(math.cos(math.pi / 8))
+    # SBDM on the VP path is half the rate of its noise: 0.5 (0.1 + 0.75 * 19.9)
+    assert diffusion(get_path("vp"), "SBDM", t).item() == pytest.approx(0.5 * (0.1 + 0.75 * 19.9))
+
+
+def test_the_published_misspelling_is_understood() -> None:
+    t = torch.rand(5)
+    path = get_path("linear")
+    assert SdeOptions(diffusion="inccreasing-decreasing").diffusion == "inccreasing-decreasing"
+    assert torch.equal(diffusion(path, "inccreasing-decreasing", t), diffusion(path, "increasing-decreasing", t))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0", "score"])
+@pytest.mark.parametrize("name", PATHS)
+def test_drift_and_diffusion_are_finite_at_all_times_of_the_solvers(name: str, prediction: str) -> None:
+    path = get_path(name, prediction)
+    for form in DIFFUSIONS:
+        for last in (None, "Mean"):
+            options = SdeOptions(diffusion=form, last_step=last)
+            ends = torch.tensor(sde_interval(path, options))
+            x, velocity = torch.randn(2, 2, 4, 2, 2)
+            assert diffusion(path, form, ends).isfinite().all()
+            assert path.score_from_velocity(velocity, x, ends).isfinite().all()
+            assert ends[1] == pytest.approx(0.96 if last else 0.999)
+    assert sde_interval(get_path("linear"), SdeOptions(diffusion="sigma"))[0] == 0
+    assert sde_interval(get_path("linear"), SdeOptions(diffusion="SBDM"))[0] == 1e-3
+    assert sde_interval(get_path("vp"), SdeOptions(diffusion="SBDM"))[0] == 0
+
+
+def test_the_pose_endpoint_has_no_sde_and_the_error_says_why() -> None:
+    path = get_path("linear")
+    with pytest.raises(ConfigError, match=r"SDE sampling needs the gaussian endpoint, not 'pose': score = .*N\(0, I\)"):
+        generate_sde(GaussianFlow(path), path, torch.zeros(1, 4, 2, 2), Y[:1], torch.zeros, SdeOptions(), "pose")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "milstein"}, "SDE solver 'milstein': unknown; choose one of euler_maruyama, heun"),
+        ({"diffusion": "sbdm"}, "SDE diffusion 'sbdm': unknown; choose one of constant, SBDM"),
+        ({"last_step": "none"}, "SDE last step 'none': unknown; choose one of Mean, Tweedie, Euler, None"),
+        ({"last_step_size": 0.0}, "SDE last_step_size 0: should be between 0 and 1"),
+        ({"norm": -1.0}, "SDE norm -1: should be above 0"),
+        ({"steps": 0}, "SDE steps 0: should be 1 or more"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_choices(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SdeOptions(**options)
