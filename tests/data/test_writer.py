@@ -190,7 +190,7 @@ def test_building_twice_gives_the_same_bytes(dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("function", "call", "finished"),
     [
-        ("_save_codec", 1, 0),
+        ("write_folder", 1, 0),
         ("_write_tar", 1, 0),
         ("_write_tar", 3, 2),
         ("_save_index", 2, 1),
