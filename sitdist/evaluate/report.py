@@ -17,13 +17,14 @@ import textwrap
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from sitdist.config import AdaptiveSolver
 from sitdist.data.format import write_atomically
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
@@ -361,11 +362,16 @@ def format_table(metrics: dict[str, Any]) -> str:
     return "\n".join(blocks + [_plain(table) for table in _tables(parsed)])
 
 
+def _generator(metrics: Metrics) -> str:
+    how = "adaptive steps" if metrics.generator in get_args(AdaptiveSolver) else f"{metrics.generator_steps} steps"
+    return f"{metrics.generator} ({how})"
+
+
 def _how(metrics: Metrics) -> str:
     evaluations = metrics.function_evaluations
     return (
         f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''}), "
-        f"pictures by {metrics.generator} ({metrics.generator_steps} steps), "
+        f"pictures by {_generator(metrics)}, "
         f"sigma {metrics.sigma:g}, seed {metrics.seed}"
     )
 
@@ -516,7 +522,7 @@ def _facts(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.n
         "split": metrics.split,
         "views": f"{len(records)} of {width} x {height} pixels",
         "pose estimator": f"{metrics.estimator}, {evaluations} function evaluation{'s' if evaluations > 1 else ''}",
-        "picture generator": f"{metrics.generator}, {metrics.generator_steps} steps",
+        "picture generator": _generator(metrics),
         "sigma": f"{metrics.sigma:g}",
         "seed": f"{metrics.seed}",
         "training radii": f"{low:.2f} to {high:.2f}",
