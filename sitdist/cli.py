@@ -23,7 +23,8 @@ from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
-GENERATORS = ("euler", "heun", "midpoint")
+FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
+GENERATORS = (*FIXED_STEP, "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -486,15 +486,20 @@ class TrainConfig(Schema):
     keep_checkpoints: Positive = 3
 
 
+FixedSolver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams"]
+AdaptiveSolver = Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"]
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 
 
 class EvaluateConfig(Schema):
-    """How pictures are generated and poses estimated in validation and evaluation."""
+    """How pictures are generated and poses estimated in validation and evaluation.
+
+    Adaptive generators (dopri5 and those after it) choose their own steps, by an error taken over the whole batch.
+    """
 
     estimator: Literal["one_step", "euler", "heun", "midpoint", "source"] = "one_step"
     estimator_steps: Positive = 50
-    generator: Literal["euler", "heun", "midpoint"] = "heun"
+    generator: Literal[FixedSolver, AdaptiveSolver] = "heun"
     generator_steps: Positive = 10
     batch: Positive = 64
     seed: NonNegative = 0

@@ -17,13 +17,14 @@ import textwrap
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sitdist.config import AdaptiveSolver
 from sitdist.data.format import write_atomically
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
@@ -408,10 +409,15 @@ def format_table(metrics: dict[str, Any]) -> str:
     return "\n".join(blocks + [_plain(table) for table in _tables(parsed)])
 
 
+def _generator(metrics: Metrics) -> str:
+    how = "adaptive steps" if metrics.generator in get_args(AdaptiveSolver) else f"{metrics.generator_steps} steps"
+    return f"{metrics.generator} ({how})"
+
+
 def _how(metrics: Metrics) -> str:
     evaluations = metrics.function_evaluations
     poses = f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''})"
-    pictures = f"pictures by {metrics.generator} ({metrics.generator_steps} steps)"
+    pictures = f"pictures by {_generator(metrics)}"
     parts = [*([] if metrics.no_pose else [poses]), *([] if metrics.no_picture else [pictures])]
     augmented = ["trained radius augmented"] if metrics.radius_augmented else []
     return ", ".join([*parts, f"sigma {metrics.sigma:g}", f"seed {metrics.seed}", *augmented])
@@ -575,7 +581,7 @@ def _facts(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.n
         "views": f"{len(records)} of {width} x {height} pixels",
         "pose estimator": metrics.no_pose
         or f"{metrics.estimator}, {evaluations} function evaluation{'s' if evaluations > 1 else ''}",
-        "picture generator": metrics.no_picture or f"{metrics.generator}, {metrics.generator_steps} steps",
+        "picture generator": metrics.no_picture or _generator(metrics),
         "sigma": f"{metrics.sigma:g}",
         "seed": f"{metrics.seed}",
         "training radii": f"{low:.2f} to {high:.2f}",

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 import torchvision
 from records import record
 
-from sitdist.config import Config, Recipe, parse
+from sitdist.cli import GENERATORS
+from sitdist.config import AdaptiveSolver, Config, EvaluateConfig, Recipe, parse
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.writer import build
@@ -21,6 +23,7 @@ from sitdist.evaluate.evaluator import EvalOptions, evaluate, summary_rows
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, write_report
 from sitdist.flow.estimate import estimate_pose
+from sitdist.flow.solve import ADAPTIVE, SOLVERS
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import check_rigid, rotation_error_deg
 from sitdist.model.codec import latent_mean
@@ -117,6 +120,14 @@ def test_a_second_start_goes_on_with_the_missing_units_only(run, on_split, monke
     evaluate(run, EvalOptions(split="test"))
     assert (on_split / "records.csv").read_text() == before
     assert kept.stat().st_mtime_ns == stamp
+
+
+def test_every_solver_of_the_flow_can_generate_the_pictures(run, on_split, tmp_path):
+    assert set(get_args(EvaluateConfig.model_fields["generator"].annotation)) == set(SOLVERS) == set(GENERATORS)
+    assert set(get_args(AdaptiveSolver)) == set(ADAPTIVE)
+    folder = evaluate(run, EvalOptions(split="test", views_per_radius=1, generator="dopri5", out=tmp_path / "out"))
+    euler = {row["key"]: float(row["psnr"]) for row in rows(on_split)}
+    assert any(abs(float(row["psnr"]) - euler[row["key"]]) > 1e-4 for row in rows(folder))
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_with_both_values(run, on_split):

@@ -260,7 +260,7 @@ def test_the_page_states_the_numbers_of_metrics_json(folder):
         assert picture_cells(row) in page.rows
     assert ["noise floor", "", "1.25", *[""] * 4, "0.062", *[""] * 3] in page.rows
     assert LPIPS_NOT_MEASURED in page.text
-    for fact in ("heun, 20 function evaluations", "midpoint, 7 steps", "0.125", "3.01 to 4.99", "torch 2.15.0", "700"):
+    for fact in ("heun, 20 function evaluations", "midpoint (7 steps)", "0.125", "3.01 to 4.99", "torch 2.15.0", "700"):
         assert fact in page.text
 
 
