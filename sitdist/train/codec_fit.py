@@ -191,7 +191,7 @@ class CodecFit:
         self.vae.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         fitted = _fitted_view(torch.arange(len(views) - _held_out(len(views))))
-        for rows in _share(fitted, self.agreement).split(AT_ONCE):
+        for rows in _share(fitted, self.agreement):
             images = _pictures(views[rows.numpy()], self.accelerator.device)
             posterior = self.vae.encode(2.0 * images - 1.0).latent_dist
             sums += latent_sums(torch.cat([posterior.mean, posterior.logvar], dim=1))
@@ -212,7 +212,7 @@ class CodecFit:
         with self.agreement.together():
             codec = VaeCodec(str(folder)).to(self.accelerator.device)
             held_out = torch.arange(0, len(views), HELD_OUT)
-            for rows in _share(held_out, self.agreement).split(AT_ONCE):
+            for rows in _share(held_out, self.agreement):
                 images = _pictures(views[rows.numpy()], self.accelerator.device)
                 total += round_trip_psnr(codec, images).double().sum().cpu()
         return float(self.agreement.sum(total)) / len(held_out), len(held_out)
@@ -228,9 +228,10 @@ def _fitted_view(order: Tensor) -> Tensor:
     return order + order // (HELD_OUT - 1) + 1
 
 
-def _share(numbers: Tensor, agreement: Agreement) -> Tensor:
-    """The stretch of these numbers that this process works on."""
-    return numbers.tensor_split(agreement.world)[agreement.rank]
+def _share(numbers: Tensor, agreement: Agreement) -> list[Tensor]:
+    """The stretch of these numbers that this process works on, AT_ONCE at a time; there may be none."""
+    mine = numbers.tensor_split(agreement.world)[agreement.rank]
+    return [rows for rows in mine.split(AT_ONCE) if len(rows)]
 
 
 def _pictures(views: np.ndarray, device: torch.device) -> Tensor:
@@ -287,8 +288,8 @@ def _write_share(path: Path, split: Split, view_bytes: int, agreement: Agreement
             f"{path}: process {agreement.rank} does not see this file of process 0; "
             "give an --out on a disk that all processes share"
         )
-    with tqdm(total=len(mine), desc="views", unit="view", disable=agreement.rank > 0) as bar:
-        for rows in mine.split(AT_ONCE):
+    with tqdm(total=sum(map(len, mine)), desc="views", unit="view", disable=agreement.rank > 0) as bar:
+        for rows in mine:
             images = split.source.images(split.indices[rows].tolist())
             _write_at(path, int(rows[0]) * view_bytes, (images * 255.0).round().to(torch.uint8))
             bar.update(len(rows))

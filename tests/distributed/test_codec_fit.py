@@ -43,11 +43,16 @@ def weights(folder):
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
+def difference(folder, other):
+    """Relative distance (L2) of the weights."""
+    return torch.linalg.vector_norm(weights(folder) - weights(other)) / torch.linalg.vector_norm(weights(folder))
+
+
 def test_two_processes_fit_the_weights_and_the_scale_of_one(fit, tmp_path):
     for world in (1, 2):
         fit(world, tmp_path / f"{world}").run()
     one, two = (VaeCodec(str(tmp_path / name)) for name in "12")
-    assert (weights(tmp_path / "1") - weights(tmp_path / "2")).abs().max() < 1e-4  # AdamW turns rounding into steps
+    assert difference(tmp_path / "1", tmp_path / "2") < 1e-3  # where a gradient is 0, AdamW turns rounding into steps
     assert one.scale == pytest.approx(two.scale, rel=1e-4)
     main, other = ((tmp_path / "log" / f"rank_{rank}.out").read_text() for rank in (0, 1))
     assert main.startswith(f"{tmp_path / '2'}: held-out round trip ")
@@ -61,7 +66,8 @@ def test_without_gradient_sync_the_weights_are_others(fit, tmp_path):
 
     fit(1, tmp_path / "1").run()
     fit(2, tmp_path / "2", task=fit_without_sync).run()
-    assert (weights(tmp_path / "1") - weights(tmp_path / "2")).abs().max() > 1e-3
+    apart = difference(tmp_path / "1", tmp_path / "2")
+    assert apart > 1e-2, apart
 
 
 def test_a_loss_that_is_not_finite_on_one_process_ends_both_with_one_line(fit, tmp_path):
