@@ -154,6 +154,25 @@ def _parser() -> _Parser:
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     command.set_defaults(command=_scene_fit)
 
+    command = scene.add_parser("render", help="pictures of a scene, with their transforms.json")
+    command.add_argument("scene", help="folder of a fitted scene, or built-in")
+    command.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--turntable", type=_positive, metavar="N", help="N views on a closed circle, also as a GIF")
+    which.add_argument("--recipe", type=Path, help="the cameras of a recipe's --split")
+    command.add_argument("--split", default="train", help="(default: train)")
+    command.add_argument("--radius", type=_positive_number, default=4.0, help="of the turntable (default: 4)")
+    command.add_argument("--elevation", type=_elevation, default=20.0, help="of the turntable in degrees (default: 20)")
+    command.add_argument("--fov", type=_positive_number, default=40.0, help="of the turntable in degrees (default: 40)")
+    command.add_argument("--size", type=_positive, default=256, help="pixels of the turntable's side (default: 256)")
+    command.add_argument("--supersample", type=_positive, default=2, help="its square is the rays a pixel (default: 2)")
+    command.add_argument(
+        "--background", type=_share, nargs=3, metavar=("R", "G", "B"), help="in the place of the scene's own"
+    )
+    command.add_argument("--alpha", action="store_true", help="leave the background out, keep the object's share")
+    _add_set(command)
+    command.set_defaults(command=_scene_render)
+
     command = commands.add_parser("train", help="train a flow, or go on with a run")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
     command.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -255,6 +274,16 @@ def _positive_number(text: str) -> float:
     return value
 
 
+def _elevation(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 91.0
+    if not -90.0 <= value <= 90.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an angle from -90 to 90")
+    return value
+
+
 def _count(text: str) -> int:
     """A positive whole number, also as 1e9."""
     try:
@@ -342,6 +371,27 @@ def _codec_fit(options: argparse.Namespace) -> None:
             f"{options.out}: held-out round trip {result.psnr:.2f} dB on {result.held_out} views, scaling factor "
             f"{result.scaling_factor:.4f}; put codec: {{kind: vae, path: {options.out}}} into the recipe"
         )
+
+
+def _scene_render(options: argparse.Namespace) -> None:
+    from sitdist.config import Recipe, load_yaml
+    from sitdist.data.pictures import background_of, recipe_cameras, turntable_cameras, write_pictures
+
+    if options.turntable:
+        size, fov = options.size, options.fov
+        cameras = turntable_cameras(options.turntable, options.radius, options.elevation, fov, size)
+    else:
+        cameras = recipe_cameras(load_yaml(Recipe, options.recipe, options.set), options.split)
+    count = write_pictures(
+        None if options.scene == "built-in" else options.scene,
+        cameras,
+        options.out,
+        options.supersample,
+        background_of(options.background),
+        options.alpha,
+        gif=bool(options.turntable),
+    )
+    print(f"{options.out}: {count} pictures")
 
 
 def _scene_fit(options: argparse.Namespace) -> None:

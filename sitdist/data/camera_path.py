@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sitdist.config import Recipe
 from sitdist.data.format import write_atomically
@@ -60,21 +63,25 @@ def camera_path(split: Split) -> dict[str, Any]:
 
 def transforms_of(split: Split) -> dict[str, Any]:
     """The same cameras as a transforms.json; picture k of the path is k.png, with five digits."""
-    frames = []
-    for number, view in enumerate(split.indices.tolist()):
-        camera = split.source.intrinsics(view)
-        frames.append(
-            {
-                "file_path": f"{number:05d}.png",
-                "transform_matrix": split.source.camera_to_world[view].tolist(),
-                "fl_x": camera.fx,
-                "fl_y": camera.fy,
-                "cx": camera.cx,
-                "cy": camera.cy,
-                "w": camera.width,
-                "h": camera.height,
-            }
-        )
+    views = split.indices.tolist()
+    return transforms(split.source.camera_to_world[views], [split.source.intrinsics(view) for view in views])
+
+
+def transforms(camera_to_world: Tensor, intrinsics: Sequence[Intrinsics]) -> dict[str, Any]:
+    """Cameras [N, 4, 4] with N intrinsics as a transforms.json of pictures 00000.png and on."""
+    frames = [
+        {
+            "file_path": f"{number:05d}.png",
+            "transform_matrix": pose.tolist(),
+            "fl_x": camera.fx,
+            "fl_y": camera.fy,
+            "cx": camera.cx,
+            "cy": camera.cy,
+            "w": camera.width,
+            "h": camera.height,
+        }
+        for number, (pose, camera) in enumerate(zip(camera_to_world, intrinsics, strict=True))
+    ]
     return {"camera_model": "PINHOLE", "frames": frames}
 
 
