@@ -161,6 +161,7 @@ def test_the_table_states_how_it_was_measured_on_lines_that_fit_a_terminal(folde
     text = format_table(metrics_of(folder))
     assert "step 700, on test of datasets/tiny" in text
     assert "poses by heun (20 function evaluations), pictures by midpoint (7 steps), sigma 0.125, seed 3" in text
+    assert "pictures by dopri5 (adaptive steps)," in format_table(metrics_of(folder) | {"generator": "dopri5"})
     assert max(map(len, text.splitlines())) <= 110
     bars = [[i for i, letter in enumerate(line) if letter == "|"] for line in text.splitlines() if "|" in line]
     blocks = {tuple(places) for places in bars}
