@@ -44,7 +44,7 @@ from sitdist.evaluate.units import (
 )
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
 from sitdist.flow import draws
-from sitdist.flow.estimate import SOURCE_STEPS, PoseEstimate, estimate_pose
+from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.solve import function_evaluations, generate
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -225,8 +225,7 @@ class _Evaluation:
             latents,
             labels,
             self.statistics,
-            settings.estimator,
-            settings.estimator_steps,
+            EstimateOptions(settings.estimator, settings.estimator_steps),
             self.loaded.endpoint,
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
-from sitdist.geometry.packing import Layout, pack, unpack
+from sitdist.geometry.packing import Layout, pack, unpack, unpack_spread
 
 Model = Callable[..., Tensor]
 
@@ -56,6 +56,10 @@ class Endpoint:
                 "flow.endpoint = 'gaussian': x0 is noise and holds no pose to estimate; train with endpoint: pose"
             )
         return unpack(x0, self.layout) / self.gain
+
+    def spread(self, x0: Tensor) -> Tensor:
+        """Standard errors [B, 4, 4] of the entries of `packed_pose`, by their deviation over the places of x0."""
+        return unpack_spread(x0, self.layout) / self.gain
 
 
 def sample_times(

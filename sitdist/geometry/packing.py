@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,10 +84,15 @@ def standardize(camera_to_world: Tensor, statistics: PoseStatistics, intrinsics:
     return (_with_intrinsics(camera_to_world, intrinsics if statistics.has_intrinsics else None) - mean) / std
 
 
+def entries(packed_pose: Tensor, statistics: PoseStatistics) -> Tensor:
+    """The matrices [..., 4, 4], float64, that packed poses stand for; where they are estimates, they are not rigid."""
+    mean, std = (value.to(packed_pose.device) for value in (statistics.mean, statistics.std))
+    return packed_pose.to(torch.float64) * std + mean
+
+
 def destandardize(packed_pose: Tensor, statistics: PoseStatistics) -> Tensor:
     """camera_to_world [..., 4, 4], float64, from a packed pose: rotation projected to SO(3), last row [0, 0, 0, 1]."""
-    mean, std = (value.to(packed_pose.device) for value in (statistics.mean, statistics.std))
-    matrix = packed_pose.to(torch.float64) * std + mean
+    matrix = entries(packed_pose, statistics)
     camera_to_world = torch.zeros_like(matrix)
     camera_to_world[..., :3, :3] = project_to_so3(matrix[..., :3, :3])
     camera_to_world[..., :3, 3] = matrix[..., :3, 3]
@@ -118,7 +124,24 @@ def pack(packed_pose: Tensor, channels: int, height: int, width: int, layout: La
 
 def unpack(x: Tensor, layout: Layout = "quadrants") -> Tensor:
     """Packed poses [B, 4, 4] from [B, C, h, w]: each entry is the mean over all places that `pack` filled with it."""
+    return _places(x, layout).mean(dim=-1)
+
+
+def unpack_spread(x: Tensor, layout: Layout = "quadrants") -> Tensor:
+    """Standard errors [B, 4, 4] of what `unpack` gives: the deviation over an entry's n places, over the root of n.
+
+    That is its error where the places err independently; 0 where an entry has one place.
+    """
+    places = _places(x, layout)
+    count = places.shape[-1]
+    return places.std(dim=-1) / math.sqrt(count) if count > 1 else torch.zeros_like(places[..., 0])
+
+
+def _places(x: Tensor, layout: Layout) -> Tensor:
+    """The values [B, 4, 4, n] of the n = C h w / 16 places that hold each entry of a packed pose."""
     batch, channels, height, width = x.shape
     if layout == "interleaved":
-        return x.reshape(batch, channels // 4, 4, height // 2, 2, width // 2, 2).mean(dim=(1, 3, 5)).reshape(-1, 4, 4)
-    return x.reshape(batch, channels // 4, 4, 2, height // 2, 2, width // 2).mean(dim=(1, 4, 6)).reshape(-1, 4, 4)
+        parts = x.reshape(batch, channels // 4, 4, height // 2, 2, width // 2, 2).permute(0, 2, 4, 6, 1, 3, 5)
+    else:
+        parts = x.reshape(batch, channels // 4, 4, 2, height // 2, 2, width // 2).permute(0, 2, 3, 5, 1, 4, 6)
+    return parts.reshape(batch, 4, 4, -1)

@@ -5,7 +5,7 @@ import torch
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint, pose_endpoint
-from sitdist.flow.estimate import estimate_pose
+from sitdist.flow.estimate import EstimateOptions, estimate_pose
 from sitdist.flow.path import get_path
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
@@ -28,7 +28,13 @@ def test_the_pose_is_read_with_the_gain_and_the_layout_that_it_was_packed_with(e
     x0, y = endpoint.x0(standardize(POSES[:4], STATISTICS), NOISE), torch.zeros(4).long()
     for estimator in ("one_step", "euler"):
         estimate = estimate_pose(
-            lambda x, t, y: NOISE - x0, get_path("linear"), NOISE, y, STATISTICS, estimator, 2, endpoint
+            lambda x, t, y: NOISE - x0,
+            get_path("linear"),
+            NOISE,
+            y,
+            STATISTICS,
+            EstimateOptions(estimator, 2),
+            endpoint,
         )
         assert rotation_error_deg(estimate.camera_to_world[:, :3, :3], POSES[:4, :3, :3]).max() < 1e-6
         torch.testing.assert_close(estimate.camera_to_world, POSES[:4])

@@ -14,6 +14,7 @@ from sitdist.geometry.packing import (
     packed_intrinsics,
     standardize,
     unpack,
+    unpack_spread,
 )
 
 POSES = shell_cameras(draws.uniform(0, "cameras", torch.arange(2000), 3), (3.0, 5.0), "upper")
@@ -49,6 +50,17 @@ def test_unpack_undoes_pack(layout: Layout, channels: int) -> None:
 def test_unpacking_leaves_noise_of_two_over_the_latent_size_and_the_root_of_k(layout: Layout, k: int) -> None:
     noise = draws.normal(0, "noise", torch.arange(2000), 4 * k * 16 * 16).reshape(-1, 4 * k, 16, 16)
     assert unpack(noise, layout).std().item() == pytest.approx(2 / 16 / k**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", ["quadrants", "interleaved"])
+def test_the_spread_is_the_standard_error_over_the_places_of_an_entry(layout: Layout) -> None:
+    noise = draws.normal(0, "noise", torch.arange(500), 8 * 16 * 16).reshape(-1, 8, 16, 16)
+    packed = pack(torch.arange(16.0).reshape(1, 4, 4), 8, 16, 16, layout)
+    spread = unpack_spread(packed + noise, layout)
+    actual = (unpack(packed + noise, layout) - unpack(packed, layout)).std()
+    assert spread.mean().item() == pytest.approx(actual.item(), rel=0.02)
+    assert unpack_spread(packed, layout).max() == 0  # nothing of the differences between entries is in it
+    assert unpack_spread(noise[:, :4, :2, :2], layout).max() == 0  # one place
 
 
 def test_standardized_training_poses_have_mean_zero_and_deviation_one() -> None:
