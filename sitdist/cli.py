@@ -24,7 +24,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
-GENERATORS = (*FIXED_STEP, "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+GENERATORS = (*FIXED_STEP, *ADAPTIVE, "euler_maruyama", "stochastic_heun")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,6 +195,7 @@ def _parser() -> _Parser:
     command.add_argument("--batch", type=_positive)
     command.add_argument("--seed", type=int)
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
+    _add_set(command, "evaluate.guidance=2")
     command.set_defaults(command=_eval)
 
     command = commands.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
@@ -204,6 +206,19 @@ def _parser() -> _Parser:
     command.add_argument("--steps", type=_positive, default=1500, help="steps of every run")
     command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
     command.set_defaults(command=_ablate)
+
+    command = commands.add_parser("likelihood", help="log densities of a split's latents, in bits per dimension")
+    command.add_argument("run", type=Path, help="folder of the run")
+    command.add_argument("--split", default="test", help="(default: test)")
+    command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
+    command.add_argument("--views", type=_positive, metavar="N", help="the first N views (default: all)")
+    command.add_argument("--probes", type=_positive, default=4, help="Hutchinson probes a view (default: 4)")
+    command.add_argument("--method", choices=(*FIXED_STEP, *ADAPTIVE), default="heun", help="(default: heun)")
+    command.add_argument("--steps", type=_positive, default=25, help="(default: 25)")
+    command.add_argument("--batch", type=_positive, default=64)
+    command.add_argument("--seed", type=int, default=0, help="of the probes")
+    command.add_argument("--out", type=Path, metavar="FILE", help="also write a CSV of every view's")
+    command.set_defaults(command=_likelihood)
 
     command = commands.add_parser("sigma", help="predict the noise floor of a dataset's packing, before any training")
     command.add_argument("dataset", type=Path)
@@ -231,9 +246,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_set(command: argparse.ArgumentParser) -> None:
+def _add_set(command: argparse.ArgumentParser, example: str = "train.steps=100") -> None:
     command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, such as train.steps=100"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"change one key, such as {example}"
     )
 
 
@@ -449,6 +464,13 @@ def _ablate(options: argparse.Namespace) -> None:
 
     print(ablate(options.dataset, options.out, options.steps, options.split), end="")
     print(f"pictures: {options.out / 'table.html'}")
+
+
+def _likelihood(options: argparse.Namespace) -> None:
+    from sitdist.evaluate.likelihood import split_likelihood
+
+    names = ("run", "split", "data", "views", "probes", "method", "steps", "batch", "seed", "out")
+    print(split_likelihood(**{name: getattr(options, name) for name in names}).line(options.split))
 
 
 def _sigma(options: argparse.Namespace) -> None:

@@ -488,19 +488,30 @@ class TrainConfig(Schema):
 
 FixedSolver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams"]
 AdaptiveSolver = Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"]
+StochasticSolver = Literal["euler_maruyama", "stochastic_heun"]
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 
 
 class EvaluateConfig(Schema):
     """How pictures are generated and poses estimated in validation and evaluation.
 
-    Adaptive generators (dopri5 and those after it) choose their own steps, by an error taken over the whole batch.
+    Adaptive generators (dopri5 and those after it) choose their own steps, by an error of at most `tolerance` taken
+    over the whole batch. Stochastic ones (euler_maruyama, stochastic_heun) need the gaussian endpoint; `diffusion` and
+    the two after it are theirs, and last_step null leaves the last step out. `guidance` is the scale of classifier-free
+    guidance (null: none), which needs labels dropped in training.
     """
 
     estimator: Literal["one_step", "euler", "heun", "midpoint", "source"] = "one_step"
     estimator_steps: Positive = 50
-    generator: Literal[FixedSolver, AdaptiveSolver] = "heun"
+    generator: Literal[FixedSolver, AdaptiveSolver, StochasticSolver] = "heun"
     generator_steps: Positive = 10
+    tolerance: Annotated[float, Field(gt=0)] = 1e-6
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    guidance_channels: Literal["all", "three"] = "all"
+    diffusion: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "SBDM"
+    diffusion_norm: Annotated[float, Field(gt=0)] = 1.0
+    last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
+    last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
     batch: Positive = 64
     seed: NonNegative = 0
     lpips_backbone: str | None = None
@@ -536,6 +547,21 @@ class Config(Schema):
     train: TrainConfig
     reader: ReaderConfig = ReaderConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _generates(self) -> Config:
+        evaluate = self.evaluate
+        if evaluate.generator in get_args(StochasticSolver) and self.flow.endpoint != "gaussian":
+            raise ValueError(
+                f"evaluate.generator {evaluate.generator} follows the score, which is known for the gaussian endpoint "
+                f"only, and flow.endpoint is {self.flow.endpoint}; set evaluate.generator to heun"
+            )
+        if evaluate.guidance is not None and self.model.class_dropout_prob == 0:
+            raise ValueError(
+                f"evaluate.guidance {evaluate.guidance:g} needs a model that was trained without labels too; set "
+                "model.class_dropout_prob above 0 and train again, or leave guidance out"
+            )
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -575,11 +601,12 @@ def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = N
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys to values")
     for override in overrides or []:
-        _set(values, override)
+        set_key(values, override)
     return parse(schema, values, str(path))
 
 
-def _set(values: dict[str, Any], override: str) -> None:
+def set_key(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=c` in nested `values`; ConfigError if `override` does not read so."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.steps=100")

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sitdist
-from sitdist.config import EvaluateConfig, Recipe, SceneSource, parse
+from sitdist.config import Config, EvaluateConfig, Recipe, SceneSource, parse, set_key
 from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
 from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
@@ -43,13 +43,14 @@ from sitdist.evaluate.units import (
     write_unit,
 )
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
-from sitdist.flow import draws
 from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
-from sitdist.flow.solve import function_evaluations, generate
+from sitdist.flow.sample import sample_latents
+from sitdist.flow.solve import function_evaluations
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.model.codec import latent_mean
 from sitdist.runtime import log, processes
+from sitdist.train.build import build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 RANGES = ((3, 5), (1, 7))  # radii that have a row of their own where every unit bin of them holds views
@@ -70,6 +71,7 @@ class EvalOptions:
         new views of every bin are rendered; otherwise the split is limited to these radii.
     views_per_radius: the views of every bin; those of a split are its first ones by key.
     data: the dataset's folder. out: the folder for the results, by default RUN/eval/<split> or RUN/eval/radii_<a>-<b>.
+    set: other keys of the config's `evaluate`, as evaluate.KEY=VALUE.
     """
 
     split: str | None = None
@@ -84,6 +86,7 @@ class EvalOptions:
     batch: int | None = None
     seed: int | None = None
     lpips_backbone: str | None = None
+    set: tuple[str, ...] = ()
 
 
 def evaluate(run: Path, options: EvalOptions) -> Path:
@@ -252,13 +255,18 @@ class _Evaluation:
         self, unit: Unit, camera_to_world: Tensor, intrinsics: Tensor, labels: Tensor, shape: torch.Size
     ) -> Tensor:
         """Latents generated from the true poses, with noise keyed by (seed, position of the view)."""
-        path, settings, endpoint = self.loaded.path, self.settings, self.loaded.endpoint
-        positions = torch.tensor([view.position for view in unit.views], device=self.device)
-        noise = draws.normal(settings.seed, "eval", positions, math.prod(shape)).reshape(-1, *shape)
-        packed_pose = standardize(camera_to_world, self.statistics, intrinsics)
-        model = endpoint.conditioned(self.loaded.model, packed_pose)
-        x0 = endpoint.x0(packed_pose, noise)
-        return generate(model, path, x0, labels, settings.generator, settings.generator_steps)
+        return sample_latents(
+            self.loaded.model,
+            self.loaded.path,
+            self.loaded.endpoint,
+            standardize(camera_to_world, self.statistics, intrinsics),
+            labels,
+            shape,
+            build_sampling(self.settings),
+            self.settings.seed,
+            "eval",
+            torch.tensor([view.position for view in unit.views], device=self.device),
+        )
 
     # ------------------------------------------------------------------------------------------------------ results
 
@@ -285,6 +293,7 @@ class _Evaluation:
             "function_evaluations": _evaluations(settings.estimator, settings.estimator_steps),
             "generator": settings.generator,
             "generator_steps": settings.generator_steps,
+            "guidance": settings.guidance,
             "seed": settings.seed,
             "sigma": endpoint.sigma,
             "noise_floor": None if endpoint.kind == "gaussian" else asdict(self._noise_floor()),
@@ -377,13 +386,18 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
 
 def _settings(options: EvalOptions, loaded: LoadedRun) -> EvaluateConfig:
     """The run's evaluation settings, with every option that is given in their place."""
-    values = loaded.config.evaluate.model_dump()
-    names = {field.name for field in fields(options)} & values.keys()
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    settings, why_no_picture = (
-        parse(EvaluateConfig, values | given, "evaluation options"),
-        loaded.config.flow.why_no_picture(),
-    )
+    values = loaded.config.model_dump()
+    for override in options.set:
+        if not override.startswith("evaluate."):
+            raise ConfigError(
+                f"--set {override}: an evaluation changes keys of evaluate only, such as evaluate.guidance=2"
+            )
+        set_key(values, override)
+    for name in EvaluateConfig.model_fields:
+        if getattr(options, name, None) is not None:
+            values["evaluate"][name] = getattr(options, name)
+    settings = parse(Config, values, "evaluation options").evaluate
+    why_no_picture = loaded.config.flow.why_no_picture()
     if why_no_picture and settings.estimator != "one_step":
         raise ConfigError(
             f"evaluate.estimator = '{settings.estimator}': {why_no_picture}, and knows no other times; use one_step"

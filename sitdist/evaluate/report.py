@@ -111,6 +111,7 @@ class Metrics(BaseModel):
     function_evaluations: int
     generator: str
     generator_steps: int
+    guidance: float | None = None
     seed: int
     sigma: float
     noise_floor: NoiseFloor | None
@@ -411,7 +412,8 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 def _generator(metrics: Metrics) -> str:
     how = "adaptive steps" if metrics.generator in get_args(AdaptiveSolver) else f"{metrics.generator_steps} steps"
-    return f"{metrics.generator} ({how})"
+    guidance = "" if metrics.guidance is None else f", guidance {metrics.guidance:g}"
+    return f"{metrics.generator} ({how}{guidance})"
 
 
 def _how(metrics: Metrics) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sitdist.config import FlowConfig, ModelConfig, OptimizerConfig
+from sitdist.config import EvaluateConfig, FlowConfig, ModelConfig, OptimizerConfig
 from sitdist.data.format import DatasetManifest
 from sitdist.errors import CodecError, ConfigError
 from sitdist.flow.endpoint import Endpoint
+from sitdist.flow.sample import SampleOptions
 from sitdist.model.codec import Codec, load_codec
 from sitdist.model.sit import SiT
 
@@ -18,6 +19,21 @@ from sitdist.model.sit import SiT
 def build_endpoint(config: FlowConfig) -> Endpoint:
     """What x0 is."""
     return Endpoint(config.endpoint, config.sigma, config.gain, config.layout)
+
+
+def build_sampling(config: EvaluateConfig) -> SampleOptions:
+    """How latents are generated."""
+    return SampleOptions(
+        config.generator,
+        config.generator_steps,
+        config.tolerance,
+        config.guidance,
+        config.guidance_channels,
+        config.diffusion,
+        config.diffusion_norm,
+        config.last_step,
+        config.last_step_size,
+    )
 
 
 def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoint = Endpoint()) -> SiT:  # noqa: B008

@@ -12,15 +12,14 @@ from sitdist.config import Config
 from sitdist.data.format import DatasetManifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError
-from sitdist.flow import draws
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.path import get_path
 from sitdist.flow.predict import velocity_model
-from sitdist.flow.solve import generate
+from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.model.codec import Codec, latent_mean
-from sitdist.train.build import build_endpoint
+from sitdist.train.build import build_endpoint, build_sampling
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,17 @@ class Validation:
 
     def _generate(self, model: nn.Module) -> Tensor:
         """Pictures [B, 3, H, W] of the first views' poses."""
-        count, shape = len(self._packed_poses), self._latents.shape[1:]
-        positions = torch.arange(count, device=self._device)
-        noise = draws.normal(self._config.seed, "validation", positions, shape.numel()).reshape(-1, *shape)
-        x0 = self._endpoint.x0(self._packed_poses, noise)  # [B, C, h, w]
-        settings = self._config.evaluate
-        latents = generate(
-            self._endpoint.conditioned(model, self._packed_poses),
+        count = len(self._packed_poses)
+        latents = sample_latents(
+            model,
             self._path,
-            x0,
+            self._endpoint,
+            self._packed_poses,
             self._labels[:count],
-            settings.generator,
-            settings.generator_steps,
+            self._latents.shape[1:],
+            build_sampling(self._config.evaluate),
+            self._config.seed,
+            "validation",
+            torch.arange(count, device=self._device),
         )
         return self._codec.decode(latents).float().cpu()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from sitdist.evaluate.evaluator import EvalOptions, evaluate, summary_rows
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, write_report
 from sitdist.flow.estimate import estimate_pose
+from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import ADAPTIVE, SOLVERS
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import check_rigid, rotation_error_deg
@@ -123,11 +125,40 @@ def test_a_second_start_goes_on_with_the_missing_units_only(run, on_split, monke
 
 
 def test_every_solver_of_the_flow_can_generate_the_pictures(run, on_split, tmp_path):
-    assert set(get_args(EvaluateConfig.model_fields["generator"].annotation)) == set(SOLVERS) == set(GENERATORS)
+    assert (
+        set(get_args(EvaluateConfig.model_fields["generator"].annotation)) == {*SOLVERS, *STOCHASTIC} == set(GENERATORS)
+    )
     assert set(get_args(AdaptiveSolver)) == set(ADAPTIVE)
     folder = evaluate(run, EvalOptions(split="test", views_per_radius=1, generator="dopri5", out=tmp_path / "out"))
     euler = {row["key"]: float(row["psnr"]) for row in rows(on_split)}
     assert any(abs(float(row["psnr"]) - euler[row["key"]]) > 1e-4 for row in rows(folder))
+
+
+def test_keys_of_evaluate_are_set_one_by_one(run, on_split, tmp_path):
+    folder = evaluate(run, EvalOptions(split="test", set=("evaluate.guidance=3",), out=tmp_path / "out"))
+    assert json.loads((folder / "metrics.json").read_text())["guidance"] == 3
+    plain = {row["key"]: float(row["psnr"]) for row in rows(on_split)}
+    assert any(abs(float(row["psnr"]) - plain[row["key"]]) > 1e-4 for row in rows(folder))
+    for override, message in (
+        ("train.steps=3", "changes keys of evaluate only"),
+        ("evaluate.guidence=3", "did you mean 'guidance'"),
+        ("evaluate.generator=euler_maruyama", "flow.endpoint is pose; set evaluate.generator to heun"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(run, EvalOptions(split="test", set=(override,), out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_of_the_score_is_trained_and_evaluated_by_an_sde(tiny_dataset, tmp_path):
+    flow = {"endpoint": "gaussian", "prediction": "score", "share_at_one": 0.0, "share_at_zero": 0.0}
+    train(config_on(tiny_dataset, **flow), tmp_path / "run")
+    outs = [
+        evaluate(tmp_path / "run", EvalOptions(split="test", generator=name, generator_steps=3, out=tmp_path / name))
+        for name in ("euler", "euler_maruyama", "stochastic_heun")
+    ]
+    psnr = [[float(row["psnr"]) for row in rows(out)] for out in outs]
+    assert all(math.isfinite(value) for values in psnr for value in values)
+    assert psnr[0] != psnr[1] != psnr[2]
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_with_both_values(run, on_split):

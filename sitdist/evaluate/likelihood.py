@@ -1,0 +1,121 @@
+"""How likely a run finds the latents of a split: bits per dimension, by integrating the flow back to its endpoint."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sitdist.data.format import load_manifest, write_atomically
+from sitdist.data.reader import ShardReader
+from sitdist.errors import ConfigError
+from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
+from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.model.codec import latent_mean
+from sitdist.train.checkpoint import LoadedRun, load_run
+
+LIKELIHOOD_FORMAT = "{:<24}{:>8} views   {:>10.3f} +- {:.3f} nats   {:>8.4f} +- {:.4f} bits per dimension"
+
+
+@dataclass(frozen=True)
+class SplitLikelihood:
+    """Log densities (nats) of latent means, float64 [N], by key; `dimensions` numbers a latent has."""
+
+    keys: list[str]
+    log_density: Tensor
+    dimensions: int
+
+    def line(self, name: str) -> str:
+        """Means with their standard errors, as one line of text."""
+        bits = -self.log_density / (self.dimensions * math.log(2.0))
+        error = max(len(self.keys), 1) ** -0.5
+        values = (self.log_density.mean(), self.log_density.std() * error, bits.mean(), bits.std() * error)
+        return LIKELIHOOD_FORMAT.format(name, len(self.keys), *map(float, values))
+
+
+def split_likelihood(
+    run: Path,
+    split: str = "test",
+    data: Path | None = None,
+    views: int | None = None,
+    probes: int = 4,
+    method: str = "heun",
+    steps: int = 25,
+    batch: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    out: Path | None = None,
+) -> SplitLikelihood:
+    """Log density of the first `views` views of `split`, with `probes` Hutchinson probes each; `out`: CSV by view.
+
+    Of a pose endpoint: p(latent), over the mixture of all training poses. Of a gaussian one: p(latent | pose).
+    """
+    loaded = load_run(run, device)
+    why_not = loaded.config.flow.why_no_picture()
+    if why_not is not None:
+        raise ConfigError(f"{run}: {why_not}, and has no flow to integrate; choose another run")
+    folder = Path(data or loaded.config.data)
+    manifest = load_manifest(folder)
+    if split not in manifest.splits:
+        raise ConfigError(f"{folder}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
+    base, reader = _base(loaded, folder), ShardReader(folder, split)
+    count = len(reader) if views is None else min(views, len(reader))
+    densities = []
+    for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
+        indices = list(range(start, min(start + batch, count)))
+        densities.append(_of_views(loaded, reader, indices, base, probes, method, steps, seed))
+    result = SplitLikelihood([reader.keys()[i] for i in range(count)], torch.cat(densities), math.prod(_shape(loaded)))
+    if out is not None:
+        _write(out, result)
+    return result
+
+
+def _of_views(
+    loaded: LoadedRun,
+    reader: ShardReader,
+    indices: list[int],
+    base: GaussianBase | PoseBase,
+    probes: int,
+    method: str,
+    steps: int,
+    seed: int,
+) -> Tensor:
+    device = next(loaded.model.parameters()).device
+    latents = latent_mean(reader.moments(indices).float()).to(device)
+    labels = reader.labels()[indices].to(device)
+    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
+    packed_pose = standardize(reader.camera_to_world()[indices], statistics, reader.intrinsics(indices)).to(device)
+    signs = rademacher(seed, torch.tensor(indices, device=device), probes, latents.shape[1:])
+    model = loaded.endpoint.conditioned(loaded.model, packed_pose)
+    return log_likelihood(model, loaded.path, latents, labels, base, signs, method, steps).log_density.cpu()
+
+
+def _base(loaded: LoadedRun, data: Path) -> GaussianBase | PoseBase:
+    """The density of x0: that of all training poses, where x0 holds them."""
+    if loaded.endpoint.kind == "gaussian":
+        return GaussianBase()
+    reader = ShardReader(data, "train")
+    every = list(range(len(reader)))
+    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
+    packed_poses = standardize(reader.camera_to_world(), statistics, reader.intrinsics(every))
+    zeros = torch.zeros(len(reader), *_shape(loaded))
+    return PoseBase(loaded.endpoint.x0(packed_poses, zeros), loaded.endpoint.sigma)
+
+
+def _shape(loaded: LoadedRun) -> tuple[int, int, int]:
+    latent = loaded.manifest.latent
+    return latent.channels, latent.height, latent.width
+
+
+def _write(out: Path, result: SplitLikelihood) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["key", "log_density_nats"])
+    writer.writerows(zip(result.keys, result.log_density.tolist(), strict=True))
+    write_atomically(out, lambda path: path.write_text(table.getvalue()))

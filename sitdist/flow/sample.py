@@ -1,0 +1,80 @@
+"""Latents of packed poses, by the ODE of the flow or an SDE with its marginals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sitdist.flow import draws
+from sitdist.flow.endpoint import Endpoint
+from sitdist.flow.path import Path
+from sitdist.flow.predict import guided
+from sitdist.flow.sde import SdeOptions, generate_sde
+from sitdist.flow.solve import Model, generate
+
+STOCHASTIC = {"euler_maruyama": "euler_maruyama", "stochastic_heun": "heun"}  # generators, and their SDE methods
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How latents are generated.
+
+    `generator`: a solver of the ODE, or one of STOCHASTIC, which need the gaussian endpoint and read the last four
+    fields (see SdeOptions). `tolerance`: of adaptive solvers and implicit_adams. `guidance`: the scale of
+    classifier-free guidance on all channels or, as published, on three; None is off.
+    """
+
+    generator: str = "heun"
+    steps: int = 10
+    tolerance: float = 1e-6
+    guidance: float | None = None
+    guidance_channels: str = "all"
+    diffusion: str = "SBDM"
+    diffusion_norm: float = 1.0
+    last_step: str | None = "Mean"
+    last_step_size: float = 0.04
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Model,
+    path: Path,
+    endpoint: Endpoint,
+    packed_pose: Tensor,
+    y: Tensor,
+    shape: torch.Size,
+    options: SampleOptions,
+    seed: int,
+    stream: str,
+    positions: Tensor,
+) -> Tensor:
+    """Latents x1 [B, *shape] of packed poses [B, 4, 4] and labels `y` [B].
+
+    All noise is keyed by (seed, stream, position), `positions` [B]: the batch around a sample changes nothing, but for
+    adaptive solvers.
+    """
+    x0 = endpoint.x0(packed_pose, _normal(seed, stream, positions, shape))  # [B, C, h, w]
+    velocity = endpoint.conditioned(model, packed_pose)
+    if options.guidance is not None:
+        velocity = guided(velocity, options.guidance, options.guidance_channels)
+    if options.generator not in STOCHASTIC:
+        return generate(velocity, path, x0, y, options.generator, options.steps, options.tolerance)
+    sde = SdeOptions(
+        STOCHASTIC[options.generator],
+        options.steps,
+        options.diffusion,
+        options.diffusion_norm,
+        options.last_step,
+        options.last_step_size,
+    )
+
+    def kick(step: int) -> Tensor:
+        return _normal(seed, f"{stream} step {step}", positions, shape)
+
+    return generate_sde(velocity, path, x0, y, kick, sde, endpoint.kind)
+
+
+def _normal(seed: int, stream: str, positions: Tensor, shape: torch.Size) -> Tensor:
+    return draws.normal(seed, stream, positions, shape.numel()).reshape(-1, *shape)

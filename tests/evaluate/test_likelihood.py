@@ -1,0 +1,61 @@
+"""Likelihoods of a split's latents under whole runs."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from sitdist.config import Config, parse
+from sitdist.data.reader import ShardReader
+from sitdist.errors import ConfigError
+from sitdist.evaluate.likelihood import split_likelihood
+from sitdist.model.codec import latent_mean
+from sitdist.train.trainer import train
+
+
+def trained(data, folder, lr=1e-2, **flow):
+    values = {
+        "flow": flow,
+        "name": "tiny",
+        "data": str(data),
+        "model": {"patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2},
+        "train": {"steps": 2, "global_batch": 4, "optimizer": {"lr": lr}, "ema_decay": 0.0},
+    }
+    train(parse(Config, values, "tiny"), folder)
+    return folder
+
+
+def test_a_flow_that_stands_still_has_the_likelihood_of_its_endpoint(tiny_dataset, tmp_path):
+    run = trained(tiny_dataset, tmp_path / "run", lr=1e-12, endpoint="gaussian", share_at_one=0, share_at_zero=0)
+    result = split_likelihood(run, steps=2, probes=1, out=tmp_path / "out.csv")
+    reader = ShardReader(tiny_dataset, "test")
+    latents = latent_mean(reader.moments(range(len(reader))).float()).double().flatten(1)
+    expected = -0.5 * latents.square().sum(dim=1) - 0.5 * latents.shape[1] * math.log(2 * math.pi)
+    torch.testing.assert_close(result.log_density, expected, rtol=1e-5, atol=1e-4)
+    bits = float(-expected.mean() / (latents.shape[1] * math.log(2)))
+    assert f"{bits:.4f} +- " in result.line("test")
+    with (tmp_path / "out.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["key"] for row in table] == reader.keys()
+    assert [float(row["log_density_nats"]) for row in table] == result.log_density.tolist()
+
+
+def test_the_pose_endpoint_is_the_mixture_over_the_training_poses(tiny_dataset, tmp_path):
+    run = trained(tiny_dataset, tmp_path / "run", lr=1e-12, sigma=0.5)
+    few, all_ = (split_likelihood(run, steps=2, probes=1, views=views) for views in (3, None))
+    assert len(few.keys) == 3
+    torch.testing.assert_close(few.log_density, all_.log_density[:3])
+    gaussian = trained(tiny_dataset, tmp_path / "g", lr=1e-12, endpoint="gaussian", share_at_one=0, share_at_zero=0)
+    assert float((split_likelihood(gaussian, steps=2, probes=1, views=3).log_density - few.log_density).abs().min()) > 1
+
+
+def test_no_likelihood_without_noise_or_without_a_flow(tiny_dataset, tmp_path):
+    sharp = trained(tiny_dataset, tmp_path / "sharp", sigma=0.0)
+    with pytest.raises(ConfigError, match="so there is no likelihood; train with"):
+        split_likelihood(sharp)
+    regressor = trained(tiny_dataset, tmp_path / "regressor", share_at_one=1.0, share_at_zero=0.0)
+    with pytest.raises(ConfigError, match="has no flow to integrate"):
+        split_likelihood(regressor)
+    with pytest.raises(ConfigError, match="no split 'nope'; it has test, train, val"):
+        split_likelihood(trained(tiny_dataset, tmp_path / "run"), split="nope")
