@@ -323,6 +323,7 @@ SIT_PRESETS = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in (2,
 class ModelConfig(Schema):
     """Size of the transformer: a published preset such as SiT-B/8, or free sizes. The data give the latent's shape.
 
+    `mlp`: the perceptrons, gelu as published, or swiglu with as many weights (better on the chair: docs/backbone.md).
     `init_from`: a file of weights to start from, a published SiT checkpoint (.pt) or a .safetensors.
     """
 
@@ -332,6 +333,7 @@ class ModelConfig(Schema):
     depth: Positive | None = None
     num_heads: Positive | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     num_classes: Positive = 1
     class_dropout_prob: Share = 0.1
     learn_sigma: bool = False

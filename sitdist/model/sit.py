@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import GELUTanh, Mlp, PatchEmbed
+from timm.layers import GELUTanh, Mlp, PatchEmbed, SwiGLU
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
@@ -95,12 +95,15 @@ class SelfAttention(Attention):
 class SiTBlock(nn.Module):
     """Attention and perceptron, each between an adaptive layer norm and a gate that starts closed (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mlp: str = "gelu") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
+        if mlp == "swiglu":  # two thirds as wide, so that its three matrices hold what two did (Shazeer 2020)
+            self.mlp: nn.Module = SwiGLU(hidden_size, int(hidden_size * mlp_ratio * 2 / 3))
+        else:
+            self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ class SiT(nn.Module):
 
     With `learn_sigma` the network has twice the output channels, as the published one, and the second half is dropped.
     With `pose_condition` it is also given the packed pose [B, 4, 4], whose embedding is added to those of t and y.
+    `mlp`: gelu as published, or swiglu with as many weights.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class SiT(nn.Module):
         num_classes: int = 1,
         learn_sigma: bool = False,
         pose_condition: bool = False,
+        mlp: str = "gelu",
     ) -> None:
         super().__init__()
         self.patch_size, self.in_channels, self.learn_sigma = patch_size, in_channels, learn_sigma
@@ -153,7 +158,7 @@ class SiT(nn.Module):
         self.pose_embedder = PoseEmbedder(hidden_size) if pose_condition else None
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(position_embedding(hidden_size, grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio, mlp) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize()
 

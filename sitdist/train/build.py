@@ -53,6 +53,7 @@ def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoi
         input_size=latent.height,
         in_channels=latent.channels,
         mlp_ratio=config.mlp_ratio,
+        mlp=config.mlp,
         class_dropout_prob=config.class_dropout_prob,
         num_classes=config.num_classes,
         learn_sigma=config.learn_sigma,

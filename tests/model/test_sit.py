@@ -79,3 +79,14 @@ def test_a_pose_is_a_condition_only_of_a_model_that_asks_for_one() -> None:
     assert not torch.allclose(out, conditioned(x, t, y, None, poses + 0.1), atol=1e-4)
     with pytest.raises(AssertionError, match="a pose is given to models with pose_condition"):
         plain(x, t, y, None, poses)
+
+
+def test_swiglu_is_a_gated_perceptron_with_as_many_weights() -> None:
+    sizes = {"input_size": 8, "patch_size": 4, "in_channels": 4, "hidden_size": 192, "depth": 1, "num_heads": 2}
+    gelu, swiglu = SiT(**sizes), SiT(**sizes, mlp="swiglu")
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (gelu, swiglu)]
+    assert counts[1] == pytest.approx(counts[0], rel=2e-3)
+    mlp, x = swiglu.blocks[0].mlp, torch.randn(3, 5, 192)
+    gate, value = x @ mlp.fc1_g.weight.T + mlp.fc1_g.bias, x @ mlp.fc1_x.weight.T + mlp.fc1_x.bias
+    expected = (torch.nn.functional.silu(gate) * value) @ mlp.fc2.weight.T + mlp.fc2.bias
+    torch.testing.assert_close(mlp(x), expected)
