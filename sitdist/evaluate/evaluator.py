@@ -31,8 +31,9 @@ from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.evaluate import metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
+from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
+from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.units import (
-    EDGE,
     Unit,
     ViewRecord,
     is_finished,
@@ -52,14 +53,6 @@ from sitdist.model.codec import latent_mean
 from sitdist.runtime import log, processes
 from sitdist.train.build import build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
-
-RANGES = ((3, 5), (1, 7))  # radii that have a row of their own where every unit bin of them holds views
-ROTATIONS = ("rotation_error_deg", "constant_rotation_error_deg", "nearest_rotation_error_deg")
-MEASURES = (
-    *ROTATIONS,
-    *("translation_error", "constant_translation_error", "nearest_translation_error", "focal_error"),
-    *("mae", "psnr", "ssim", "lpips", "codec_mae", "codec_psnr", "codec_ssim", "nearest_psnr"),
-)
 
 
 @dataclass(frozen=True)
@@ -160,6 +153,7 @@ class _Evaluation:
     units: list[Unit]
     training: ShardReader
     lpips: metrics.Lpips | None
+    background: Tensor | None
     plan: dict[str, Any]
     device: torch.device
 
@@ -195,7 +189,7 @@ class _Evaluation:
         ceiling = codec.decode(latents)
         nearest = self.training_views.nearest_by_latent(latents, labels)
         nearest_images = codec.decode(self.training_views.nearest_by_camera(true, labels))
-        values = {
+        values: dict[str, Tensor | list[float | None]] = {
             "codec_mae": metrics.mean_absolute_error(ceiling, images),
             "codec_psnr": metrics.psnr(ceiling, images),
             "codec_ssim": metrics.ssim(ceiling, images),
@@ -204,6 +198,7 @@ class _Evaluation:
             "nearest_rotation_error_deg": rotation_error_deg(nearest[:, :3, :3], true[:, :3, :3]),
             "nearest_translation_error": translation_error(nearest, true),
             "nearest_psnr": metrics.psnr(nearest_images, images),
+            "codec_object_psnr": self._object_psnr(ceiling, images),
             "label": labels,
             "true": true[:, :3].flatten(1),
         }
@@ -214,7 +209,7 @@ class _Evaluation:
             rendered = codec.decode(self._generate(unit, true, intrinsics, labels, latents.shape[1:]))
             values |= self._picture_errors(rendered, images)
         columns: dict[str, list[Any]] = {field.name: [None] * len(labels) for field in fields(ViewRecord)}
-        columns |= {name: value.tolist() for name, value in values.items()}
+        columns |= {name: value if isinstance(value, list) else value.tolist() for name, value in values.items()}
         columns |= {name: [getattr(view, name) for view in unit.views] for name in ("key", "radius", "bin")}
         records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
         pictures = None if rendered is None else _to_uint8(rendered[: unit.pictures])
@@ -243,10 +238,16 @@ class _Evaluation:
             values["focal_error"] = 100.0 * (estimate.intrinsics[:, 0] / intrinsics[:, 0] - 1.0).abs()
         return values
 
-    def _picture_errors(self, rendered: Tensor, images: Tensor) -> dict[str, Tensor]:
-        values = {
+    def _object_psnr(self, rendered: Tensor, images: Tensor) -> list[float | None]:
+        if self.background is None:
+            return [None] * len(images)
+        return metrics.object_psnr(rendered, images, self.background)
+
+    def _picture_errors(self, rendered: Tensor, images: Tensor) -> dict[str, Tensor | list[float | None]]:
+        values: dict[str, Tensor | list[float | None]] = {
             "mae": metrics.mean_absolute_error(rendered, images),
             "psnr": metrics.psnr(rendered, images),
+            "object_psnr": self._object_psnr(rendered, images),
             "ssim": metrics.ssim(rendered, images),
         }
         return values if self.lpips is None else values | {"lpips": self.lpips(rendered, images)}
@@ -272,16 +273,21 @@ class _Evaluation:
 
     def write_results(self, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> None:
         """records.csv (one row a view, sorted by key), images.npz and metrics.json."""
+        symmetries = None
+        if self.loaded.config.flow.why_no_pose() is None:
+            numbers = torch.arange(0, len(self.training), self._training_stride)
+            symmetries = find_symmetries(self.training_views, numbers)
+            records = with_symmetries(records, symmetries.symmetries)
         table = io.StringIO()
         writer = csv.DictWriter(table, list(records[0].row()), lineterminator="\n")
         writer.writeheader()
         writer.writerows(record.row() for record in records)
-        summary = json.dumps(self._summary(records), indent=2, allow_nan=False) + "\n"
+        summary = json.dumps(self._summary(records, symmetries), indent=2, allow_nan=False) + "\n"
         write_atomically(self.out / "records.csv", lambda path: path.write_text(table.getvalue()))
         save_arrays(self.out / "images.npz", pictures)
         write_atomically(self.out / "metrics.json", lambda path: path.write_text(summary))
 
-    def _summary(self, records: list[ViewRecord]) -> dict[str, Any]:
+    def _summary(self, records: list[ViewRecord], symmetries: Symmetries | None) -> dict[str, Any]:
         settings, flow, endpoint = self.settings, self.loaded.config.flow, self.loaded.endpoint
         compared = math.ceil(len(self.training) / self._training_stride)
         return {
@@ -308,41 +314,16 @@ class _Evaluation:
                 "python": sys.version.split()[0],
                 "torch": torch.__version__,
             },
+            "background": None if self.background is None else self.background.tolist(),
+            "symmetry": None if symmetries is None else symmetries.to_dict(),
             "rows": summary_rows(records),
+            "labels": label_rows(records, {entry.label: entry.name for entry in self.loaded.manifest.objects}),
         }
 
     def _noise_floor(self) -> NoiseFloor:
         shape, endpoint = self.loaded.manifest.latent, self.loaded.endpoint
         latent, sigma = (shape.channels, shape.height, shape.width), endpoint.sigma / endpoint.gain
         return noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, self.settings.seed)
-
-
-def summary_rows(records: list[ViewRecord]) -> list[dict[str, Any]]:
-    """The table: a row for every unit bin, one for each of RANGES whose bins all hold views, and one for all views.
-
-    Bins are [a, a + 1), the last one closed. There is no row for all views where another row is all of them.
-    """
-    bins = sorted({record.bin for record in records})
-    rows = [
-        _row(f"r in [{a}, {a + 1}{']' if a == bins[-1] else ')'}", (a, a + 1), [r for r in records if r.bin == a])
-        for a in bins
-    ]
-    for a, b in RANGES:
-        if all(bin_ in bins for bin_ in range(a, b)):
-            inside = [record for record in records if a - EDGE <= record.radius <= b + EDGE]
-            rows.append(_row(f"r in [{a}, {b}]", (a, b), inside))
-    if not any(row["n"] == len(records) for row in rows):
-        rows.append(_row(f"r in [{bins[0]}, {bins[-1] + 1}]", (bins[0], bins[-1] + 1), records))
-    return rows
-
-
-def _row(name: str, radius: tuple[int, int], records: list[ViewRecord]) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "radius": list(radius), "n": len(records)}
-    for measure in MEASURES:
-        values = [getattr(record, measure) for record in records]
-        if values[0] is not None:
-            row[measure] = metrics.summarize(values, rotation=measure in ROTATIONS).to_dict()
-    return row
 
 
 def _evaluations(estimator: str, steps: int) -> int:
@@ -379,6 +360,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
         units=units,
         training=ShardReader(_training_folder(loaded, data), "train"),
         lpips=lpips,
+        background=views.background(),
         plan=_plan(loaded, settings, title, data, units, lpips),
         device=device,
     )
@@ -463,7 +445,7 @@ def _plan(
     """What decides every number of an evaluation; units on disk are used again only under an equal plan."""
     views = "\n".join(f"{unit.number} {view.key}" for unit in units for view in unit.views)
     return {
-        "format": 1,
+        "format": 2,
         "step": loaded.step,
         "weights": _weights_sha256(loaded.model),
         "dataset": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),

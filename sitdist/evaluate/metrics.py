@@ -1,4 +1,4 @@
-"""Picture metrics of single views, and their summaries over exactly the views that are named.
+"""Picture metrics of single views.
 
 Every picture is a float32 tensor [B, 3, H, W] in [0, 1]; every metric gives one number a view, [B].
 """
@@ -6,9 +6,7 @@ Every picture is a float32 tensor [B, 3, H, W] in [0, 1]; every metric gives one
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sitdist.errors import ConfigError, DataError
 
 SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5, Wang et al. 2004
 LPIPS_MINIMUM_SIZE = 32  # pixels: AlexNet's last layer has nothing left to look at below 31
+OBJECT_TOLERANCE = 4.5 / 255.0  # a colour this far from the background belongs to the object
 PSNR_CEILING = 100.0  # dB: a perfect copy counts as this, so that means stay finite
 LPIPS_NOT_MEASURED = "not measured: set evaluate.lpips_backbone"
 
@@ -32,6 +31,37 @@ def psnr(images: Tensor, true_images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of every view in dB for a data range of 1, at most PSNR_CEILING; [B]."""
     mean_squared_error = (images - true_images).double().square().flatten(1).mean(1)
     return -10.0 * mean_squared_error.clamp_min(10.0 ** (-PSNR_CEILING / 10)).log10()
+
+
+def object_psnr(images: Tensor, true_images: Tensor, background: Tensor) -> list[float | None]:
+    """PSNR of every view as `psnr`, over the object's pixels alone: those where the true view shows no background.
+
+    `background` [3] is its colour; a pixel is the object's where a colour differs by more than OBJECT_TOLERANCE. None
+    where a view shows no object.
+    """
+    mask = object_mask(true_images, background)  # [B, H, W]
+    squared = (images - true_images).double().square().mean(1)
+    counts = mask.flatten(1).sum(1)
+    mean_squared_error = (squared * mask).flatten(1).sum(1) / counts.clamp_min(1)
+    values = -10.0 * mean_squared_error.clamp_min(10.0 ** (-PSNR_CEILING / 10)).log10()
+    return [value if count else None for value, count in zip(values.tolist(), counts.tolist(), strict=True)]
+
+
+def object_mask(true_images: Tensor, background: Tensor) -> Tensor:
+    """Whether each pixel [B, H, W] of true views [B, 3, H, W] shows the object and not the colour [3] behind it."""
+    return ((true_images - background.to(true_images)[:, None, None]).abs() > OBJECT_TOLERANCE).any(1)
+
+
+def background_colour(true_images: Tensor) -> Tensor | None:
+    """The colour [3] that most corners of pictures [B, 3, H, W] have, within OBJECT_TOLERANCE; None if less than half.
+
+    For objects before a plain background: their corners show it in most views.
+    """
+    corners = true_images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].permute(0, 2, 1).reshape(-1, 3)  # [4 B, 3]
+    same = (corners[:, None] - corners[None]).abs().amax(-1) <= OBJECT_TOLERANCE  # [4 B, 4 B]
+    supporters = same.sum(1)
+    best = int(supporters.argmax())
+    return corners[same[best]].median(0).values if 2 * int(supporters[best]) >= len(corners) else None
 
 
 def ssim(images: Tensor, true_images: Tensor) -> Tensor:
@@ -142,30 +172,3 @@ def _lpips_network(net: str) -> Any:
         warnings.simplefilter("ignore")  # torchvision's, on the arguments that lpips gives it
         network = lpips.LPIPS(net=net, pnet_rand=True, lpips=True, verbose=False)
     return network.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean and median over exactly `n` views; `share_under_5_deg` only for rotation errors."""
-
-    mean: float
-    median: float
-    n: int
-    share_under_5_deg: float | None = None
-
-    def to_dict(self) -> dict[str, float | int]:
-        """The fields that apply, for metrics.json."""
-        values: dict[str, float | int] = {"mean": self.mean, "median": self.median, "n": self.n}
-        return values if self.share_under_5_deg is None else {**values, "share_under_5_deg": self.share_under_5_deg}
-
-
-def summarize(values: list[float], rotation: bool = False) -> Summary:
-    """Summary of one number a view; a value that is not finite is a DataError, since no view may drop out of a mean."""
-    bad = [value for value in values if not math.isfinite(value)]
-    if bad or not values:
-        raise DataError(
-            f"{len(bad)} of {len(values)} values are not finite ({bad[:3]}); no mean can be stated over them"
-        )
-    tensor = torch.tensor(values, dtype=torch.float64)
-    share = float((tensor < 5.0).double().mean()) if rotation else None
-    return Summary(float(tensor.mean()), float(tensor.quantile(0.5)), len(values), share)

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import textwrap
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,8 @@ from sitdist.data.format import write_atomically
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
 from sitdist.evaluate.baselines import NoiseFloor
-from sitdist.evaluate.metrics import Summary
+from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS, Summary
+from sitdist.evaluate.symmetry import Symmetries
 from sitdist.evaluate.units import POSE_ENTRIES, ViewRecord
 
 PICTURES = ("key", "bin", "true", "rendered")
@@ -42,6 +43,8 @@ NOISE_FLOOR = (
     "The noise floor is what the noise of a packed pose leaves on average to an estimator that recovers x0 exactly; "
     "one_step estimates the mean of x0 and has none."
 )
+INTERVAL = f"95% of mean: {INTERVAL_DEFINITION}"
+AUC = f"AUC@30: {AUC_DEFINITION[0].lower()}{AUC_DEFINITION[1:]}"
 NEAREST_PICTURE = (
     "Baselines, by their means: codec is the true view encoded and decoded, the ceiling of every rendered view; "
     "nearest is the training view with the nearest camera, decoded."
@@ -59,8 +62,13 @@ class Row(BaseModel):
     rotation_error_deg: Summary | None = None
     translation_error: Summary | None = None
     focal_error: Summary | None = None
+    translation_share: Summary | None = None
+    symmetric_rotation_error_deg: Summary | None = None
+    symmetric_translation_error: Summary | None = None
     mae: Summary | None = None
     psnr: Summary | None = None
+    object_psnr: Summary | None = None
+    codec_object_psnr: Summary | None = None
     ssim: Summary | None = None
     lpips: Summary | None = None
     constant_rotation_error_deg: Summary
@@ -122,7 +130,10 @@ class Metrics(BaseModel):
     radius_augmented: int = 0
     training_views: dict[str, int]
     versions: dict[str, str]
+    background: tuple[float, float, float] | None = None
+    symmetry: Symmetries | None = None
     rows: list[Row] = Field(min_length=1)
+    labels: list[Row] = Field(default=[])
 
     @property
     def bins(self) -> list[Row]:
@@ -256,8 +267,8 @@ def _record(row: dict[str, str]) -> ViewRecord:
     values: dict[str, Any] = {}
     for field in fields(ViewRecord):
         if field.type in ("float", "float | None"):
-            not_measured = field.type == "float | None" and not row[field.name]
-            values[field.name] = None if not_measured else _number(row[field.name])
+            text = row[field.name] if field.default is MISSING else row.get(field.name)
+            values[field.name] = None if field.type == "float | None" and not text else _number(text or "")
     values["true"] = [_number(row[f"true_{entry}"]) for entry in POSE_ENTRIES]
     estimated = [row[f"estimated_{entry}"] for entry in POSE_ENTRIES]
     values["estimated"] = [_number(text) for text in estimated] if any(estimated) else None
@@ -301,7 +312,10 @@ def _load_pictures(path: Path, metrics: Metrics, records: list[ViewRecord]) -> d
 
 @dataclass(frozen=True)
 class Column:
-    """A statistic of a summary, under `group` and `head`; `style` is how it is written."""
+    """A statistic of a summary, under `group` and `head`; `style` is how it is written.
+
+    `interval` and `quartiles` are two numbers each.
+    """
 
     group: str
     head: str
@@ -312,7 +326,9 @@ class Column:
     def cell(self, row: Row) -> str:
         """The number as text; n/a where it was not measured."""
         summary = getattr(row, self.field)
-        return "n/a" if summary is None else format(getattr(summary, self.statistic), self.style)
+        ends = {"interval": ("low", "high"), "quartiles": ("q25", "q75")}.get(self.statistic, (self.statistic,))
+        values = [None if summary is None else getattr(summary, end) for end in ends]
+        return "n/a" if None in values else " to ".join(format(value, self.style) for value in values)
 
 
 def _columns(group: str, field: str, style: str, baselines: dict[str, str], share: bool = False) -> list[Column]:
@@ -341,6 +357,31 @@ PICTURE_COLUMNS = [
     *_columns("PSNR (dB)", "psnr", ".2f", {"codec": "codec_psnr", "nearest": "nearest_psnr"}),
     *_columns("MAE", "mae", ".4f", {"codec": "codec_mae"}),
     *_columns("SSIM", "ssim", ".3f", {"codec": "codec_ssim"}),
+]
+POSE_SPREAD = [
+    Column("rotation error (deg)", "95% of mean", "rotation_error_deg", "interval"),
+    Column("rotation error (deg)", "quartiles", "rotation_error_deg", "quartiles"),
+    *(
+        Column("rotation error (deg)", f"<{angle}", "rotation_error_deg", f"share_under_{angle}_deg", ".0%")
+        for angle in THRESHOLDS
+    ),
+    Column("rotation error (deg)", "AUC@30", "rotation_error_deg", "auc_30_deg", ".3f"),
+    Column("translation error", "95% of mean", "translation_error", "interval", ".3f"),
+    Column("translation error", "of radius", "translation_share", "mean", ".1%"),
+]
+SYMMETRIC_COLUMNS = [
+    Column("rotation error (deg)", "plain", "rotation_error_deg"),
+    Column("rotation error (deg)", "up to symmetry", "symmetric_rotation_error_deg"),
+    Column("translation error", "plain", "translation_error", "mean", ".3f"),
+    Column("translation error", "up to symmetry", "symmetric_translation_error", "mean", ".3f"),
+]
+PICTURE_SPREAD = [
+    Column("PSNR (dB)", "95% of mean", "psnr", "interval"),
+    Column("PSNR (dB)", "quartiles", "psnr", "quartiles"),
+    Column("object PSNR", "mean", "object_psnr"),
+    Column("object PSNR", "median", "object_psnr", "median"),
+    Column("object PSNR", "codec", "codec_object_psnr"),
+    Column("SSIM", "95% of mean", "ssim", "interval", ".3f"),
 ]
 LPIPS_COLUMNS = _columns("LPIPS", "lpips", ".3f", {})
 FOCAL_COLUMNS = _columns("focal error (%)", "focal_error", ".2f", {})
@@ -387,9 +428,68 @@ def _tables(metrics: Metrics) -> list[Table]:
         pose_notes.insert(0, f"No pose is read off a picture: {metrics.no_pose}.")
     if metrics.no_picture:
         picture_notes.insert(0, f"No picture is rendered: {metrics.no_picture}.")
-    return [
+    tables = [
         Table("Pose of a picture", pose_columns, pose, pose_notes),
+        *_spread_tables(metrics, "rotation_error_deg", "Pose: spread", POSE_SPREAD, [INTERVAL, AUC]),
         Table("Picture of a pose", picture_columns, picture, picture_notes),
+        *_spread_tables(metrics, "psnr", "Picture: spread", PICTURE_SPREAD, [_object_note(metrics)]),
+    ]
+    return tables + _symmetry_tables(metrics) + _label_tables(metrics, pose_columns, picture_columns)
+
+
+def _spread_tables(metrics: Metrics, field: str, title: str, columns: list[Column], notes: list[str]) -> list[Table]:
+    """Intervals, quartiles and shares, where `field` was measured by an evaluation that states them."""
+    if not metrics.measured(field) or any(getattr(row, field).low is None for row in metrics.rows):
+        return []
+    return [Table(title, columns, _lines(metrics.rows, columns), notes)]
+
+
+def _object_note(metrics: Metrics) -> str:
+    if metrics.background is None:
+        return "PSNR on the object: n/a, as the corners of the views have no common colour, so no plain background."
+    colour = " ".join(f"{255 * value:.0f}" for value in metrics.background)
+    return (
+        f"PSNR on the object: over the pixels where the true view differs from the background ({colour} of 255) by "
+        "more than 4, for views that show the object."
+    )
+
+
+def _symmetry_tables(metrics: Metrics) -> list[Table]:
+    """Errors up to the object's symmetries, if it has any; a note on what was looked for else."""
+    symmetry = metrics.symmetry
+    if symmetry is None:
+        return []
+    columns = SYMMETRIC_COLUMNS if symmetry.symmetries else []
+    return [Table("Symmetry", columns, _lines(metrics.rows, columns) if columns else [], _symmetry_notes(symmetry))]
+
+
+def _symmetry_notes(symmetry: Symmetries) -> list[str]:
+    """How many views coincide with one from far away, which pairs, and which motions follow."""
+    notes = [
+        f"{symmetry.coinciding} of {symmetry.examined} training views examined coincide with a view from a camera that "
+        "is more than 20 deg away: their latents are as near as those of neighbouring cameras."
+    ]
+    if symmetry.pairs:
+        shown = ", ".join(f"{pair.a}-{pair.b} ({pair.angle_deg:.0f} deg)" for pair in symmetry.pairs[:6])
+        notes.append(f"The nearest such pairs, by number of the training sample: {shown}.")
+    notes += [
+        f"Symmetry of label {motion.label}: a turn of {motion.angle_deg:.1f} deg, shown by {motion.support:.0%} of "
+        "the views examined. Errors up to symmetry are against the nearest pose from which the view is the same."
+        for motion in symmetry.symmetries
+    ]
+    if not symmetry.symmetries:
+        notes.append("That is no symmetry of the object, so there is no error up to symmetry beside the plain one.")
+    return notes
+
+
+def _label_tables(metrics: Metrics, pose_columns: list[Column], picture_columns: list[Column]) -> list[Table]:
+    """The tables once more by object, where there are several."""
+    if not metrics.labels:
+        return []
+    pose, picture = (_lines(metrics.labels, columns) for columns in (pose_columns, picture_columns))
+    return [
+        Table("Pose, by object", pose_columns, pose, []),
+        Table("Picture, by object", picture_columns, picture, []),
     ]
 
 
@@ -428,6 +528,9 @@ def _how(metrics: Metrics) -> str:
 def _plain(table: Table) -> str:
     """The table with aligned columns, its groups in a line above the heads, and its notes below."""
     heads = ["radius", "n", *(column.head for column in table.columns)]
+    notes = [textwrap.fill(note, LINE) for note in table.notes]
+    if not table.lines:
+        return "\n".join(["", table.title, *notes])
     widths = [max(map(len, cells)) for cells in zip(heads, *table.lines, strict=True)]
     widths[0] = max(widths[0], len(table.title) - 1 - widths[1])
     spans = [2, *(count for _, count in table.groups)]
@@ -438,7 +541,6 @@ def _plain(table: Table) -> str:
         *(f" {name} ".center(len(part), "-") for name, part in zip(names[1:], parts[1:], strict=True)),
     ]
     lines = [top, *(_parts(cells, widths, spans) for cells in (heads, *table.lines))]
-    notes = [textwrap.fill(note, LINE) for note in table.notes]
     return "\n".join(["", *(" | ".join(line).rstrip() for line in lines), *notes])
 
 

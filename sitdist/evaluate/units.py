@@ -51,7 +51,8 @@ class ViewRecord:
     """All that is measured of one view: angles in degrees, translations in scene units, PSNR in dB.
 
     `true` and `estimated` are the upper three rows of camera_to_world, row-major. None is what was not measured: LPIPS,
-    the focal length's error in percent, the pose or the picture of a model that has none.
+    the focal length's error in percent, the pose or the picture of a model that has none; the PSNR on the object where
+    its background is not known or none is seen; errors up to a symmetry (filled in by the merge) where there is none.
     """
 
     key: str
@@ -75,6 +76,15 @@ class ViewRecord:
     nearest_psnr: float
     true: list[float]
     estimated: list[float] | None
+    object_psnr: float | None = None
+    codec_object_psnr: float | None = None
+    symmetric_rotation_error_deg: float | None = None
+    symmetric_translation_error: float | None = None
+
+    @property
+    def translation_share(self) -> float | None:
+        """The translation error over the camera's distance to the origin."""
+        return None if self.translation_error is None else self.translation_error / max(self.radius, EDGE)
 
     def row(self) -> dict[str, Any]:
         """The record as one line of records.csv; poses become true_00 ... true_23 and estimated_00 ... estimated_23."""

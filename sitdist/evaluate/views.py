@@ -1,4 +1,4 @@
-"""The views an evaluation looks at: those of a dataset's split, or views of the built-in scene rendered on the spot."""
+"""The views an evaluation looks at: those of a dataset's split, or views of a scene rendered on the spot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from sitdist.config import SceneSource
 from sitdist.data.reader import ShardReader
+from sitdist.data.scene import backdrop, open_scene, render
 from sitdist.errors import ConfigError, DataError
+from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius, shell_cameras
 from sitdist.model.codec import Codec, latent_mean
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
+BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Views(Protocol):
     def references(self) -> list[ViewRef]: ...
 
     def load(self, views: tuple[ViewRef, ...]) -> ViewBatch: ...
+
+    def background(self) -> Tensor | None:
+        """The colour [3] behind the object; None if there is no such colour."""
+        ...
 
 
 class SplitViews:
@@ -80,9 +87,14 @@ class SplitViews:
             self._reader.intrinsics(indices),
         )
 
+    def background(self) -> Tensor | None:
+        count = len(self._reader)
+        chosen = range(0, count, -(-count // BACKGROUND_VIEWS))
+        return background_colour(self._reader.images(list(chosen)))
+
 
 class SceneViews:
-    """Views of the built-in scene, `views_per_radius` in every unit bin of `radii`, from cameras of their own.
+    """Views of a scene, the built-in or a fitted one, `views_per_radius` in every unit bin of `radii`.
 
     Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; the sphere, field
     of view, supersampling and label are those of the recipe's training source.
@@ -100,6 +112,7 @@ class SceneViews:
     ) -> None:
         self._source, self._codec, self._seed, self._device = source, codec, seed, device
         self._radii, self._count = radii, views_per_radius
+        self._scene = open_scene(source.scene)
         self._intrinsics = Intrinsics.from_fov(source.fov_deg, image_size, image_size)
 
     def references(self) -> list[ViewRef]:
@@ -115,12 +128,22 @@ class SceneViews:
         return shell_cameras(uniforms, (bin_, bin_ + 1), self._source.sphere)
 
     def load(self, views: tuple[ViewRef, ...]) -> ViewBatch:
-        from sitdist.scene.volume import render_views
-
         positions = torch.tensor([view.position for view in views])
         camera_to_world = self._cameras(views[0].bin, positions)
-        images = render_views(camera_to_world, self._intrinsics, self._source.supersample)
+        images = self._render(camera_to_world)
         latents = latent_mean(self._codec.encode_moments(images.to(self._device)))
         labels = torch.full((len(views),), self._source.label)
         intrinsics = torch.tensor([self._intrinsics.normalized()] * len(views), dtype=torch.float64)
         return ViewBatch(images, latents, camera_to_world, labels, intrinsics)
+
+    def background(self) -> Tensor | None:
+        return backdrop(self._scene, self._source.background)
+
+    def _render(self, camera_to_world: Tensor) -> Tensor:
+        source = self._source
+        return torch.stack(
+            [
+                render(self._scene, pose, self._intrinsics, source.supersample, source.background)
+                for pose in camera_to_world
+            ]
+        )

@@ -1,5 +1,6 @@
 """Records of views that nobody measured."""
 
+from dataclasses import MISSING
 from typing import Any
 
 from sitdist.evaluate.units import ViewRecord
@@ -9,8 +10,9 @@ def record(key: str, **values: Any) -> ViewRecord:
     """The record of view `key`: every number is 1 but those in `values`."""
     numbers = {
         field: 1.0
-        for field in ViewRecord.__dataclass_fields__
-        if field not in ("key", "label", "bin", "lpips", "focal_error", "true", "estimated")
+        for field, described in ViewRecord.__dataclass_fields__.items()
+        if described.default is MISSING
+        and field not in ("key", "label", "bin", "lpips", "focal_error", "true", "estimated")
     }
     poses = {"true": [float(i) for i in range(12)], "estimated": [0.0] * 12}
     return ViewRecord(

@@ -20,9 +20,11 @@ from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.writer import build
 from sitdist.errors import CodecError, ConfigError
-from sitdist.evaluate.evaluator import EvalOptions, evaluate, summary_rows
+from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, write_report
+from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
+from sitdist.evaluate.symmetry import Symmetry
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import ADAPTIVE, SOLVERS
@@ -346,4 +348,38 @@ def test_rows_of_the_table_hold_exactly_the_views_they_name():
     ]
     inside = [replace(value, rotation_error_deg=angle) for value, angle in zip(records[1:4], (2, 4, 9), strict=True)]
     row = next(row for row in summary_rows(inside) if row["radius"] == [3, 5])
-    assert row["rotation_error_deg"] == {"mean": 5.0, "median": 4.0, "n": 3, "share_under_5_deg": pytest.approx(2 / 3)}
+    summary = row["rotation_error_deg"]
+    assert (summary["mean"], summary["median"], summary["n"]) == (5.0, 4.0, 3)
+    assert summary["share_under_5_deg"] == pytest.approx(2 / 3)
+    assert row["translation_share"]["mean"] == pytest.approx(np.mean([1 / 3.5, 1 / 4.0, 1 / 4.5]))
+
+
+def test_several_objects_have_rows_of_their_own_with_their_names():
+    records = [record(f"v{i}", label=i % 2, rotation_error_deg=float(i)) for i in range(4)]
+    rows_ = label_rows(records, {0: "chair", 1: "table"})
+    assert [(row["name"], row["n"], row["rotation_error_deg"]["mean"]) for row in rows_] == [
+        ("chair", 2, 1.0),
+        ("table", 2, 2.0),
+    ]
+    assert label_rows(records[::2], {0: "chair"}) == []
+
+
+def test_errors_up_to_a_symmetry_stand_beside_the_plain_ones():
+    half_turn = Symmetry(0, [[-1.0, 0, 0], [0, -1.0, 0], [0, 0, 1.0]], [0.0, 0, 0], 180.0, 1.0)
+    true, estimated = [1.0, 0, 0, 2, 0, 1, 0, 0, 0, 0, 1, 0], [-1.0, 0, 0, -2, 0, -1, 0, 0, 0, 0, 1, 0]
+    records = [record("v", true=true, estimated=estimated, rotation_error_deg=180.0)]
+    assert with_symmetries(records, []) == records
+    (found,) = with_symmetries(records, [half_turn])
+    assert found.rotation_error_deg == 180.0
+    assert found.symmetric_rotation_error_deg == pytest.approx(0.0, abs=1e-5)
+    assert found.symmetric_translation_error == pytest.approx(0.0, abs=1e-9)
+    (row,) = summary_rows([found])
+    assert row["symmetric_rotation_error_deg"]["mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_object_of_a_split_is_told_from_its_background(on_split):
+    metrics = json.loads((on_split / "metrics.json").read_text())
+    assert metrics["background"] == pytest.approx([0.5] * 3, abs=0.01)
+    row = metrics["rows"][-1]
+    assert row["object_psnr"]["mean"] < row["psnr"]["mean"]
+    assert metrics["symmetry"]["symmetries"] == []

@@ -90,9 +90,19 @@ def test_lpips_refuses_a_file_that_is_no_backbone(tmp_path, alexnet_file):
         metrics.Lpips(tmp_path / "cut.pth")
 
 
-def test_summaries_are_over_all_values_named():
-    summary = metrics.summarize([1.0, 2.0, 30.0, 4.0], rotation=True)
-    assert summary.to_dict() == {"mean": 9.25, "median": 3.0, "n": 4, "share_under_5_deg": 0.75}
-    assert "share_under_5_deg" not in metrics.summarize([1.0]).to_dict()
-    with pytest.raises(DataError, match="1 of 2 values are not finite"):
-        metrics.summarize([1.0, float("nan")])
+def test_psnr_on_the_object_is_over_its_pixels_alone():
+    true = torch.full((2, 3, 8, 8), 0.5)
+    true[0, 0, :4] = 0.9  # half of the first view
+    rendered = true.clone()
+    rendered[:, :, 4:] = 0.0  # wrong where there is no object
+    rendered[0, :, :4] += 0.1
+    values = metrics.object_psnr(rendered, true, torch.full((3,), 0.5))
+    assert values[0] == pytest.approx(20.0, abs=1e-4)
+    assert values[1] is None
+
+
+def test_the_background_is_the_colour_of_most_corners_if_there_is_one():
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert metrics.background_colour(images) is None
+    images[:4, :, [0, 0, -1, -1], [0, -1, 0, -1]] = torch.tensor([0.2, 0.4, 0.6])[:, None]
+    torch.testing.assert_close(metrics.background_colour(images), torch.tensor([0.2, 0.4, 0.6]))

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
-from sitdist.evaluate.evaluator import MEASURES, summary_rows
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import Row, format_table, write_report
+from sitdist.evaluate.results import MEASURES, summary_rows
 from sitdist.evaluate.units import ViewRecord, save_arrays
 
 BINS = (2, 3, 4, 6)  # no view has a radius in [5, 6)
@@ -37,7 +37,8 @@ def make_records(lpips=False):
     for bin_ in BINS:
         for i, factor in enumerate((1.0, 2.0, 6.0)):
             radius, error = bin_ + 0.25 * (i + 1), 0.01 * factor * bin_
-            values = dict.fromkeys(MEASURES, 0.1 * factor + bin_)
+            values = dict.fromkeys(set(MEASURES) & set(ViewRecord.__dataclass_fields__), 0.1 * factor + bin_)
+            values |= {"symmetric_rotation_error_deg": None, "symmetric_translation_error": None}
             values |= {"rotation_error_deg": factor * bin_, "translation_error": error, "psnr": 20.0 + factor}
             values |= {"true": look_down(radius), "estimated": look_down(radius + error)}
             values |= {"lpips": 0.125 * factor if lpips else None, "focal_error": None}
@@ -162,10 +163,10 @@ def test_the_table_states_how_it_was_measured_on_lines_that_fit_a_terminal(folde
     assert "step 700, on test of datasets/tiny" in text
     assert "poses by heun (20 function evaluations), pictures by midpoint (7 steps), sigma 0.125, seed 3" in text
     assert "pictures by dopri5 (adaptive steps)," in format_table(metrics_of(folder) | {"generator": "dopri5"})
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 112
     bars = [[i for i, letter in enumerate(line) if letter == "|"] for line in text.splitlines() if "|" in line]
     blocks = {tuple(places) for places in bars}
-    assert len(blocks) == 2  # the separators stand below each other
+    assert len(blocks) == 4  # the separators of every table stand below each other
 
 
 def test_lpips_has_columns_if_measured_and_a_reason_if_not(folder, folder_with_lpips):
@@ -374,6 +375,11 @@ def test_small_pictures_are_enlarged_by_whole_factors():
 # -------------------------------------------------------------------------------------------------------- tensorboard
 
 
+def row_of(row):
+    """The names of its measures."""
+    return set(row) - {"name", "radius", "n"}
+
+
 def read_board(folder):
     board = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "images": 0})
     return board.Reload()
@@ -382,7 +388,8 @@ def read_board(folder):
 def test_tensorboard_holds_the_numbers_of_metrics_json_by_radius(folder):
     board, rows = read_board(folder), metrics_of(folder)["rows"]
     bins = [row for row in rows if row["radius"][1] - row["radius"][0] == 1]
-    for measure in set(MEASURES) - {"lpips", "focal_error"}:
+    assert row_of(rows[0]) <= set(MEASURES)
+    for measure in row_of(rows[0]):
         for statistic in ("mean", "median", "n"):
             events = board.Scalars(f"{measure}/{statistic}")
             assert [event.step for event in events] == [2, 3, 4, 6]

@@ -1,0 +1,110 @@
+"""What is said of many views at once: centre, spread, an interval for the mean, and how many views are good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from sitdist.errors import DataError
+
+THRESHOLDS = (1, 2, 5, 10, 15, 30)  # degrees, of the shares of views
+AUC_DEG = 30.0
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+RESAMPLED_AT_ONCE = 4_000_000  # numbers
+AUC_DEFINITION = (
+    f"Area under the curve of the share of views with a rotation error below a threshold, for thresholds from 0 to "
+    f"{AUC_DEG:g} degrees, over {AUC_DEG:g}: the mean of max(0, 1 - error / {AUC_DEG:g})."
+)
+INTERVAL_DEFINITION = (
+    f"{CONFIDENCE:.0%} interval of the mean by the percentile bootstrap: {RESAMPLES} resamples of the views with "
+    "replacement, from a fixed seed."
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics over exactly `n` views; `low` and `high` bound the mean (INTERVAL_DEFINITION).
+
+    Shares of views below 1 to 30 degrees and AUC_DEFINITION are those of rotation errors only. None: not computed.
+    """
+
+    mean: float
+    median: float
+    n: int
+    q25: float | None = None
+    q75: float | None = None
+    low: float | None = None
+    high: float | None = None
+    share_under_1_deg: float | None = None
+    share_under_2_deg: float | None = None
+    share_under_5_deg: float | None = None
+    share_under_10_deg: float | None = None
+    share_under_15_deg: float | None = None
+    share_under_30_deg: float | None = None
+    auc_30_deg: float | None = None
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields that apply, for metrics.json."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def summarize(values: Sequence[float], rotation: bool = False, seed: int = 0) -> Summary:
+    """Summary of one number a view; a value that is not finite is a DataError, since no view may drop out of a mean."""
+    return summarize_all({"values": values}, {"values"} if rotation else set(), seed)["values"]
+
+
+def summarize_all(
+    measures: Mapping[str, Sequence[float]], rotations: set[str] | frozenset[str] = frozenset(), seed: int = 0
+) -> dict[str, Summary]:
+    """Summaries of several numbers of the same views, by name; those in `rotations` are angles in degrees.
+
+    Measures with as many views are resampled together, so that their intervals are of the same views.
+    """
+    intervals: dict[str, tuple[float, float]] = {}
+    for count in {len(values) for values in measures.values()}:
+        names = [name for name, values in measures.items() if len(values) == count]
+        table = np.stack([_finite(name, measures[name]) for name in names], axis=1)  # [views, measures]
+        intervals |= dict(zip(names, _mean_intervals(table, seed), strict=True))
+    return {name: _summary(_finite(name, measures[name]), intervals[name], name in rotations) for name in measures}
+
+
+def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    bad = array[~np.isfinite(array)].tolist()
+    if bad or not len(array):
+        raise DataError(
+            f"{name}: {len(bad)} of {len(array)} values are not finite ({bad[:3]}); no mean can be stated over them"
+        )
+    return array
+
+
+def _mean_intervals(table: np.ndarray, seed: int) -> list[tuple[float, float]]:
+    """The bootstrap interval of every column's mean, of [views, measures]."""
+    count = len(table)
+    generator = np.random.default_rng(seed)
+    means = []
+    for start in range(0, RESAMPLES, at_once := max(1, RESAMPLED_AT_ONCE // count)):
+        draws = min(at_once, RESAMPLES - start)
+        times = generator.multinomial(count, np.full(count, 1.0 / count), draws)  # [draws, views]
+        means.append(times @ table / count)
+    edges = np.quantile(np.concatenate(means), [0.5 - 0.5 * CONFIDENCE, 0.5 + 0.5 * CONFIDENCE], axis=0)
+    return [(float(low), float(high)) for low, high in edges.T]
+
+
+def _summary(values: np.ndarray, interval: tuple[float, float], rotation: bool) -> Summary:
+    q25, median, q75 = (float(quantile) for quantile in np.quantile(values, [0.25, 0.5, 0.75]))
+    angles: dict[str, Any] = {}
+    if rotation:
+        angles = {f"share_under_{angle}_deg": float((values < angle).mean()) for angle in THRESHOLDS}
+        angles["auc_30_deg"] = auc(values)
+    return Summary(float(values.mean()), median, len(values), q25, q75, *interval, **angles)
+
+
+def auc(errors_deg: np.ndarray, limit_deg: float = AUC_DEG) -> float:
+    """Exact area under the curve of the share of errors below a threshold, over thresholds in [0, limit], of limit."""
+    return float(np.clip(1.0 - errors_deg / limit_deg, 0.0, None).mean())
