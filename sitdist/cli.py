@@ -18,6 +18,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
+from sitdist.commands import export
+from sitdist.commands.arguments import count as _count
+from sitdist.commands.arguments import elevation as _elevation
+from sitdist.commands.arguments import names as _names
+from sitdist.commands.arguments import positive as _positive
+from sitdist.commands.arguments import positive_number as _positive_number
+from sitdist.commands.arguments import radii as _radii
+from sitdist.commands.arguments import share as _share
 from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
@@ -240,6 +248,8 @@ def _parser() -> _Parser:
     command.add_argument("--scene", metavar="FOLDER", help="fitted scene to render (default: the recipe's, if any)")
     command.set_defaults(command=_bench_data)
 
+    export.add(commands)
+
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, help="folder that holds metrics.json and records.csv")
     command.set_defaults(command=_report)
@@ -250,71 +260,6 @@ def _add_set(command: argparse.ArgumentParser, example: str = "train.steps=100")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"change one key, such as {example}"
     )
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of names; write them once each, such as train,val")
-    return names
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
-    return value
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return value
-
-
-def _elevation(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 91.0
-    if not -90.0 <= value <= 90.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an angle from -90 to 90")
-    return value
-
-
-def _count(text: str) -> int:
-    """A positive whole number, also as 1e9."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.5
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
-    return int(value)
-
-
-def _radii(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no range of whole radii; write smaller:larger, such as 1:7")
-    return int(match[1]), int(match[2])
 
 
 # -------------------------------------------------------------------------------------------------------- commands

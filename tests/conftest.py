@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from sitdist.config import Recipe, parse
+from sitdist.config import Config, Recipe, load_yaml, parse
 from sitdist.data.writer import build
+from sitdist.train.trainer import train
 
 torch.set_num_threads(1)
 
@@ -59,3 +60,11 @@ def tiny_yaml(tiny_dataset: Path) -> Path:
     path = tiny_dataset.parent / "tiny.yaml"
     path.write_text(TINY_CONFIG.format(data=tiny_dataset))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_yaml: Path) -> Path:
+    """A run of that config, trained for six steps; never write into it."""
+    folder = tiny_yaml.parent / "run"
+    train(load_yaml(Config, tiny_yaml), folder)
+    return folder

@@ -11,8 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "sitdist"
 
 # Each may import what stands on a lower level; within a level, only what SAME_LEVEL names.
 LEVELS = {
-    "__main__": 6,
-    "cli": 5,
+    "__main__": 8,
+    "cli": 7,
+    "commands": 6,
+    "export": 5,
+    "api": 5,
     "evaluate": 4,
     "train": 4,
     "data": 4,
@@ -25,7 +28,7 @@ LEVELS = {
     "runtime": 3,
     "config": 3,
 }
-SAME_LEVEL = {("evaluate", "train"), ("evaluate", "data"), ("train", "data")}
+SAME_LEVEL = {("api", "export"), ("evaluate", "train"), ("evaluate", "data"), ("train", "data")}
 MATHS = ("geometry", "flow", "model", "scene")
 
 

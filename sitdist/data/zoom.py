@@ -24,12 +24,16 @@ def zoomed(picture: Tensor, scale: float, centre: tuple[float, float], backgroun
 
 
 def _weights(size: int, centre: float, scale: float) -> Tensor:
-    """How much each of `size` pixels counts in each of the zoomed line's, [size, size] float64.
-
-    A row's weights add up to 1 only with those of pixels outside, which are left out.
-    """
+    """How much each of `size` pixels counts in each of the zoomed line's, [size, size] float64."""
     place = centre + (torch.arange(size, dtype=torch.float64) + 0.5 - centre) / scale
-    stretch = max(1.0, 1.0 / scale)
+    return kernel_weights(place, max(1.0, 1.0 / scale), size)
+
+
+def kernel_weights(place: Tensor, stretch: float, size: int) -> Tensor:
+    """How much each of `size` pixels in a line counts at places [n], [n, size] float64, by a kernel `stretch` wide.
+
+    Pixel i covers i to i + 1. A row's weights add up to 1 only with those of pixels outside, which are left out.
+    """
     first = math.floor(min(float(place.min()) - SUPPORT * stretch, 0.0))
     last = math.ceil(max(float(place.max()) + SUPPORT * stretch, size))
     pixels = torch.arange(first, last, dtype=torch.float64) + 0.5

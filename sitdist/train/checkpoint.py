@@ -307,17 +307,34 @@ def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = N
     if checkpoint is None:
         raise CheckpointError(f"{run}: has no whole checkpoint; train first with `sitdist train CONFIG --out {run}`")
     manifest = _dataset_of(run, checkpoint)
+    weights = checkpoint.folder / "ema.safetensors"
+    return assemble(config, manifest, checkpoint.tensors["ema"], weights, run / "codec", checkpoint.step, device)
+
+
+def assemble(
+    config: Config,
+    manifest: DatasetManifest,
+    tensors: Mapping[str, Tensor],
+    where: Path,
+    codec: Path,
+    step: int,
+    device: torch.device | str,
+) -> LoadedRun:
+    """A model with the weights `tensors`, which came from the file `where`, and the codec in the folder `codec`.
+
+    ConfigError, CheckpointError, CodecError where they do not belong together.
+    """
     endpoint = build_endpoint(config.flow)
     path = get_path(config.flow.path, config.flow.prediction)
     model = build_model(config.model, manifest, endpoint)
-    load_tensors(model, checkpoint.tensors["ema"], checkpoint.folder / "ema.safetensors")
+    load_tensors(model, tensors, where)
     return LoadedRun(
         model=velocity_model(model, path, config.flow.prediction).to(device).eval().requires_grad_(False),
         path=path,
-        codec=load_matching_codec(run / "codec", manifest, device),
+        codec=load_matching_codec(codec, manifest, device),
         manifest=manifest,
         config=config,
-        step=checkpoint.step,
+        step=step,
         endpoint=endpoint,
     )
 

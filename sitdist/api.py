@@ -1,0 +1,448 @@
+"""A trained model in a few lines of Python: pictures of poses, and poses of pictures.
+
+    import sitdist
+
+    flow = sitdist.load("runs/chair")                      # a run, an exported folder, or a hub id
+    pictures = flow.render(flow.turntable(24))             # [24, 3, H, W] in [0, 1]
+    estimate = flow.estimate(["a.png", "b.png"])
+    estimate.camera_to_world                               # [2, 4, 4]
+
+Poses are camera-to-world matrices with OpenGL axes (x right, y up, the camera looks down its own -z), row-major, last
+row 0, 0, 0, 1, in a world whose +z is up. Lengths are in the units of the frame: the dataset's, or the user's, which is
+that of the photos where a scene was fitted to them. Results are on the CPU, wherever they were computed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sitdist.data.framing import Framing, Picture, check_intrinsics, framed, framing_of, resampled, to_pixels
+from sitdist.errors import ConfigError, DataError, PoseError
+from sitdist.export import is_exported, load_exported
+from sitdist.flow import draws
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
+from sitdist.flow.solve import generate
+from sitdist.geometry.camera import Intrinsics, look_at
+from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.geometry.pose import check_rigid
+from sitdist.geometry.similarity import Similarity
+from sitdist.model.codec import latent_mean
+from sitdist.train.checkpoint import LoadedRun, load_run
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # and nothing that would have to be unpickled
+LOOKS_AWAY = (
+    "poses are camera-to-world with OpenGL axes (x right, y up, the camera looks down its own -z): invert "
+    "world-to-camera matrices, and negate columns 2 and 3 of OpenCV poses"
+)
+
+Frame = Literal["dataset", "user"]
+Camera = Any  # Intrinsics, a sequence of them, or numbers [4] or [N, 4]
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    step: int | None = None,
+    background: tuple[float, float, float] | None = None,
+) -> Flow:
+    """The model in `path`: the folder of a run or of an export, or a hub id such as `user/chair`.
+
+    step: of a run, the checkpoint to load, by default the newest. background: red, green and blue from 0 to 1, in the
+    place of the training pictures' own. A hub id is downloaded by huggingface_hub (weights are safetensors, nothing is
+    unpickled). A SitdistError says what is missing, in one line.
+    """
+    folder = _folder_of(str(path))
+    if is_exported(folder):
+        if step is not None:
+            raise ConfigError(f"step {step}: {folder} is an export, which holds one step; export the run at that step")
+        run, framing = load_exported(folder, device)
+    else:
+        run = load_run(folder, device, step)
+        framing = framing_of(run.manifest, Path(run.config.data))
+    if background is not None:
+        framing = replace(framing, backgrounds={entry.label: background for entry in run.manifest.objects})
+    return Flow(run, framing, device)
+
+
+def _folder_of(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    if not HUB_ID.fullmatch(path):
+        raise DataError(f"{path}: no such folder; give a run, an exported folder, or a hub id such as user/chair")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise DataError(
+            f"{path}: no such folder, and huggingface_hub is not installed to look for it on the hub; "
+            "pip install huggingface_hub, or give a folder"
+        ) from None
+    try:
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        raise DataError(
+            f"{path}: no such folder, and no such model could be had from the hub ({reason}); check the name and the "
+            "network, or download it first and give its folder"
+        ) from None
+
+
+class Flow:
+    """A trained model, ready to use; `load` makes one.
+
+    run: the model and all that it was trained with. framing: what all training pictures have in common.
+    """
+
+    def __init__(self, run: LoadedRun, framing: Framing, device: torch.device | str = "cpu") -> None:
+        self.run, self.framing, self.device = run, framing, torch.device(device)
+        self._statistics = PoseStatistics.from_dict(run.manifest.statistics)
+
+    @property
+    def image_size(self) -> int:
+        """Width and height of the pictures that the model knows, in pixels."""
+        return self.framing.size
+
+    @property
+    def camera(self) -> Intrinsics | None:
+        """The intrinsics of the training pictures, in pixels; None where they are not known."""
+        return self.framing.camera
+
+    @property
+    def objects(self) -> dict[int, str]:
+        """Names of the objects by label."""
+        return {entry.label: entry.name for entry in self.run.manifest.objects}
+
+    @property
+    def training_radius(self) -> tuple[float, float]:
+        """The range of the training cameras' distances to the origin, in the dataset's units."""
+        return self.run.manifest.splits["train"].radius
+
+    def to(self, device: torch.device | str) -> Flow:
+        """Move the model; returns itself."""
+        self.device = torch.device(device)
+        self.run.model.to(self.device)
+        self.run.codec.to(self.device)
+        return self
+
+    def turntable(self, views: int, radius: float | None = None, elevation_deg: float = 20.0) -> Tensor:
+        """Poses [views, 4, 4] float64 of a closed circle of cameras that look at the origin, in the dataset's frame.
+
+        radius: by default the middle of the training radii. elevation_deg: above the horizon.
+        """
+        if views < 1 or not -90.0 <= elevation_deg <= 90.0:
+            raise ConfigError(f"a turntable of {views} views at {elevation_deg:g} degrees; give 1 or more, -90 to 90")
+        angle = torch.arange(views, dtype=torch.float64) * (2.0 * math.pi / views)
+        return look_at(self.position(angle.rad2deg(), elevation_deg, radius))
+
+    def position(self, azimuth_deg: Tensor, elevation_deg: float, radius: float | None = None) -> Tensor:
+        """Points [..., 3] float64 about the origin: azimuths [...] from +x towards +y, elevation above the horizon."""
+        azimuth, elevation = azimuth_deg.to(torch.float64).deg2rad(), math.radians(elevation_deg)
+        ring = math.cos(elevation)
+        up = torch.full_like(azimuth, math.sin(elevation))
+        direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), up], dim=-1)
+        return (0.5 * sum(self.training_radius) if radius is None else radius) * direction
+
+    # ------------------------------------------------------------------------------------------------------- pictures
+
+    @torch.no_grad()
+    def render(
+        self,
+        camera_to_world: Tensor | np.ndarray | Sequence[Any],
+        intrinsics: Camera = None,
+        label: int = 0,
+        *,
+        frame: Frame = "dataset",
+        seed: int = 0,
+        method: str | None = None,
+        steps: int | None = None,
+        batch: int = 64,
+    ) -> Tensor:
+        """Pictures [N, 3, H, W] float32 in [0, 1] of the object from poses [N, 4, 4], or [4, 4] for one.
+
+        intrinsics: `Intrinsics`, one for all or N of them, which also say H and W (one size for all); or fx, fy, cx, cy
+        in pixels of a picture of the training size, [4] or [N, 4]. None: as the training pictures. Where the model was
+        not trained on varying intrinsics, its picture is resampled, and what lies outside of it is background.
+        label: of the object. frame: the poses' own. seed: of the noise, which is the same for all views, so that a
+        picture depends on its pose and the seed alone. method, steps: the solver's, by default those of the run's
+        config. PoseError for a pose that is not rigid, or whose camera looks away from an object that all training
+        cameras look at; ConfigError for a model that renders no pictures.
+        """
+        why_not = self.run.config.flow.why_no_picture()
+        if why_not:
+            raise ConfigError(f"{self.run.manifest.name}: renders no pictures: {why_not}")
+        self._check_label(label)
+        poses = self._to_dataset(self._check_poses(camera_to_world, frame), label, frame)
+        size = (self.image_size, self.image_size)
+        cameras = [
+            _camera(given, size, f"pose {number}") for number, given in enumerate(_per_view(intrinsics, len(poses)))
+        ]
+        pictures = [
+            self._render(poses[start : start + batch], cameras[start : start + batch], label, seed, method, steps)
+            for start in range(0, len(poses), batch)
+        ]
+        return torch.cat(pictures)
+
+    def _render(
+        self,
+        poses: Tensor,
+        cameras: Sequence[Intrinsics | None],
+        label: int,
+        seed: int,
+        method: str | None,
+        steps: int | None,
+    ) -> Tensor:
+        shape, settings = self.run.manifest.latent, self.run.config.evaluate
+        shown: list[Intrinsics | None] = [self.camera] * len(poses)  # by the model, before any resampling
+        normalized = None
+        if self._statistics.has_intrinsics:
+            shown = [self._nearest_square(camera) for camera in cameras]
+            rows = [camera.normalized() for camera in shown if camera is not None]
+            normalized = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        packed_pose = standardize(poses.to(self.device), self._statistics, normalized)
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
+        noise = draws.normal(seed, "render", one, shape.channels * shape.height * shape.width)
+        noise = noise.reshape(1, shape.channels, shape.height, shape.width).expand(len(poses), -1, -1, -1)
+        labels = torch.full((len(poses),), label, device=self.device)
+        latents = generate(
+            self.run.endpoint.conditioned(self.run.model, packed_pose),
+            self.run.path,
+            self.run.endpoint.x0(packed_pose, noise.contiguous()),
+            labels,
+            method or settings.generator,
+            steps or settings.generator_steps,
+        )
+        pictures = self.run.codec.decode(latents).float().cpu()
+        return self._cropped(pictures, shown, cameras, label)
+
+    def _nearest_square(self, camera: Intrinsics | None) -> Intrinsics | None:
+        """The camera of a picture of the training size that shows the middle of what `camera` shows, as large."""
+        if camera is None:
+            return self.camera
+        side = max(camera.width, camera.height)
+        scale, left, top = self.image_size / side, 0.5 * (side - camera.width), 0.5 * (side - camera.height)
+        numbers = (camera.fx, camera.fy, camera.cx + left, camera.cy + top)
+        fx, fy, cx, cy = (scale * value for value in numbers)
+        return Intrinsics(fx, fy, cx, cy, self.image_size, self.image_size)
+
+    def _cropped(
+        self, pictures: Tensor, shown: list[Intrinsics | None], cameras: Sequence[Intrinsics | None], label: int
+    ) -> Tensor:
+        """Pictures of the cameras `shown` as `cameras` want them; None: as they are."""
+        background = None
+        if label in self.framing.backgrounds:
+            background = self.framing.background(label)
+        out = []
+        for picture, source, target in zip(pictures, shown, cameras, strict=True):
+            if target is not None and source is None:
+                raise DataError("intrinsics: those of the training pictures are not known here; give none")
+            same = target is None or source is None
+            out.append(picture if same else resampled(picture, source, target, background, "intrinsics"))  # type: ignore[arg-type]
+        return torch.stack(out)
+
+    # ---------------------------------------------------------------------------------------------------------- poses
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        images: Picture | Sequence[Picture],
+        intrinsics: Camera = None,
+        mask: Any = None,
+        label: int = 0,
+        *,
+        frame: Frame = "dataset",
+        options: EstimateOptions | None = None,
+        batch: int = 64,
+    ) -> PoseEstimate:
+        """The poses [N, 4, 4] of N pictures of the object, with what tells how far each is to be trusted.
+
+        images: one or a sequence of files, PIL images, numpy arrays [H, W] or [H, W, C], tensors [H, W] or [C, H, W];
+        or an array [N, H, W, C], or a tensor [N, C, H, W]. 8 or 16 bits or floats in [0, 1]; grey is made coloured,
+        transparency put on the background of the training pictures.
+        intrinsics: `Intrinsics`, one for all or N of them, or fx, fy, cx, cy in pixels of the picture, [4] or [N, 4]:
+        the picture is resampled to the training camera. None: the largest centred square of the picture shows what a
+        training picture shows. mask: like `images`, one channel: the object's share of every pixel; the rest becomes
+        background. label: of the object. frame: the one of the poses that are returned, and of `translation_std`;
+        `packed_pose` and `spread` are the dataset's in any case. options: how to read poses, by default as the run's
+        config says. DataError for what is no picture; ConfigError for a model that reads no poses.
+        """
+        pictures = _as_list(images)
+        masks = [None] * len(pictures) if mask is None else _as_list(mask, channels=False)
+        if len(masks) != len(pictures):
+            raise DataError(f"{len(masks)} masks for {len(pictures)} pictures; give one for each")
+        cameras = _per_view(intrinsics, len(pictures))
+        self.check_estimates(label, options)
+        parts = [
+            self._estimate_batch(
+                pictures, masks, range(start, min(start + batch, len(pictures))), cameras, label, options
+            )
+            for start in range(0, len(pictures), batch)
+        ]
+        return self._to_frame(_joined(parts), label, frame)
+
+    def check_estimates(self, label: int = 0, options: EstimateOptions | None = None) -> None:
+        """ConfigError or DataError unless the model reads poses of this object in this way."""
+        why_not = self.run.config.flow.why_no_pose()
+        if why_not:
+            raise ConfigError(f"{self.run.manifest.name}: reads no poses: {why_not}")
+        why_no_picture = self.run.config.flow.why_no_picture()
+        if why_no_picture and options is not None and options.estimator != "one_step":
+            raise ConfigError(
+                f"estimator '{options.estimator}': {why_no_picture}, and knows no other times; use one_step"
+            )
+        self._check_label(label)
+
+    def _estimate_batch(
+        self,
+        pictures: list[Picture],
+        masks: list[Any],
+        rows: range,
+        intrinsics: list[Intrinsics | list[float] | None],
+        label: int,
+        options: EstimateOptions | None,
+    ) -> PoseEstimate:
+        views = []
+        for row in rows:
+            name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"picture {row}"
+            colour, alpha = to_pixels(pictures[row], name)
+            height, width = colour.shape[1:]
+            camera = _camera(intrinsics[row], (width, height), name)
+            known = label in self.framing.backgrounds
+            background = self.framing.background(label) if known else None
+            pixels = colour if alpha is None else torch.cat([colour, alpha[None]])
+            views.append(framed(pixels, self.framing, name, camera, masks[row], background))
+        return self.estimate_framed(torch.stack(views), label, options)
+
+    @torch.no_grad()
+    def estimate_framed(self, images: Tensor, label: int = 0, options: EstimateOptions | None = None) -> PoseEstimate:
+        """The poses of pictures [B, 3, S, S] in [0, 1] that are already like the training pictures, in their frame."""
+        settings = self.run.config.evaluate
+        latents = latent_mean(self.run.codec.encode_moments(images.to(self.device)))
+        estimate = estimate_pose(
+            self.run.model,
+            self.run.path,
+            latents,
+            torch.full((len(images),), label, device=self.device),
+            self._statistics,
+            options or EstimateOptions(settings.estimator, settings.estimator_steps),
+            self.run.endpoint,
+        )
+        return _joined([estimate])
+
+    # --------------------------------------------------------------------------------------------------------- frames
+
+    def similarity(self, label: int = 0) -> Similarity:
+        """What takes the user's frame to the dataset's; the identity where the poses were not moved."""
+        self._check_label(label)
+        values = next(entry.similarity for entry in self.run.manifest.objects if entry.label == label)
+        return Similarity.identity() if values is None else Similarity.from_dict(values)
+
+    def _to_dataset(self, camera_to_world: Tensor, label: int, frame: Frame) -> Tensor:
+        """Poses of a frame in the dataset's; PoseError for cameras that look away where no training camera did."""
+        user = _is_user(frame)
+        poses = self.similarity(label).cameras(camera_to_world) if user else camera_to_world
+        facts = self.run.manifest.splits["train"].cameras
+        away = (poses[:, :3, 3] * poses[:, :3, 2]).sum(-1) < 0  # the object is behind the camera
+        if away.any() and (facts is None or facts.looks_at_origin):
+            raise PoseError(
+                f"pose {int(away.nonzero()[0])}: its camera looks away from the origin, where the object is "
+                f"({int(away.sum())} of {len(poses)} do); {LOOKS_AWAY}"
+            )
+        return poses
+
+    def _to_frame(self, estimate: PoseEstimate, label: int, frame: Frame) -> PoseEstimate:
+        if not _is_user(frame):
+            return estimate
+        back = self.similarity(label).inverse()
+        std = estimate.translation_std
+        return replace(
+            estimate,
+            camera_to_world=back.cameras(estimate.camera_to_world),
+            translation_std=None if std is None else back.scale * std,
+        )
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def _check_label(self, label: int) -> None:
+        if label not in self.objects:
+            known = ", ".join(f"{number} ({name})" for number, name in self.objects.items())
+            raise DataError(f"label {label}: the model knows no such object; it knows {known}")
+
+    def _check_poses(self, camera_to_world: Any, frame: Frame) -> Tensor:
+        _is_user(frame)
+        try:
+            poses = torch.as_tensor(np.asarray(camera_to_world, dtype=np.float64))
+        except (ValueError, TypeError):
+            raise PoseError("camera_to_world: no matrices of numbers; expected [N, 4, 4] or [4, 4]") from None
+        if poses.ndim == 2:
+            poses = poses[None]
+        if poses.ndim != 3 or poses.shape[1:] != (4, 4) or len(poses) == 0:
+            raise PoseError(f"camera_to_world: shape {list(poses.shape)}; expected [N, 4, 4] or [4, 4], N above 0")
+        for number, pose in enumerate(poses):
+            check_rigid(pose, f"pose {number}")
+        return poses
+
+
+def _per_view(intrinsics: Camera, count: int) -> list[Intrinsics | list[float] | None]:
+    """What a user gives for `count` views, for each of them; DataError where it is not that many, or no cameras."""
+    given: list[Intrinsics | list[float] | None]
+    if intrinsics is None or isinstance(intrinsics, Intrinsics):
+        given = [intrinsics] * count
+    elif all(isinstance(each, Intrinsics) for each in intrinsics):
+        given = list(intrinsics)
+    else:
+        values = np.asarray(intrinsics, dtype=np.float64)
+        if values.shape == (4,):
+            values = np.tile(values, (count, 1))
+        if values.ndim != 2 or values.shape[1] != 4:
+            raise DataError(f"intrinsics of shape {list(values.shape)}; expected fx, fy, cx, cy: [4] or [N, 4]")
+        given = list(values.tolist())
+    if len(given) != count:
+        raise DataError(f"{len(given)} intrinsics for {count} views; give one for all, or one for each")
+    return given
+
+
+def _camera(given: Intrinsics | list[float] | None, size: tuple[int, int], name: str) -> Intrinsics | None:
+    """One of them; numbers are for pictures of `size` (width, height)."""
+    if given is None:
+        return None
+    if not isinstance(given, Intrinsics):
+        fx, fy, cx, cy = given
+        given = Intrinsics(fx, fy, cx, cy, *size)
+    check_intrinsics(given, name)
+    return given
+
+
+def _is_user(frame: str) -> bool:
+    if frame not in ("dataset", "user"):
+        raise ConfigError(f"frame '{frame}': unknown; choose dataset or user")
+    return frame == "user"
+
+
+def _as_list(images: Any, channels: bool = True) -> list[Picture]:
+    """One picture or several, as a list; DataError if there are none. An array without channels may be a mask."""
+    if isinstance(images, Tensor | np.ndarray):
+        several = images.ndim == 4 or (images.ndim == 3 and not channels)
+        images = list(images) if several else [images]
+    elif not isinstance(images, list | tuple):
+        images = [images]
+    if not images:
+        raise DataError("no pictures; give one or more")
+    return list(images)
+
+
+def _joined(parts: list[PoseEstimate]) -> PoseEstimate:
+    """Estimates one behind the other, on the CPU."""
+    values: dict[str, Any] = {}
+    for field in fields(PoseEstimate):
+        columns = [getattr(part, field.name) for part in parts]
+        values[field.name] = None if columns[0] is None else torch.cat([column.cpu() for column in columns])
+    return PoseEstimate(**values)

@@ -1,0 +1,77 @@
+"""What words of the command line mean; argparse shows what is wrong with one."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+
+def names(text: str) -> list[str]:
+    """Names, once each, with commas between them."""
+    names = text.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of names; write them once each, such as train,val")
+    return names
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
+
+
+def elevation(text: str) -> float:
+    """An angle above the horizon, in degrees."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 91.0
+    if not -90.0 <= value <= 90.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an angle from -90 to 90")
+    return value
+
+
+def count(text: str) -> int:
+    """A positive whole number, also as 1e9."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.5
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return int(value)
+
+
+def radii(text: str) -> tuple[int, int]:
+    """A range of whole radii, smaller:larger."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no range of whole radii; write smaller:larger, such as 1:7")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,295 @@
+"""Pictures of any size and kind as the training pictures were: size, intrinsics, background; and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sitdist.data.format import DatasetManifest, load_manifest
+from sitdist.data.reader import ShardReader
+from sitdist.data.scene import scene_background
+from sitdist.data.zoom import kernel_weights
+from sitdist.errors import DataError
+from sitdist.geometry.camera import Intrinsics
+from sitdist.geometry.packing import PoseStatistics
+
+HELD_OUT_PICTURES = 16  # whose borders tell the background where no recipe does
+Picture = Any  # a path, a PIL image, a numpy array [H, W], [H, W, C] or a tensor [H, W], [C, H, W]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What all training pictures have in common, so what a picture must be made like.
+
+    camera: of the square training pictures, None where it is not known. backgrounds: colours in [0, 1] by label, of
+    the labels whose colour is known.
+    """
+
+    size: int
+    camera: Intrinsics | None
+    backgrounds: dict[int, tuple[float, float, float]]
+
+    def background(self, label: int) -> Tensor:
+        """The colour [3] behind object `label`; DataError where it is not known."""
+        if label not in self.backgrounds:
+            raise DataError(
+                f"label {label}: the colour behind the object is not known here, as neither the recipe nor the dataset "
+                "tells it; give background=(r, g, b)"
+            )
+        return torch.tensor(self.backgrounds[label])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives the same framing back."""
+        camera = None if self.camera is None else self.camera.normalized()
+        colours = {str(label): list(colour) for label, colour in self.backgrounds.items()}
+        return {"size": self.size, "camera": camera, "backgrounds": colours}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Framing:
+        """What `to_dict` gave."""
+        camera, size = values["camera"], int(values["size"])
+        colours = {int(label): (float(r), float(g), float(b)) for label, (r, g, b) in values["backgrounds"].items()}
+        return cls(size, None if camera is None else _square(camera, size), colours)
+
+
+def _square(normalized: Sequence[float], size: int) -> Intrinsics:
+    """The camera of a square picture by its normalized intrinsics."""
+    fx, fy, cx, cy = (float(value) * size for value in normalized)
+    return Intrinsics(fx, fy, cx, cy, size, size)
+
+
+def framing_of(manifest: DatasetManifest, data: Path) -> Framing:
+    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand."""
+    dataset = data if _is_there(manifest, data) else None
+    colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
+    known = {label: colour for label, colour in colours.items() if colour is not None}
+    return Framing(manifest.image_size, _camera(manifest, dataset), known)
+
+
+def _is_there(manifest: DatasetManifest, data: Path) -> bool:
+    try:
+        return load_manifest(data) == manifest
+    except DataError:
+        return False
+
+
+def _train_sources(manifest: DatasetManifest) -> list[dict[str, Any]]:
+    given = manifest.recipe["splits"]["train"]
+    return given if isinstance(given, list) else [given]
+
+
+def _camera(manifest: DatasetManifest, dataset: Path | None) -> Intrinsics | None:
+    statistics = PoseStatistics.from_dict(manifest.statistics)
+    if statistics.has_intrinsics:
+        return _square(statistics.mean[3].tolist(), manifest.image_size)
+    fields_of_view = {source.get("fov_deg") for source in _train_sources(manifest)}
+    fov_deg = fields_of_view.pop()
+    if fov_deg is not None and not fields_of_view:
+        return Intrinsics.from_fov(fov_deg, manifest.image_size, manifest.image_size)
+    if dataset is None:
+        return None
+    return _square(ShardReader(dataset, "train").intrinsics([0])[0].tolist(), manifest.image_size)
+
+
+def _background(manifest: DatasetManifest, label: int, dataset: Path | None) -> tuple[float, float, float] | None:
+    sources = [source for source in _train_sources(manifest) if source.get("label", 0) == label]
+    for source in sources:
+        augmented = (source.get("radius_augmentation") or {}).get("background")
+        colour = source.get("background") or augmented
+        if colour is None and source["kind"] == "scene":
+            try:
+                colour = scene_background(source.get("scene")).tolist()
+            except DataError:  # the fitted scene is not at hand
+                continue
+        if colour is not None:
+            return (float(colour[0]), float(colour[1]), float(colour[2]))
+    return None if dataset is None else _measured_background(dataset, label)
+
+
+def _measured_background(dataset: Path, label: int) -> tuple[float, float, float] | None:
+    """The median colour of the borders of held-out pictures of the object; None where none are kept."""
+    for split in sorted(set(load_manifest(dataset).splits) - {"train"}):
+        reader = ShardReader(dataset, split)
+        chosen = (reader.labels() == label).nonzero().flatten()[:HELD_OUT_PICTURES].tolist()
+        if chosen:
+            images = reader.images(chosen)
+            edges = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]  # [B, 3, S] each
+            red, green, blue = torch.cat(edges, -1).transpose(0, 1).flatten(1).quantile(0.5, dim=1).tolist()
+            return (red, green, blue)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- pictures as tensors
+
+
+def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
+    """Colours [3, H, W] float32 in [0, 1] and, where it has one, opacity [H, W]; DataError for what is no picture.
+
+    A file's path; a PIL image of any mode; a numpy array [H, W] or [H, W, 1 to 4]; a tensor [H, W] or [1 to 4, H, W].
+    Two and four channels hold opacity. Whole numbers are of 8 or 16 bits by their type, others are in [0, 1].
+    """
+    if isinstance(picture, str | Path):
+        picture = open_picture(Path(picture))
+    if isinstance(picture, Image.Image):
+        picture = _from_pil(picture)
+    if isinstance(picture, Tensor):
+        if picture.ndim == 3:
+            picture = picture.permute(1, 2, 0)
+        picture = picture.detach().cpu().numpy()
+    if not isinstance(picture, np.ndarray):
+        raise DataError(
+            f"{name}: {type(picture).__name__} is no picture; give a file, a PIL image, an array or a tensor"
+        )
+    if picture.ndim == 2:
+        picture = picture[..., None]
+    if picture.ndim != 3 or not 1 <= picture.shape[2] <= 4 or 0 in picture.shape:
+        raise DataError(
+            f"{name}: an array of shape {list(picture.shape)} is no picture; arrays are [H, W] or [H, W, channels], "
+            "tensors [H, W] or [channels, H, W], with 1 to 4 channels"
+        )
+    pixels = torch.from_numpy(_to_unit(picture, name)).permute(2, 0, 1)
+    has_alpha = len(pixels) in (2, 4)
+    colour = pixels[:-1] if has_alpha else pixels
+    return colour.expand(3, -1, -1), pixels[-1] if has_alpha else None
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, read whole; DataError where it cannot be."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise DataError(f"{path}: not a readable picture ({reason}); replace it or leave it out") from None
+
+
+def _from_pil(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I"):  # 16 bits, in whatever width PIL keeps them
+        return np.asarray(picture).clip(0, 65535).astype(np.uint16)
+    if picture.mode == "F":
+        return np.asarray(picture)
+    alpha = picture.has_transparency_data
+    return np.asarray(picture.convert("RGBA" if alpha else "RGB"))
+
+
+def _to_unit(array: np.ndarray, name: str) -> np.ndarray:
+    """float32 in [0, 1]; DataError for pixels that are not."""
+    if array.dtype in (np.uint8, np.uint16):
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if array.dtype == np.bool_:
+        return array.astype(np.float32)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise DataError(f"{name}: pixels of type {array.dtype}; expected uint8, uint16, or floats in [0, 1]")
+    low, high = float(array.min()), float(array.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"{name}: pixels hold NaN or infinity; repair the picture or leave it out")
+    if low < -1e-3 or high > 1.0 + 1e-3:
+        raise DataError(f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)")
+    return array.astype(np.float32).clip(0.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- framing
+
+
+def centred(framing: Framing, width: int, height: int) -> Intrinsics | None:
+    """The camera of a picture whose largest centred square shows what a training picture shows; None if unknown."""
+    if framing.camera is None:
+        return None
+    side = min(width, height)
+    fx, fy, cx, cy = (value * side / framing.size for value in framing.camera.to_list())
+    return Intrinsics(fx, fy, 0.5 * (width - side) + cx, 0.5 * (height - side) + cy, width, height)
+
+
+def framed(
+    picture: Picture,
+    framing: Framing,
+    name: str,
+    intrinsics: Intrinsics | None = None,
+    mask: Any = None,
+    background: Tensor | None = None,
+) -> Tensor:
+    """A picture as a training picture, [3, S, S] float32 in [0, 1].
+
+    intrinsics: of the picture, which is then resampled to the training camera; None: its largest centred square shows
+    what a training picture shows. mask: [H, W], the object's share of every pixel. background [3]: behind transparent
+    pixels and outside of the picture; None: neither may occur (DataError).
+    """
+    colour, alpha = to_pixels(picture, name)
+    height, width = colour.shape[1:]
+    if mask is not None:
+        alpha = _mask(mask, (height, width), name) * (1.0 if alpha is None else alpha)
+    if alpha is not None and bool((alpha < 1.0).any()):
+        if background is None:
+            raise DataError(f"{name}: transparent, and the colour behind the object is not known; give the background")
+        colour = alpha * colour + (1.0 - alpha) * background[:, None, None]
+    if intrinsics is None:
+        side, size = min(width, height), framing.size
+        whole = Intrinsics(size, size, 0.5 * size, 0.5 * size, size, size)
+        return resampled(colour, Intrinsics(side, side, 0.5 * width, 0.5 * height, width, height), whole, None, name)
+    if framing.camera is None:
+        raise DataError(
+            f"{name}: the training pictures' intrinsics are not known here, as the dataset is not at hand; load an "
+            "export that was made beside the dataset, or crop the picture as they were and give no intrinsics"
+        )
+    check_intrinsics(intrinsics, name)
+    if (intrinsics.width, intrinsics.height) != (width, height):
+        raise DataError(
+            f"{name}: {width}x{height} pixels but its intrinsics are for {intrinsics.width}x{intrinsics.height}; scale "
+            "the intrinsics as the picture was"
+        )
+    return resampled(colour, intrinsics, framing.camera, background, name)
+
+
+def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
+    """DataError unless they are those of a pinhole camera."""
+    numbers = intrinsics.to_list()
+    if not all(map(math.isfinite, numbers)) or min(intrinsics.fx, intrinsics.fy) <= 0:
+        raise DataError(f"{name}: fx, fy, cx, cy are {numbers}; expected focal lengths above 0, in pixels")
+
+
+def _mask(mask: Any, size: tuple[int, int], name: str) -> Tensor:
+    shares = to_pixels(mask, f"mask of {name}")[0][0]
+    if tuple(shares.shape) != size:
+        raise DataError(
+            f"mask of {name}: {shares.shape[1]}x{shares.shape[0]} pixels but the picture has {size[1]}x{size[0]}; give "
+            "one share for every pixel"
+        )
+    return shares
+
+
+def resampled(picture: Tensor, source: Intrinsics, target: Intrinsics, background: Tensor | None, name: str) -> Tensor:
+    """A picture [3, H, W] of the camera `source` as `target` sees it from the same place, [3, height, width].
+
+    What `source` did not see has the colour `background` [3]; DataError if that is None and there is such a part.
+    """
+    if source == target:
+        return picture
+    columns = _line(target.width, target.cx, target.fx, source.width, source.cx, source.fx)
+    rows = _line(target.height, target.cy, target.fy, source.height, source.cy, source.fy)
+    outside = max(float(1.0 - weights.sum(1).min()) for weights in (columns, rows))
+    if background is None and outside > 1e-9:
+        raise DataError(
+            f"{name}: shows less than a training picture, and the colour behind the object is not known; give the "
+            "background"
+        )
+    colour = torch.zeros(3, 1, 1).double() if background is None else background.double()[:, None, None]
+    out = colour + rows @ (picture.double() - colour) @ columns.T
+    return out.clamp(0.0, 1.0).float()
+
+
+def _line(to_size: int, to_centre: float, to_focal: float, size: int, centre: float, focal: float) -> Tensor:
+    """Weights [to_size, size] of a line's pixels; a row whose place is in the line adds up to 1, others to less."""
+    step = focal / to_focal
+    place = centre + (torch.arange(to_size, dtype=torch.float64) + 0.5 - to_centre) * step
+    weights = kernel_weights(place, max(1.0, step), size)
+    inside = (place >= 0.0) & (place <= size)
+    return torch.where(inside[:, None], weights / weights.sum(1, keepdim=True), weights)

@@ -1,0 +1,171 @@
+"""An exported folder is all that inference needs: it gives the run's own numbers where there is nothing else."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sitdist
+from sitdist import cli
+from sitdist.errors import CheckpointError, CodecError, DataError
+from sitdist.export import export_run
+from sitdist.train.checkpoint import read_newest
+
+USE = """
+import sys, torch, sitdist
+assert "torch" in sys.modules and "sitdist.api" not in sys.modules
+torch.set_num_threads(1)
+flow = sitdist.load(sys.argv[1])
+pictures = flow.render(flow.turntable(3))
+estimate = flow.estimate(pictures)
+torch.save([pictures, estimate.camera_to_world, estimate.spread], sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "model"
+    assert cli.run(["export", str(tiny_run), str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.distributed
+def test_a_fresh_process_without_the_dataset_gives_the_runs_own_numbers(tiny_run, exported, tmp_path):
+    alone = tmp_path / "elsewhere" / "model"
+    shutil.copytree(exported, alone)
+    assert not any(str(tiny_run.parent) in path.read_text() for path in alone.rglob("*.json"))
+    subprocess.run([sys.executable, "-c", USE, str(alone), str(tmp_path / "out.pt")], check=True, cwd=tmp_path)
+    flow = sitdist.load(tiny_run)
+    pictures = flow.render(flow.turntable(3))
+    estimate = flow.estimate(pictures)
+    for theirs, ours in zip(
+        torch.load(tmp_path / "out.pt"), (pictures, estimate.camera_to_world, estimate.spread), strict=True
+    ):
+        assert torch.equal(theirs, ours)
+
+
+def test_the_folder_holds_the_averaged_weights_and_no_more_than_is_needed(tiny_run, exported):
+    files = sorted(str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file())
+    assert files == [
+        "README.md",
+        "codec/codec.json",
+        "codec/weights.safetensors",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
+    ema = read_newest(tiny_run, ["ema"]).tensors["ema"]
+    weights = load_file(exported / "model.safetensors")
+    assert weights.keys() == ema.keys()
+    assert all(torch.equal(weights[name], ema[name]) for name in ema)
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert all(split["shards"] == [] for split in manifest["splits"].values())
+
+
+def test_the_model_card_has_the_measured_results(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "calibration.json").write_text("{}")
+    for name, psnr, step in (("test", 21.456, 6), ("other", 19.0, 3)):
+        rows = [
+            {
+                "name": "r in [3, 5]",
+                "n": 64,
+                "rotation_error_deg": {"mean": 1.234, "median": 1.0},
+                "translation_error": {"mean": 0.1},
+                "psnr": {"mean": psnr},
+            }
+        ]
+        (run / "eval" / name).mkdir(parents=True)
+        values = {"split": name, "step": step, "estimator": "one_step", "rows": rows}
+        (run / "eval" / name / "metrics.json").write_text(json.dumps(values))
+    export_run(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: sitdist\n")
+    assert "| r in [3, 5] | 64 | 1.23 / 1.00 | 0.100 | 21.46 |  |" in card
+    assert "Split `other` (of the weights after 3 steps), estimator `one_step`:" in card
+    assert "Split `test`, estimator `one_step`:" in card
+    assert (tmp_path / "out" / "calibration.json").read_text() == "{}"
+
+
+def test_an_older_step_is_exported(tiny_yaml, tmp_path):
+    from sitdist.config import Config, load_yaml
+    from sitdist.train.trainer import train
+
+    train(load_yaml(Config, tiny_yaml, ["train.checkpoint_every=2", "train.keep_checkpoints=9"]), tmp_path / "run")
+    assert cli.run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--step", "2"]) == 0
+    assert sitdist.load(tmp_path / "out").run.step == 2
+
+
+def test_a_model_of_another_prediction_comes_back(tiny_yaml, tmp_path):
+    from sitdist.config import Config, load_yaml
+    from sitdist.train.trainer import train
+
+    train(load_yaml(Config, tiny_yaml, ["flow.prediction=x0", "train.steps=2"]), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    ours, theirs = sitdist.load(tmp_path / "run"), sitdist.load(tmp_path / "out")
+    assert torch.equal(ours.render(ours.turntable(2)), theirs.render(theirs.turntable(2)))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_is_there_is_kept_and_a_failure_leaves_nothing(tiny_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there").mkdir()
+    assert cli.run(["export", str(tiny_run), str(tmp_path / "there")]) == 2
+    assert capsys.readouterr().err.endswith("there: already exists; give another folder, or remove it\n")
+    assert cli.run(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert "none: holds no config.yaml, so it is no run" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sitdist.export.model_card", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        export_run(tiny_run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def edit(name, change):
+    def spoil(folder):
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return spoil
+
+
+def flip(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (flip, CheckpointError, r"model\.safetensors: not the weights that config\.json names"),
+        (lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, r"model\.safetensors: missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), CheckpointError, r"manifest\.json: missing"),
+        (lambda folder: shutil.rmtree(folder / "codec"), CodecError, "no readable codec"),
+        (lambda folder: (folder / "config.json").write_text("{"), CheckpointError, r"config\.json: damaged"),
+        (lambda folder: (folder / "config.json").write_text("{}"), CheckpointError, "which is no sitdist model"),
+        (
+            edit("config.json", lambda v: v.update(format_version=9)),
+            CheckpointError,
+            "format_version 9 but this sitdist",
+        ),
+        (edit("config.json", lambda v: v.pop("framing")), CheckpointError, r"config\.json: damaged \('framing'\)"),
+        (edit("config.json", lambda v: v["config"]["model"].update(depth=3)), CheckpointError, "tensor .* is absent"),
+        (edit("manifest.json", lambda v: v["codec"].update(downsample=8)), CodecError, "downsample is 4 but"),
+    ],
+)
+def test_an_export_that_is_damaged_is_refused_in_one_line(exported, tmp_path, spoil, error, message):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(error, match=message) as refused:
+        sitdist.load(folder)
+    assert "\n" not in str(refused.value)
