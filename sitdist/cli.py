@@ -33,6 +33,7 @@ EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers", "all")
 GENERATORS = (*FIXED_STEP, *ADAPTIVE, "euler_maruyama", "stochastic_heun")
 
 
@@ -194,6 +195,8 @@ def _parser() -> _Parser:
     command.add_argument("--split", help="evaluate a split of the dataset (default: test)")
     command.add_argument("--radii", type=_radii, metavar="A:B", help="evaluate radii A to B in bins of width 1")
     command.add_argument("--views-per-radius", type=_positive, metavar="N", help="views in every bin")
+    command.add_argument("--experiment", choices=EXPERIMENTS, default="radii", help="what to measure (default: radii)")
+    command.add_argument("--max-views", type=_positive, metavar="N", help="at most N views in each experiment")
     command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
     command.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval/...)")
     command.add_argument("--estimator", choices=ESTIMATORS)
@@ -401,7 +404,15 @@ def _eval(options: argparse.Namespace) -> None:
     names = [name for name in EvalOptions.__dataclass_fields__ if name in vars(options)]
     folder = evaluate(options.run, EvalOptions(**{name: getattr(options, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
-        _print_results(folder)
+        if (folder / "metrics.json").is_file():
+            _print_results(folder)
+        _print_experiments(folder)
+
+
+def _print_experiments(folder: Path) -> None:
+    from sitdist.evaluate.experiments.tables import format_experiments
+
+    print(format_experiments(folder), end="")
 
 
 def _ablate(options: argparse.Namespace) -> None:

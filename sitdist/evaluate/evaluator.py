@@ -1,8 +1,9 @@
 """Evaluate a run: the pose read off every view, the view rendered from its pose, and both against their baselines.
 
 The route of one view: picture -> latent -> `estimate_pose` -> pose error; pose -> `generate` -> decode -> MAE, PSNR,
-SSIM, LPIPS. Work units are spread over the processes by number; each leaves its records on disk when it is finished,
-and the main process merges them with an exactly-once check. Between the plan and the merge the processes never meet.
+SSIM, LPIPS. Every process takes the next work unit that nobody has taken, and leaves its records on disk when it is
+finished; the main process merges them with an exactly-once check. Between the plan and the merge they never meet.
+Experiments beside this one (`sitdist.evaluate.experiments`) are work of the same kind.
 """
 
 from __future__ import annotations
@@ -20,12 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 import sitdist
-from sitdist.config import Config, EvaluateConfig, Recipe, SceneSource, parse, set_key
+from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
 from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
 from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
@@ -33,17 +32,9 @@ from sitdist.evaluate import metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
-from sitdist.evaluate.units import (
-    Unit,
-    ViewRecord,
-    is_finished,
-    make_units,
-    merge_pictures,
-    merge_records,
-    save_arrays,
-    write_unit,
-)
+from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, save_arrays, thinned
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
+from sitdist.evaluate.work import Job, Producer, do_jobs, merge, prepare
 from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.sample import sample_latents
 from sitdist.flow.solve import function_evaluations
@@ -53,6 +44,8 @@ from sitdist.model.codec import latent_mean
 from sitdist.runtime import log, processes
 from sitdist.train.build import build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
+
+EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers")
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,7 @@ class EvalOptions:
         new views of every bin are rendered; otherwise the split is limited to these radii.
     views_per_radius: the views of every bin; those of a split are its first ones by key.
     data: the dataset's folder. out: the folder for the results, by default RUN/eval/<split> or RUN/eval/radii_<a>-<b>.
+    experiment: one of EXPERIMENTS, or all of them. max_views: at most this many views in each.
     set: other keys of the config's `evaluate`, as evaluate.KEY=VALUE.
     """
 
@@ -79,6 +73,8 @@ class EvalOptions:
     batch: int | None = None
     seed: int | None = None
     lpips_backbone: str | None = None
+    experiment: str = "radii"
+    max_views: int | None = None
     set: tuple[str, ...] = ()
 
 
@@ -91,48 +87,77 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
     with processes() as (accelerator, agreement):
         main = accelerator.is_main_process
         with agreement.together():
-            evaluation = _open(Path(run), options, accelerator.device)
+            evaluation, producers = _open_all(Path(run), options, accelerator.device)
         with agreement.together():
-            pending = _prepare(evaluation) if main else []
-        _measure_all(evaluation, agreement.of_main(pending), accelerator)
+            pending = [prepare(producer) for producer in producers] if main else []
+        pending = agreement.of_main(pending)
+        jobs = [len(producer.jobs()) for producer in producers]
+        log.info("%d of %d work units to evaluate, into %s", sum(map(len, pending)), sum(jobs), evaluation.out)
+        do_jobs(producers, pending, accelerator)
         agreement.barrier()
         with agreement.together():
             if main:
-                _write_all(evaluation)
+                _write_all(evaluation, producers)
     return evaluation.out
 
 
-def _prepare(evaluation: _Evaluation) -> list[int]:
-    """The numbers of the units that are not on disk yet; ConfigError if this folder cannot take the evaluation."""
-    out, folder = evaluation.out, evaluation.out / "units"
-    text = json.dumps(evaluation.plan, indent=2) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (out / "plan.json").exists():
-            write_atomically(out / "plan.json", lambda path: path.write_text(text))
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
-    problem = _plan_conflict(out, evaluation.plan)
-    if problem:
-        raise ConfigError(problem)
-    return [unit.number for unit in evaluation.units if not is_finished(folder, unit)]
+def _open_all(run: Path, options: EvalOptions, device: torch.device) -> tuple[_Evaluation, list[Producer]]:
+    """The evaluation, and what is to be measured for it."""
+    evaluation = _open(run, options, device)
+    chosen = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
+    producers: list[Producer] = [evaluation] if "radii" in chosen else []
+    flow = evaluation.loaded.config.flow
+    for name in chosen[1:] if "radii" in chosen else chosen:
+        reason = _why_not(name, flow)
+        if reason and options.experiment != "all":
+            raise ConfigError(f"--experiment {name}: {reason}; choose another")
+        if reason:
+            log.info("%s is not measured: %s", name, reason)
+        else:
+            producers.append(_experiment(name, evaluation, options))
+    return evaluation, producers
 
 
-def _measure_all(evaluation: _Evaluation, pending: list[int], accelerator: Accelerator) -> None:
-    """Measure this process's share of the pending units."""
-    log.info("%d of %d work units to evaluate, into %s", len(pending), len(evaluation.units), evaluation.out)
-    mine = [evaluation.units[number] for number in pending[accelerator.process_index :: accelerator.num_processes]]
-    for unit in tqdm(mine, "evaluate", unit="unit", disable=not accelerator.is_main_process):
-        write_unit(evaluation.out / "units", unit, *evaluation.measure(unit))
+def _why_not(name: str, flow: FlowConfig) -> str | None:
+    """Why the model cannot do an experiment; None if it can."""
+    no_picture, no_pose = flow.why_no_picture(), flow.why_no_pose()
+    needs_both = {"cycle": no_picture or no_pose, "interpolation": no_picture}
+    return needs_both.get(name)
 
 
-def _write_all(evaluation: _Evaluation) -> None:
-    """Merge the units with the exactly-once check, and write the tables and the report."""
+def _experiment(name: str, evaluation: _Evaluation, options: EvalOptions) -> Producer:
+    """The experiment called `name`, with its results in a folder of that name in the evaluation's."""
+    from sitdist.evaluate.experiments.common import Tools
+    from sitdist.evaluate.experiments.cycle import Cycle
+    from sitdist.evaluate.experiments.interpolation import Interpolation
+    from sitdist.evaluate.experiments.solvers import Solvers
+    from sitdist.evaluate.experiments.turntable import Turntable
+
+    recipe = parse(Recipe, load_manifest(evaluation.data).recipe, f"{evaluation.data / 'manifest.json'}: recipe")
+    source = recipe.splits["train"]
+    tools = Tools(
+        loaded=evaluation.loaded,
+        settings=evaluation.settings,
+        statistics=evaluation.statistics,
+        views=evaluation.views,
+        scene=source if isinstance(source, SceneSource) else None,
+        training_poses=evaluation.training.camera_to_world(),
+        focal=evaluation.training.intrinsics([0])[0],
+        lpips=evaluation.lpips,
+        device=evaluation.device,
+    )
+    kinds = {kind.name: kind for kind in (Turntable, Interpolation, Cycle, Solvers)}
+    return kinds[name](tools, evaluation.out / name, evaluation.plan, options.max_views)
+
+
+def _write_all(evaluation: _Evaluation, producers: list[Producer]) -> None:
+    """Merge everything with the exactly-once check, and write the tables and the report."""
     from sitdist.evaluate.report import write_report
 
-    folder = evaluation.out / "units"
-    evaluation.write_results(merge_records(folder, evaluation.units), merge_pictures(folder, evaluation.units))
-    write_report(evaluation.out)
+    for producer in producers:
+        producer.finish(*merge(producer))
+    if (evaluation.out / "metrics.json").is_file():
+        write_report(evaluation.out)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -174,8 +199,25 @@ class _Evaluation:
     def constant_pose(self) -> Tensor:
         return constant_pose(self.training.camera_to_world()).to(self.device)
 
+    def jobs(self) -> list[Job]:
+        """One of every unit."""
+        return [Job(unit.name, tuple(view.key for view in unit.views), len(unit.views)) for unit in self.units]
+
+    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """Records of a unit's views, and key, true and rendered of its first ones."""
+        unit = self.units[int(job.name.removeprefix("unit_"))]
+        records, true, rendered = self._measure(unit)
+        pictures = {} if rendered is None else {"rendered": rendered}
+        if unit.pictures:
+            pictures |= {"key": np.array(job.keys[: unit.pictures]), "true": true}
+        return [asdict(record) for record in records], pictures if unit.pictures else {}
+
+    def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
+        """Write the results."""
+        self.write_results([ViewRecord(**record) for record in records], merge_pictures(arrays, self.units))
+
     @torch.no_grad()
-    def measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray | None]:
+    def _measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray | None]:
         """Records of the unit's views, and true and rendered pictures [pictures, H, W, 3] uint8 of its first ones.
 
         What the model cannot do is not measured.
@@ -346,7 +388,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     manifest = load_manifest(data)
     _check_codec(data, manifest, loaded)
     views, title = _choose_views(data, manifest, loaded, options, settings, device)
-    units = make_units(views.references(), settings.batch)
+    units = make_units(thinned(views.references(), options.max_views), settings.batch)
     lpips = metrics.Lpips(settings.lpips_backbone, device) if settings.lpips_backbone else None
     return _Evaluation(
         run=run,
@@ -463,18 +505,3 @@ def _weights_sha256(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _plan_conflict(out: Path, plan: dict[str, Any]) -> str | None:
-    """What to tell the user if the folder holds units of another evaluation: the first difference and the remedy."""
-    try:
-        old = json.loads((out / "plan.json").read_text())
-    except ValueError as error:
-        return f"{out / 'plan.json'}: not readable ({error}); delete {out} or give another --out"
-    for name in sorted(plan.keys() | old.keys()):
-        if plan.get(name) != old.get(name):
-            return (
-                f"{out}: holds an evaluation with {name} {old.get(name)}, not {plan.get(name)}; "
-                "give another --out, or delete the folder"
-            )
-    return None

@@ -1,4 +1,4 @@
-"""Work units of an evaluation: which views there are, what each unit leaves on disk, and the exactly-once merge.
+"""Work units of an evaluation: which views there are, what is measured of each, and how they are cut into units.
 
 A unit is a chunk of at most `batch` views of one radius bin. The list of units follows from the views alone, never from
 the number of processes, so a killed evaluation goes on with the units that are not on disk yet, on any number of them.
@@ -6,9 +6,7 @@ the number of processes, so a killed evaluation goes on with the units that are 
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from sitdist.data.format import write_atomically
-from sitdist.errors import DataError
 
 PICTURES_PER_BIN = 4
 POSE_ENTRIES = [f"{row}{column}" for row in range(3) for column in range(4)]
@@ -122,6 +119,19 @@ def make_units(views: list[ViewRef], batch: int) -> list[Unit]:
     return units
 
 
+def thinned(views: list[ViewRef], at_most: int | None) -> list[ViewRef]:
+    """At most so many of the views, as evenly over the bins as can be: the first of every bin; None: all of them."""
+    if at_most is None or len(views) <= at_most:
+        return views
+    seen: dict[int, int] = {}
+    ranked = []
+    for view in views:
+        seen[view.bin] = seen.get(view.bin, 0) + 1
+        ranked.append((seen[view.bin], view.bin, view.key))
+    kept = {key for _, _, key in sorted(ranked)[:at_most]}
+    return [view for view in views if view.key in kept]
+
+
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Named arrays as an .npz file, written atomically."""
 
@@ -132,68 +142,15 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(path, write)
 
 
-def is_finished(folder: Path, unit: Unit) -> bool:
-    """Whether the unit's records are on disk; they are written last, so its pictures are then there too."""
-    return (folder / f"{unit.name}.jsonl").is_file()
-
-
-def write_unit(
-    folder: Path, unit: Unit, records: list[ViewRecord], true: np.ndarray, rendered: np.ndarray | None
-) -> None:
-    """Leave the unit's pictures [pictures, H, W, 3] uint8, rendered ones if there are any, then its records, one JSON
-    line a view.
-    """
-    for record in records:
-        bad = [name for name, value in record.row().items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            raise DataError(
-                f"view {record.key}: {bad[0]} is not finite; the checkpoint has diverged, use an earlier one"
-            )
-    if unit.pictures:
-        keys = np.array([view.key for view in unit.views[: unit.pictures]])
-        pictures = {"key": keys, "true": true} | ({} if rendered is None else {"rendered": rendered})
-        save_arrays(folder / f"{unit.name}.npz", pictures)
-    lines = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
-    write_atomically(folder / f"{unit.name}.jsonl", lambda path: path.write_text(lines))
-
-
-def merge_records(folder: Path, units: list[Unit]) -> list[ViewRecord]:
-    """The records of every unit file in the folder, sorted by key.
-
-    DataError if any expected view is missing, or any view is there twice or was never asked for; it names the keys.
-    """
-    records = [record for path in sorted(folder.glob("unit_*.jsonl")) for record in _read_unit(path)]
-    expected = Counter(view.key for unit in units for view in unit.views)
-    found = Counter(record.key for record in records)
-    missing, extra = sorted((expected - found).keys()), sorted((found - expected).keys())
-    for keys, problem, remedy in (
-        (missing, "missing from", "start the evaluation again to finish it"),
-        (extra, "there more often than asked for in", "delete the folder and evaluate again"),
-    ):
-        if keys:
-            shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
-            raise DataError(f"{len(keys)} views {problem} {folder} ({shown}); {remedy}")
-    return sorted(records, key=lambda record: record.key)
-
-
-def _read_unit(path: Path) -> list[ViewRecord]:
-    try:
-        return [ViewRecord(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a unit's records ({error}); delete the file and evaluate again") from None
-
-
-def merge_pictures(folder: Path, units: list[Unit]) -> dict[str, np.ndarray]:
+def merge_pictures(arrays: dict[str, dict[str, np.ndarray]], units: list[Unit]) -> dict[str, np.ndarray]:
     """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of the first views of every bin, in unit order.
 
-    There is no `rendered` where nothing was.
+    `arrays`: what every unit left, by its name. There is no `rendered` where nothing was.
     """
     parts: dict[str, list[np.ndarray]] = {"key": [], "bin": [], "true": [], "rendered": []}
     for unit in units:
-        if not unit.pictures:
-            continue
-        with np.load(folder / f"{unit.name}.npz", allow_pickle=False) as pictures:
-            for name in pictures.files:
-                parts[name].append(pictures[name])
-        parts["bin"].append(np.full(unit.pictures, unit.views[0].bin))
+        if unit.pictures:
+            for name, array in arrays[unit.name].items():
+                parts[name].append(array)
+            parts["bin"].append(np.full(unit.pictures, unit.views[0].bin))
     return {name: np.concatenate(values) for name, values in parts.items() if values}

@@ -125,3 +125,56 @@ def test_a_killed_process_does_not_leave_the_others_waiting(evaluate, tmp_path):
     assert time.monotonic() - begun < 40
     assert codes == [2, -signal.SIGKILL]
     assert "another process has ended or does not answer" in started.errors(0)
+
+
+EVERY = ("--experiment", "all", "--max-views", 9)
+
+
+def results(folder):
+    """The records of every experiment by key, without what a clock says."""
+    found = {}
+    for path in sorted(folder.glob("*/records.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                row.pop("ms", None)
+                assert (path.parent.name, row["key"]) not in found
+                found[path.parent.name, row["key"]] = row
+    return found
+
+
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert len(theirs) > 50
+    for key, row in theirs.items():
+        for name, value in row.items():
+            found = ours[key][name]
+            if name in ("key", "method", "task", "solver") or not value:
+                assert found == value
+            else:
+                assert json.loads(found) == pytest.approx(json.loads(value), abs=1e-3), (key, name)
+
+
+@pytest.fixture(scope="module")
+def every_on_one(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("every_on_one")
+    arguments = ["eval", run, "--split", "test", "--batch", 1, "--out", folder / "out", *EVERY]
+    ranks.sitdist(folder / "log", 1, *arguments).run(240)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_find_in_every_experiment_what_one_finds(evaluate, every_on_one, tmp_path, world):
+    evaluate(world, tmp_path / "out", *EVERY).run(240)
+    assert_close(results(tmp_path / "out"), results(every_on_one))
+
+
+def test_experiments_of_which_a_process_was_killed_go_on_and_have_every_view_once(evaluate, every_on_one, tmp_path):
+    out = tmp_path / "out"
+    started = evaluate(2, out, *EVERY)
+    started.wait(120, until=lambda: len(list(out.glob("**/units/*.jsonl"))) >= 9)
+    started.send(signal.SIGKILL, [1])
+    assert started.wait(120, grace=60) == [2, -signal.SIGKILL]
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("**/units/*.jsonl")}
+    evaluate(1, out, *EVERY).run(240)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert_close(results(out), results(every_on_one))

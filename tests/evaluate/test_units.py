@@ -1,33 +1,13 @@
-"""Radius bins, work units, and the merge that wants every view exactly once."""
-
-import json
-from dataclasses import asdict, replace
+"""Radius bins, work units, and what they leave."""
 
 import numpy as np
-import pytest
 from records import record
 
-from sitdist.errors import DataError
-from sitdist.evaluate.units import (
-    PICTURES_PER_BIN,
-    ViewRef,
-    is_finished,
-    make_units,
-    merge_pictures,
-    merge_records,
-    radius_bins,
-    write_unit,
-)
+from sitdist.evaluate.units import PICTURES_PER_BIN, ViewRef, make_units, merge_pictures, radius_bins, thinned
 
 
 def references(bins):
     return [ViewRef(f"v{i:03d}", i, bin_ + 0.5, bin_) for i, bin_ in enumerate(bins)]
-
-
-def write(folder, units):
-    for unit in units:
-        picture = np.full((unit.pictures, 2, 2, 3), unit.number, np.uint8)
-        write_unit(folder, unit, [record(view.key, bin=view.bin) for view in unit.views], picture, picture + 1)
 
 
 def test_a_radius_on_an_edge_starts_the_upper_bin_and_the_last_bin_is_closed():
@@ -57,51 +37,24 @@ def test_the_first_views_of_every_bin_leave_their_pictures():
     assert [unit.pictures for unit in units] == [3, 1, 0, 1]
 
 
-def test_merge_gives_every_view_once_sorted_by_key(tmp_path):
+def test_pictures_are_merged_in_unit_order_with_their_bins():
     units = make_units(references([2, 1, 2, 1, 1]), batch=2)
-    write(tmp_path, reversed(units))
-    records = merge_records(tmp_path, units)
-    assert [record.key for record in records] == ["v000", "v001", "v002", "v003", "v004"]
-    pictures = merge_pictures(tmp_path, units)
+    arrays = {}
+    for unit in units:
+        true = np.full((unit.pictures, 2, 2, 3), unit.number, np.uint8)
+        keys = np.array([view.key for view in unit.views[: unit.pictures]])
+        arrays[unit.name] = {"key": keys, "true": true, "rendered": true + 1}
+    pictures = merge_pictures(arrays, units)
     assert pictures["key"].tolist() == ["v001", "v003", "v004", "v000", "v002"]
     assert pictures["bin"].tolist() == [1, 1, 1, 2, 2]
     assert pictures["true"][:, 0, 0, 0].tolist() == [0, 0, 1, 2, 2]
     assert (pictures["rendered"] == pictures["true"] + 1).all()
 
 
-def test_merge_names_missing_views(tmp_path):
-    units = make_units(references([1] * 5), batch=2)
-    write(tmp_path, [units[0], units[2]])
-    assert not is_finished(tmp_path, units[1])
-    with pytest.raises(DataError, match=r"2 views missing .*\(v002, v003\); start the evaluation again"):
-        merge_records(tmp_path, units)
-
-
-def test_merge_names_duplicate_and_foreign_views(tmp_path):
-    units = make_units(references([1] * 4), batch=2)
-    write(tmp_path, units)
-    (tmp_path / "unit_00007.jsonl").write_text(json.dumps(asdict(record("v001"))) + "\n")
-    with pytest.raises(DataError, match=r"1 views there more often .*\(v001\); delete the folder"):
-        merge_records(tmp_path, units)
-    (tmp_path / "unit_00007.jsonl").write_text(json.dumps(asdict(record("stranger"))) + "\n")
-    with pytest.raises(DataError, match=r"\(stranger\)"):
-        merge_records(tmp_path, units)
-
-
-def test_a_write_that_was_cut_off_does_not_count_as_a_finished_unit(tmp_path):
-    units = make_units(references([1, 1]), batch=2)
-    (tmp_path / ".unit_00000.jsonl.123.tmp").write_text('{"key": "v000", "la')
-    assert not is_finished(tmp_path, units[0])
-    write(tmp_path, units)
-    assert len(merge_records(tmp_path, units)) == 2
-
-
-def test_a_value_that_is_not_finite_stops_with_the_view_and_its_name(tmp_path):
-    (unit,) = make_units(references([1]), batch=1)
-    bad = replace(record("v000"), psnr=float("nan"))
-    with pytest.raises(DataError, match="view v000: psnr is not finite"):
-        write_unit(tmp_path, unit, [bad], np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3), np.uint8))
-    assert not is_finished(tmp_path, unit)
+def test_views_are_thinned_evenly_over_the_bins():
+    views = references([1, 1, 1, 1, 2, 2, 3])
+    assert thinned(views, None) == thinned(views, 7) == views
+    assert [view.key for view in thinned(views, 5)] == ["v000", "v001", "v004", "v005", "v006"]
 
 
 def test_the_row_of_a_record_spells_out_the_poses_row_major():

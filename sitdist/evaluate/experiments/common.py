@@ -1,0 +1,149 @@
+"""What experiments share: the model with its settings, and the route between poses and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sitdist.config import EvaluateConfig, SceneSource
+from sitdist.data.format import write_atomically
+from sitdist.data.scene import open_scene, render
+from sitdist.evaluate import metrics
+from sitdist.evaluate.statistics import summarize
+from sitdist.evaluate.units import ViewRef
+from sitdist.evaluate.views import Views
+from sitdist.flow import draws
+from sitdist.flow.estimate import EstimateOptions, estimate_pose
+from sitdist.flow.sample import sample_latents
+from sitdist.flow.solve import generate
+from sitdist.geometry.camera import Intrinsics
+from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.model.codec import latent_mean
+from sitdist.train.build import build_sampling
+from sitdist.train.checkpoint import LoadedRun
+
+
+@dataclass(frozen=True)
+class Tools:
+    """A run, its settings, the views that it is evaluated on, and the scene (if any) that they come from.
+
+    `training_poses` [N, 4, 4]; `focal`: normalized intrinsics [4] of a training camera.
+    """
+
+    loaded: LoadedRun
+    settings: EvaluateConfig
+    statistics: PoseStatistics
+    views: Views
+    scene: SceneSource | None
+    training_poses: Tensor
+    focal: Tensor
+    lpips: metrics.Lpips | None
+    device: torch.device
+
+    @cached_property
+    def references(self) -> list[ViewRef]:
+        return self.views.references()
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        shape = self.loaded.manifest.latent
+        return torch.Size((shape.channels, shape.height, shape.width))
+
+    def intrinsics(self, count: int) -> Tensor:
+        """Normalized intrinsics [count, 4] of a training camera."""
+        return self.focal.to(self.device).expand(count, 4)
+
+    @torch.no_grad()
+    def read(self, latents: Tensor, labels: Tensor, options: EstimateOptions | None = None) -> Tensor:
+        """Poses [B, 4, 4] read off latents [B, C, h, w]."""
+        loaded, settings = self.loaded, self.settings
+        chosen = options or EstimateOptions(settings.estimator, settings.estimator_steps)
+        estimate = estimate_pose(loaded.model, loaded.path, latents, labels, self.statistics, chosen, loaded.endpoint)
+        return estimate.camera_to_world
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latent means [B, C, h, w] of pictures [B, 3, H, W]."""
+        return latent_mean(self.loaded.codec.encode_moments(images))
+
+    @torch.no_grad()
+    def render(
+        self, poses: Tensor, intrinsics: Tensor, labels: Tensor, stream: str, positions: Tensor, **changes: Any
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] that the model renders from poses [B, 4, 4]; noise by (seed, stream, position)."""
+        loaded = self.loaded
+        latents = sample_latents(
+            loaded.model,
+            loaded.path,
+            loaded.endpoint,
+            standardize(poses.to(self.device), self.statistics, intrinsics),
+            labels,
+            self.latent_shape,
+            build_sampling(self.settings.model_copy(update=changes)),
+            self.settings.seed,
+            stream,
+            positions.to(self.device),
+        )
+        return loaded.codec.decode(latents)
+
+    def noise(self, stream: str, positions: Tensor) -> Tensor:
+        """Standard normal noise [B, C, h, w] of the latents' shape."""
+        shape = self.latent_shape
+        return draws.normal(self.settings.seed, stream, positions.to(self.device), math.prod(shape)).reshape(-1, *shape)
+
+    @torch.no_grad()
+    def follow(self, x0: Tensor, labels: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] that the ODE makes of x0 [B, C, h, w] with a pose in it."""
+        loaded, settings = self.loaded, self.settings
+        latents = generate(loaded.model, loaded.path, x0, labels, settings.generator, settings.generator_steps)
+        return loaded.codec.decode(latents)
+
+    def look(self, poses: Tensor) -> Tensor | None:
+        """True pictures [B, 3, H, W] from poses [B, 4, 4] with the training intrinsics; None without a scene."""
+        if self.scene is None:
+            return None
+        scene, size = open_scene(self.scene.scene), self.loaded.manifest.image_size
+        fx, fy, cx, cy = (float(value) * size for value in self.focal)
+        camera = Intrinsics(fx, fy, cx, cy, size, size)
+        look = self.scene.supersample, self.scene.background
+        return torch.stack([render(scene, pose, camera, *look) for pose in poses.cpu()]).to(self.device)
+
+
+def row_major(poses: Tensor) -> list[list[float]]:
+    """The upper three rows of poses [B, 4, 4], row by row."""
+    return poses[:, :3].flatten(1).tolist()
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8."""
+    return (images * 255.0).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_results(folder: Path, result: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """results.json, and records.csv with a row for every record."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "records.csv", lambda path: path.write_text(table.getvalue()))
+    write_atomically(folder / "results.json", lambda path: path.write_text(text))
+
+
+def summaries(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Summaries of the measures `names`, over the records that have them."""
+    columns = {name: [record[name] for record in records if record[name] is not None] for name in names}
+    return {
+        name: summarize(values, rotation="rotation" in name).to_dict() for name, values in columns.items() if values
+    }

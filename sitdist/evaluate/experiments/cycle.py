@@ -1,0 +1,87 @@
+"""Cycle: pose -> view -> pose -> view, over several turns; how far poses and views drift from where they began."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
+from sitdist.evaluate.experiments.interpolation import spread
+from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.work import Job
+from sitdist.geometry.pose import rotation_error_deg, translation_error
+
+VIEWS, TURNS = 32, 4
+MEASURES = (
+    *("rotation_drift_deg", "translation_drift", "rotation_step_deg", "translation_step"),
+    *("psnr", "psnr_to_last"),
+)
+
+
+class Cycle:
+    """In every turn a view is rendered from the last pose, with new noise, and a pose is read off that view.
+
+    Drift is from the true pose, step from the pose before; PSNR is against the true view and against the last one.
+    """
+
+    name = "cycle"
+
+    def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
+        self._tools, self.out = tools, out
+        self._views = spread(tools.references, min(VIEWS, max_views or VIEWS))
+        self._batch = max(1, min(tools.settings.batch, 16))
+        self.plan = plan | {"experiment": self.name, "views": len(self._views), "turns": TURNS}
+
+    def jobs(self) -> list[Job]:
+        chunks = range(0, len(self._views), self._batch)
+        return [
+            Job(
+                f"cycle_{start:05d}",
+                tuple(f"{view.key}_turn{turn}" for view in self._chunk(start) for turn in range(1, TURNS + 1)),
+                TURNS * len(self._chunk(start)),
+            )
+            for start in chunks
+        ]
+
+    def _chunk(self, start: int) -> list[Any]:
+        return self._views[start : start + self._batch]
+
+    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """Views are loaded one by one, as their bins may differ."""
+        tools, views = self._tools, self._chunk(int(job.name[6:]))
+        loaded = [tools.views.load((view,)) for view in views]
+        true, images, labels, intrinsics = (
+            torch.cat([getattr(view, name) for view in loaded]).to(tools.device)
+            for name in ("camera_to_world", "images", "labels", "intrinsics")
+        )
+        positions = torch.tensor([view.position for view in views])
+        records: list[dict[str, Any]] = []
+        poses, before = true, images
+        for turn in range(1, TURNS + 1):
+            rendered = tools.render(poses, intrinsics, labels, f"cycle turn {turn}", positions)
+            read = tools.read(tools.encode(rendered), labels)
+            columns = {
+                "rotation_drift_deg": rotation_error_deg(read[:, :3, :3], true[:, :3, :3]).tolist(),
+                "translation_drift": translation_error(read, true).tolist(),
+                "rotation_step_deg": rotation_error_deg(read[:, :3, :3], poses[:, :3, :3]).tolist(),
+                "translation_step": translation_error(read, poses).tolist(),
+                "psnr": psnr(rendered, images).tolist(),
+                "psnr_to_last": psnr(rendered, before).tolist(),
+                "estimated": row_major(read),
+            }
+            records += [
+                {"key": f"{view.key}_turn{turn}", "turn": turn, **{name: column[i] for name, column in columns.items()}}
+                for i, view in enumerate(views)
+            ]
+            poses, before = read, rendered
+        return records, {}
+
+    def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
+        rows = [
+            {"turn": turn, **summaries([record for record in records if record["turn"] == turn], MEASURES)}
+            for turn in range(1, TURNS + 1)
+        ]
+        write_results(self.out, {"experiment": self.name, "n": len(self._views), "rows": rows}, records)

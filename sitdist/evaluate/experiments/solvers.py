@@ -1,0 +1,100 @@
+"""Solvers: the error of poses and pictures, and the time they take, against the number of function evaluations."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sitdist.evaluate.experiments.common import Tools, summaries, write_results
+from sitdist.evaluate.experiments.interpolation import spread
+from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.work import Job
+from sitdist.flow.estimate import EstimateOptions
+from sitdist.flow.solve import function_evaluations
+from sitdist.geometry.pose import rotation_error_deg, translation_error
+
+VIEWS = 16
+STEPS = {"euler": (2, 5, 10, 20, 50), "midpoint": (1, 2, 5, 10, 25), "heun": (1, 2, 5, 10, 25)}
+MEASURES = ("rotation_error_deg", "translation_error", "psnr", "ms")
+
+
+class Solvers:
+    """Every setting sees the same views, and pictures the same noise; `ms` is the time of a view in a whole batch."""
+
+    name = "solvers"
+
+    def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
+        self._tools, self.out = tools, out
+        self._views = spread(tools.references, min(VIEWS, max_views or VIEWS))
+        self._warm = False
+        flow = tools.loaded.config.flow
+        steps = [(solver, count) for solver, counts in STEPS.items() for count in counts]
+        reads, renders = flow.why_no_pose() is None, flow.why_no_picture() is None
+        self._settings = [("pose", "one_step", 1)] if reads else []
+        self._settings += [("pose", *each) for each in steps] if reads and renders else []  # a regressor knows t = 1
+        self._settings += [("picture", *each) for each in steps] if renders else []
+        self.plan = plan | {"experiment": self.name, "views": len(self._views), "of": len(self._settings)}
+
+    def jobs(self) -> list[Job]:
+        names = [f"{task}_{solver}_{steps:03d}" for task, solver, steps in self._settings]
+        return [Job(name, tuple(f"{name}_{view.key}" for view in self._views), len(self._views)) for name in names]
+
+    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        tools = self._tools
+        task, solver, steps = next(each for each in self._settings if job.name == f"{each[0]}_{each[1]}_{each[2]:03d}")
+        loaded = [tools.views.load((view,)) for view in self._views]
+        true, latents, images, labels, intrinsics = (
+            torch.cat([getattr(view, name) for view in loaded]).to(tools.device)
+            for name in ("camera_to_world", "latents", "images", "labels", "intrinsics")
+        )
+        self._warm_up(latents, labels)
+        columns: dict[str, list[float]] = {}
+        begun = _now(tools.device)
+        if task == "pose":
+            read = tools.read(latents, labels, EstimateOptions(solver, steps))
+            spent = _now(tools.device) - begun
+            columns["rotation_error_deg"] = rotation_error_deg(read[:, :3, :3], true[:, :3, :3]).tolist()
+            columns["translation_error"] = translation_error(read, true).tolist()
+        else:
+            positions = torch.tensor([view.position for view in self._views])
+            changes = {"generator": solver, "generator_steps": steps}
+            rendered = tools.render(true, intrinsics, labels, "eval", positions, **changes)
+            spent = _now(tools.device) - begun
+            columns["psnr"] = psnr(rendered, images).tolist()
+        evaluations = 1 if solver == "one_step" else function_evaluations(solver, steps)
+        same = {"task": task, "solver": solver, "steps": steps, "function_evaluations": evaluations}
+        blank = dict.fromkeys(MEASURES[:-1]) | {"ms": 1000.0 * spent / len(self._views)}
+        records = [
+            {"key": key, **same, **blank, **{name: column[i] for name, column in columns.items()}}
+            for i, key in enumerate(job.keys)
+        ]
+        return records, {}
+
+    def _warm_up(self, latents: Tensor, labels: Tensor) -> None:
+        """The first evaluation of a process is slow, so it is not one that is timed."""
+        if not self._warm:
+            loaded = self._tools.loaded
+            pose = torch.zeros(len(latents), 4, 4, device=latents.device)
+            model = loaded.endpoint.conditioned(loaded.model, pose)
+            with torch.no_grad():
+                model(latents, torch.full((len(latents),), 0.5, device=latents.device), labels)
+            self._warm = True
+
+    def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
+        rows = []
+        for task, solver, steps in self._settings:
+            inside = [r for r in records if (r["task"], r["solver"], r["steps"]) == (task, solver, steps)]
+            names = ("task", "solver", "steps", "function_evaluations")
+            rows.append({name: inside[0][name] for name in names} | summaries(inside, MEASURES))
+        write_results(self.out, {"experiment": self.name, "n": len(self._views), "rows": rows}, records)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,107 @@
+"""Turntable: cameras on a closed circle, what they see beside what the model renders, and the poses read off it."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sitdist.data.format import write_atomically
+from sitdist.evaluate.experiments.common import Tools, row_major, summaries, to_uint8, write_results
+from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.work import Job
+from sitdist.geometry.camera import camera_radius, look_at
+from sitdist.geometry.pose import rotation_error_deg, translation_error
+
+FRAMES = 36
+MILLISECONDS = 90  # a frame
+MEASURES = ("rotation_error_deg", "translation_error", "rendered_rotation_error_deg", "rendered_translation_error")
+
+
+class Turntable:
+    """Cameras at the median radius and elevation of the training cameras; all are rendered from the same noise.
+
+    `rotation_error_deg` is of the pose read off the true picture, which only a scene can give; with `rendered_` it is
+    that of the pose read off the model's own picture.
+    """
+
+    name = "turntable"
+
+    def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
+        self._tools, self.out = tools, out
+        self._frames = min(FRAMES, max_views or FRAMES)
+        self.plan = plan | {"experiment": self.name, "frames": self._frames}
+
+    def _job(self, start: int) -> Job:
+        stop = min(start + self._tools.settings.batch, self._frames)
+        return Job(f"turntable_{start:05d}", tuple(f"t{i:04d}" for i in range(start, stop)), stop - start)
+
+    def jobs(self) -> list[Job]:
+        return [self._job(start) for start in range(0, self._frames, self._tools.settings.batch)]
+
+    def cameras(self) -> Tensor:
+        """camera_to_world [frames, 4, 4] of the circle."""
+        place = self._tools.training_poses[:, :3, 3]
+        radius = float(camera_radius(self._tools.training_poses).median())
+        elevation = float(torch.asin(place[:, 2] / torch.linalg.vector_norm(place, dim=-1)).median())
+        angle = torch.arange(self._frames, dtype=torch.float64) * (2.0 * math.pi / self._frames)
+        level, height = radius * math.cos(elevation), radius * math.sin(elevation)
+        return look_at(torch.stack([level * angle.cos(), level * angle.sin(), torch.full_like(angle, height)], -1))
+
+    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        tools, flow = self._tools, self._tools.loaded.config.flow
+        poses = self.cameras()[[int(key[1:]) for key in job.keys]].to(tools.device)
+        labels = torch.zeros(len(poses), dtype=torch.int64, device=tools.device)
+        records = [{"key": key, **dict.fromkeys((*MEASURES, "psnr", "estimated"))} for key in job.keys]
+        pictures: dict[str, np.ndarray] = {}
+        true = tools.look(poses)
+        if true is not None:
+            pictures["true"] = to_uint8(true)
+            if flow.why_no_pose() is None:
+                _put_errors(records, tools.read(tools.encode(true), labels), poses, "")
+        if flow.why_no_picture() is None:
+            positions = torch.zeros(len(poses), dtype=torch.int64)
+            rendered = tools.render(poses, tools.intrinsics(len(poses)), labels, self.name, positions)
+            pictures["rendered"] = to_uint8(rendered)
+            if true is not None:
+                _put(records, "psnr", psnr(rendered, true).tolist())
+            if flow.why_no_pose() is None:
+                _put_errors(records, tools.read(tools.encode(rendered), labels), poses, "rendered_")
+        _put(records, "true", row_major(poses))
+        return records, pictures
+
+    def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
+        result = {"experiment": self.name, "n": len(records), **summaries(records, [*MEASURES, "psnr"])}
+        names = [name for name in ("true", "rendered") if all(name in part for part in arrays.values())]
+        if names:
+            parts = [np.concatenate([arrays[job.name][name] for job in self.jobs()]) for name in names]
+            gif = loop(np.concatenate(parts, axis=2))
+            write_atomically(self.out / "turntable.gif", lambda path: path.write_bytes(gif))
+            result["gif"] = " | ".join(names)
+        write_results(self.out, result, records)
+
+
+def _put(records: list[dict[str, Any]], name: str, values: list[Any]) -> None:
+    for record, value in zip(records, values, strict=True):
+        record[name] = value
+
+
+def _put_errors(records: list[dict[str, Any]], estimated: Tensor, true: Tensor, prefix: str) -> None:
+    rotation = rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3])
+    _put(records, f"{prefix}rotation_error_deg", rotation.tolist())
+    _put(records, f"{prefix}translation_error", translation_error(estimated, true).tolist())
+    _put(records, "estimated", row_major(estimated))
+
+
+def loop(frames: np.ndarray) -> bytes:
+    """A GIF of frames [N, H, W, 3] uint8 that plays for ever."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=MILLISECONDS, loop=0)
+    return buffer.getvalue()
