@@ -250,6 +250,17 @@ def _parser() -> _Parser:
     command.add_argument("--views", type=_positive, default=128, metavar="N", help="views to render, encode and build")
     command.add_argument("--scene", metavar="FOLDER", help="fitted scene to render (default: the recipe's, if any)")
     command.set_defaults(command=_bench_data)
+    command = bench.add_parser("train", help="training steps beside a plain loop, in pairs")
+    command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
+    command.add_argument("--latent", type=_positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
+    command.add_argument("--batch", type=_positive, default=32, help="samples a step (default: 32)")
+    command.add_argument("--backends", nargs="+", default=["fp32", "bf16"], help="(default: fp32 bf16)")
+    command.add_argument(
+        "--baseline", choices=("latents", "vae"), default="latents", help="latents computed before, or in the step"
+    )
+    command.add_argument("--pairs", type=_positive, default=5, help="(default: 5)")
+    command.add_argument("--steps", type=_positive, default=1, help="steps of either side of a pair (default: 1)")
+    command.set_defaults(command=_bench_train)
 
     export.add(commands)
 
@@ -440,6 +451,14 @@ def _bench_data(options: argparse.Namespace) -> None:
 
     names = ("dataset", "split", "batch", "samples", "synthetic", "views", "scene")
     print(bench_data(**{name: getattr(options, name) for name in names}))
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from sitdist.train.bench import BenchOptions, bench_train
+
+    names = ("model", "latent", "batch", "baseline", "pairs", "steps")
+    values = {name: getattr(options, name) for name in names}
+    print(bench_train(BenchOptions(backends=tuple(options.backends), **values)))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ def bench_data(
     from sitdist.data.scene import open_scene
 
     open_scene(scene)  # before minutes are spent on what comes first
-    lines = [_machine(), ""]
+    lines = [machine(), ""]
     if synthetic is not None:  # first, as memory is measured by its peak
         lines += [*bench_synthetic(dataset, split, batch, synthetic), ""]
     lines += [*format_table("reading", "samples/s", bench_reading(dataset, split, batch, samples)), ""]
@@ -80,7 +80,7 @@ def bench_data(
     return "\n".join(lines + bench_views(dataset, views, scene))
 
 
-def _machine() -> str:
+def machine() -> str:
     """Hardware, load, versions and command."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():

@@ -187,10 +187,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
-    def run_steps(self, stop: StopSignal) -> None:
-        """Train until the last step, or until a process is asked to stop."""
+    def run_steps(self, stop: StopSignal, until: int | None = None) -> None:
+        """Train until the last step, or up to step `until`, or until a process is asked to stop."""
         settings = self.config.train
-        while self.step < settings.steps:
+        while self.step < (settings.steps if until is None else until):
             begun = time.perf_counter()
             step = self.step
             with self.agreement.together():

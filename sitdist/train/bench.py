@@ -1,0 +1,235 @@
+"""How fast the trainer is, beside the plain loops of `plain_loop`: pairs of both in turn, in one process.
+
+Other work on the machine meets both sides of a pair alike, so the median of the pairs' ratios holds where times do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sitdist.config import Config, Recipe, parse
+from sitdist.data.bench import machine
+from sitdist.data.format import load_manifest
+from sitdist.data.reader import ShardReader
+from sitdist.data.writer import build
+from sitdist.errors import ConfigError
+from sitdist.flow.path import get_path
+from sitdist.model.codec import latent_mean
+from sitdist.model.flops import listed_peak, training_flops
+from sitdist.runtime import StopSignal, processes
+from sitdist.train.build import build_endpoint, build_model
+from sitdist.train.plain_loop import PlainLoop, random_vae
+from sitdist.train.trainer import Trainer
+
+PIXELS_A_LATENT = 8  # on a side, of the autoencoder inside the slower baseline
+ENDLESS = 10**6  # steps: no last one, which would save
+LEARNING = {"optimizer": {"lr": 1e-4, "clip_norm": None}, "schedule": {"kind": "constant"}}
+BASELINES = ("latents", "vae")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """One model at one batch, the backends to time, and how often."""
+
+    model: str = "SiT-S/2"
+    latent: int = 16
+    batch: int = 32
+    backends: tuple[str, ...] = ("fp32", "bf16")
+    baseline: str = "latents"
+    pairs: int = 5
+    steps: int = 1
+    vae_channels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of every step of both sides, pair by pair; memory in bytes, None where it cannot be measured."""
+
+    backend: str
+    ours: list[float]
+    baseline: list[float]
+    memory: int | None
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the baseline: the median over the pairs."""
+        return statistics.median(slow / fast for slow, fast in zip(self.baseline, self.ours, strict=True))
+
+
+def bench_train(options: BenchOptions) -> str:
+    """The report: the machine, the model, and a line a backend."""
+    if options.baseline not in BASELINES:
+        raise ConfigError(f"--baseline {options.baseline}: unknown; choose one of {', '.join(BASELINES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        configs = [make_config(options, backend, place) for backend in options.backends]
+        build(parse(Recipe, _recipe(options), "bench"), place / "data")
+        plain = _plain_loop(configs[0], options)
+        baseline_memory = memory_of_step(plain.step, _state_bytes(plain.model, 4), plain.device)
+        speeds = [_time_backend(config, options, plain, place / "run") for config in configs]
+    flops = training_flops(plain.model) * options.batch  # type: ignore[arg-type]
+    parameters = sum(each.numel() for each in plain.model.parameters())
+    what = {"latents": "precomputed latents", "vae": "a VAE in the step"}[options.baseline]
+    lines = [
+        machine(),
+        "",
+        f"{options.model}, {parameters / 1e6:.1f} M parameters, latents 4x{options.latent}x{options.latent}, batch "
+        f"{options.batch}, {flops / 1e9:,.0f} GFLOP a step; medians of {options.pairs} pairs of {options.steps} steps",
+        f"{'':<40}{'steps/s':>9}{'samples/s':>11}{'MFU':>8}{'memory GB':>11}{'ratio':>8}  lowest to highest",
+    ]
+    peaks = {precision: peak_flops(plain.device, precision) for precision in {"fp32", *_precisions(options)}}
+    shared = [seconds for speed in speeds for seconds in speed.baseline]
+    lines.append(_line(f"plain loop, fp32, {what}", shared, options.batch, flops / peaks["fp32"], baseline_memory))
+    for speed in speeds:
+        ideal = flops / peaks[speed.backend.partition("-")[0]]
+        pairs = sorted(slow / fast for slow, fast in zip(speed.baseline, speed.ours, strict=True))
+        line = _line(f"sitdist, {speed.backend}", speed.ours, options.batch, ideal, speed.memory)
+        lines.append(f"{line}{speed.ratio:>8.2f}  {pairs[0]:.2f} to {pairs[-1]:.2f}")
+    measured = "" if listed_peak(_name(plain.device), "bf16") else ", as large matrix products reach here"
+    told = ", ".join(f"{peak / 1e12:.3g} in {precision}" for precision, peak in sorted(peaks.items()))
+    return "\n".join([*lines, f"MFU: of {told} TFLOP/s{measured}; memory: weights and state, and the peak of a step"])
+
+
+def _precisions(options: BenchOptions) -> list[str]:
+    return [backend.partition("-")[0] for backend in options.backends]
+
+
+def _line(name: str, seconds: list[float], batch: int, ideal: float, memory: int | None) -> str:
+    """`ideal`: the seconds of a step that does nothing but its matrix products, at the device's peak."""
+    median = statistics.median(seconds)
+    shown = "-" if memory is None else f"{memory / 1e9:.2f}"
+    return f"{name:<40}{1 / median:>9.3f}{batch / median:>11.1f}{ideal / median:>8.1%}{shown:>11}"
+
+
+def make_config(options: BenchOptions, backend: str, place: Path) -> Config:
+    """The experiment of a backend: a precision."""
+    train = {"steps": ENDLESS, "global_batch": options.batch, "precision": backend, "log_every": ENDLESS, **LEARNING}
+    values: dict[str, Any] = {
+        "name": "bench",
+        "data": str(place / "data"),
+        "model": {"preset": options.model},
+        "flow": {"sigma": 1.0, "share_at_one": 0.0, "share_at_zero": 0.0},
+        "train": train,
+    }
+    return parse(Config, values, f"--model {options.model}, backend {backend}")
+
+
+def _recipe(options: BenchOptions) -> dict[str, Any]:
+    """Views of the built-in object, whose latents have the size asked for; what is on them does not matter."""
+    return {
+        "name": "bench",
+        "image_size": 4 * options.latent,
+        "codec": {"kind": "pca", "patch": 4, "fit_views": 16},
+        "val_views": 0,
+        "splits": {"train": {"kind": "scene", "views": 2 * options.batch, "supersample": 1}},
+    }
+
+
+def _plain_loop(config: Config, options: BenchOptions) -> PlainLoop:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = Path(config.data)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, load_manifest(data), build_endpoint(config.flow)).to(device)
+    moments, packed_pose = ShardReader(data, "train").moments_and_poses(range(2 * options.batch))
+    samples, vae = latent_mean(moments.float()), None
+    if options.baseline == "vae":
+        vae = random_vae(**({"channels": options.vae_channels} if options.vae_channels else {})).to(device)
+        samples = torch.rand(len(samples), 3, *[PIXELS_A_LATENT * options.latent] * 2)
+    path = get_path(config.flow.path)
+    return PlainLoop(model, path, samples.to(device), packed_pose, options.batch, vae)
+
+
+def _time_backend(config: Config, options: BenchOptions, plain: PlainLoop, run: Path) -> Speed:
+    settings = config.train
+    run = run / settings.precision
+    with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
+        trainer, stop = Trainer(config, run, False, accelerator, agreement), StopSignal()  # no handler: ^C ends it
+
+        def step(count: int = 1) -> None:
+            trainer.run_steps(stop, until=trainer.step + count)
+
+        step()  # what is done once is done
+        memory = memory_of_step(step, _state_bytes(trainer.raw_model, 4), plain.device)
+        pairs = [_pair(step, plain, options.steps) for _ in range(options.pairs)]
+        trainer.close()
+    return Speed(settings.precision, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], memory)
+
+
+def _pair(step: Callable[[int], None], plain: PlainLoop, steps: int) -> tuple[float, float]:
+    """Seconds a step of ours, then of the baseline."""
+    ours = _seconds(lambda: step(steps), plain.device)
+    theirs = _seconds(lambda: [plain.step() for _ in range(steps)], plain.device)
+    return ours / steps, theirs / steps
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    _finish(device)
+    begun = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - begun
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------------------------------------- memory, peak rate
+
+
+def _state_bytes(model: nn.Module, copies: int) -> int:
+    """Bytes of `copies` of the parameters: weights, average, and AdamW's two moments."""
+    return copies * sum(each.numel() * each.element_size() for each in model.parameters())
+
+
+def memory_of_step(step: Callable[[], Any], state: int, device: torch.device) -> int | None:
+    """`state` and what a step takes above what is held before it, in bytes; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return state + torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux, proc(5))
+        before = _resident("VmRSS")
+        step()
+        return state + _resident("VmHWM") - before
+    except (OSError, LookupError):
+        return None
+
+
+def _resident(field: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(fields[field].split()[0]) * 1024
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Operations a second: the data sheet's of a known GPU, else what large matrix products reach here."""
+    listed = listed_peak(_name(device), precision)
+    if listed is not None:
+        return listed
+    size = 4096 if device.type == "cuda" else 1024
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    times = [_seconds(lambda: a @ a, device) for _ in range(8)]
+    return 2 * size**3 / min(times)
