@@ -6,6 +6,8 @@ A multiply-add is two operations. Counted are matrix products, as is usual for m
 
 from __future__ import annotations
 
+from torch import nn
+
 from sitdist.model.sit import PoseEmbedder, SiT, TimestepEmbedder
 
 
@@ -18,10 +20,10 @@ def forward_flops(model: SiT) -> int:
         embed += (16 * (1 + 2 * len(PoseEmbedder.frequencies)) + width) * width
     blocks = 0
     for block in model.blocks:
-        hidden = block.mlp.fc1.out_features
-        projections = 4 * tokens * width * width  # query, key, value and output
+        of_condition = 6 * width * width
+        of_tokens = sum(each.weight.numel() for each in block.modules() if isinstance(each, nn.Linear)) - of_condition
         attention = 2 * tokens * tokens * width
-        blocks += projections + attention + 2 * tokens * width * hidden + 6 * width * width
+        blocks += tokens * of_tokens + attention + of_condition
     final = tokens * width * patch * model.out_channels + 2 * width * width
     return 2 * (embed + blocks + final)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ EMA_DECAY = 0.9999
 
 
 class PlainLoop:
-    """Trains `model` on samples (pictures [N, 3, H, W] with a `vae`, else latents [N, C, h, w]) and their poses."""
+    """Trains `model` on samples and their poses: pictures [N, 3, H, W] with a `vae` of diffusers, else latents."""
 
     def __init__(
-        self, model: nn.Module, path: Path, samples: Tensor, packed_pose: Tensor, batch: int, vae: nn.Module | None
+        self, model: nn.Module, path: Path, samples: Tensor, packed_pose: Tensor, batch: int, vae: Any
     ) -> None:
         self.device = samples.device
         self.model, self.path, self.vae = model.train(), path, vae
