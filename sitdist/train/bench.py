@@ -30,7 +30,7 @@ from sitdist.model.codec import latent_mean
 from sitdist.model.flops import listed_peak, training_flops
 from sitdist.runtime import StopSignal, processes
 from sitdist.train.build import build_endpoint, build_model
-from sitdist.train.plain_loop import PlainLoop, random_vae
+from sitdist.train.plain_loop import SD_CHANNELS, PlainLoop, random_vae
 from sitdist.train.trainer import Trainer
 
 PIXELS_A_LATENT = 8  # on a side, of the autoencoder inside the slower baseline
@@ -145,7 +145,7 @@ def _plain_loop(config: Config, options: BenchOptions) -> PlainLoop:
     moments, packed_pose = ShardReader(data, "train").moments_and_poses(range(2 * options.batch))
     samples, vae = latent_mean(moments.float()), None
     if options.baseline == "vae":
-        vae = random_vae(**({"channels": options.vae_channels} if options.vae_channels else {})).to(device)
+        vae = random_vae(options.vae_channels or SD_CHANNELS).to(device)
         samples = torch.rand(len(samples), 3, *[PIXELS_A_LATENT * options.latent] * 2)
     path = get_path(config.flow.path)
     return PlainLoop(model, path, samples.to(device), packed_pose, options.batch, vae)
