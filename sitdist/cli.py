@@ -190,6 +190,13 @@ def _parser() -> _Parser:
     _add_set(command)
     command.set_defaults(command=_train)
 
+    command = commands.add_parser("doctor", help="what a training run will do, and what would stop it")
+    command.add_argument("config", type=Path, help="experiment config (YAML)")
+    command.add_argument("--launch", type=Path, metavar="FILE", help="accelerate config that it will be started with")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="where the run will be (default: runs)")
+    _add_set(command)
+    command.set_defaults(command=_doctor)
+
     command = commands.add_parser("eval", help="measure a run on views it has not seen, and write the report")
     command.add_argument("run", type=Path, help="folder of the run")
     command.add_argument("--split", help="evaluate a split of the dataset (default: test)")
@@ -254,7 +261,9 @@ def _parser() -> _Parser:
     command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
     command.add_argument("--latent", type=_positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
     command.add_argument("--batch", type=_positive, default=32, help="samples a step (default: 32)")
-    command.add_argument("--backends", nargs="+", default=["fp32", "bf16"], help="(default: fp32 bf16)")
+    command.add_argument(
+        "--backends", nargs="+", default=["fp32", "bf16"], help="such as bf16-full (default: fp32 bf16)"
+    )
     command.add_argument(
         "--baseline", choices=("latents", "vae"), default="latents", help="latents computed before, or in the step"
     )
@@ -263,6 +272,14 @@ def _parser() -> _Parser:
     command.set_defaults(command=_bench_train)
 
     export.add(commands)
+
+    ema = commands.add_parser("ema", help="averages of a run's weights").add_subparsers(required=True, metavar="ACTION")
+    command = ema.add_parser("reconstruct", help="the average of any width from the snapshots of train.averages")
+    command.add_argument("run", type=Path, help="folder of the run")
+    command.add_argument("--sigma-rel", type=_positive_number, required=True, metavar="S", help="relative width")
+    command.add_argument("--step", type=_positive, help="after this many steps (default: the last snapshot)")
+    command.add_argument("--out", type=Path, help="file of the weights, for --set evaluate.average=FILE")
+    command.set_defaults(command=_ema_reconstruct)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, help="folder that holds metrics.json and records.csv")
@@ -409,6 +426,15 @@ def _train(options: argparse.Namespace) -> None:
     train(config, options.out, options.resume)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from sitdist.train.doctor import doctor
+
+    found = doctor(options.config, options.set, options.launch, options.out)
+    if os.environ.get("RANK", "0") == "0":
+        print(found.report())
+    return EXIT_USAGE if found.wrong else 0
+
+
 def _eval(options: argparse.Namespace) -> None:
     from sitdist.evaluate.evaluator import EvalOptions, evaluate
 
@@ -459,6 +485,12 @@ def _bench_train(options: argparse.Namespace) -> None:
     names = ("model", "latent", "batch", "baseline", "pairs", "steps")
     values = {name: getattr(options, name) for name in names}
     print(bench_train(BenchOptions(backends=tuple(options.backends), **values)))
+
+
+def _ema_reconstruct(options: argparse.Namespace) -> None:
+    from sitdist.train.posthoc_ema import reconstruct_to_file
+
+    print(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out))
 
 
 def _report(options: argparse.Namespace) -> None:

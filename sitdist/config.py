@@ -469,23 +469,69 @@ class ScheduleConfig(Schema):
     final_ratio: Share = 0.0
 
 
+class AveragesConfig(Schema):
+    """Averages of the weights beside that of `ema_decay`: further decays, and power profiles by relative width.
+
+    They are kept with every checkpoint that is, and every `snapshot_every` steps for good, for `sitdist ema`.
+    """
+
+    decays: list[Annotated[float, Field(ge=0, lt=1)]] = []
+    sigma_rels: list[Annotated[float, Field(gt=0, lt=0.288)]] = []
+    snapshot_every: Positive | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> AveragesConfig:
+        if not self.decays and not self.sigma_rels:
+            raise ValueError("averages names none; give decays such as [0.99], or sigma_rels such as [0.05, 0.1]")
+        if len(set(self.decays)) < len(self.decays) or len(set(self.sigma_rels)) < len(self.sigma_rels):
+            raise ValueError("averages names one twice; keep one of them")
+        return self
+
+
+class ProfileConfig(Schema):
+    """Which steps to profile: `steps` of them, after the first `start`."""
+
+    start: NonNegative = 10
+    steps: Positive = 3
+
+
 class TrainConfig(Schema):
-    """One training run. The world size is no part of it: accumulation follows from it and global_batch."""
+    """One training run. The world size is no part of it: accumulation follows from it and global_batch.
+
+    `compile`: every block by itself, or the model in full. `activation_checkpointing`: what blocks compute again in the
+    backward pass instead of keeping it, all but the results of matrix products (selective), or all.
+    `layer_norms_every`: steps between norms of every layer. `tracker`: one of Accelerate's, such as wandb, beside
+    TensorBoard.
+    """
 
     steps: Positive
     global_batch: Positive
     max_batch_per_device: Positive | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False
+    compile: Literal["off", "blocks", "full"] = "off"
+    activation_checkpointing: Literal["off", "selective", "all"] = "off"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    averages: AveragesConfig | None = None
     log_every: Positive = 10
     validate_every: Positive | None = None
     validation_views: Positive = 64
     picture_views: Positive = 8
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 3
+    layer_norms_every: Positive | None = None
+    profile: ProfileConfig | None = None
+    tracker: Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"] | None = None
+
+    @model_validator(mode="after")
+    def _layers_to_be_seen(self) -> TrainConfig:
+        if self.layer_norms_every is not None and self.compile != "off":
+            raise ValueError(
+                f"layer_norms_every looks at layers from outside, which compile: {self.compile} hides; remove one"
+            )
+        return self
 
 
 FixedSolver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams"]
@@ -497,6 +543,7 @@ ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 class EvaluateConfig(Schema):
     """How pictures are generated and poses estimated in validation and evaluation.
 
+    `average`: the weights, one of the run's train.averages such as decay_0.99, or a file that `sitdist ema` wrote.
     Adaptive generators (dopri5 and those after it) choose their own steps, by an error of at most `tolerance` taken
     over the whole batch. Stochastic ones (euler_maruyama, stochastic_heun) need the gaussian endpoint; `diffusion` and
     the two after it are theirs, and last_step null leaves the last step out. `guidance` is the scale of classifier-free
@@ -515,6 +562,7 @@ class EvaluateConfig(Schema):
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
     last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
     batch: Positive = 64
+    average: Word | None = None
     seed: NonNegative = 0
     lpips_backbone: str | None = None
 

@@ -44,6 +44,7 @@ from sitdist.model.codec import latent_mean
 from sitdist.runtime import log, processes
 from sitdist.train.build import build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
+from sitdist.train.posthoc_ema import use_average
 
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers")
 
@@ -384,6 +385,8 @@ def _to_uint8(images: Tensor) -> np.ndarray:
 def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     loaded = load_run(run, device)
     settings = _settings(options, loaded)
+    if settings.average is not None:
+        use_average(loaded.model, run, loaded.step, settings.average)
     data = Path(options.data or loaded.config.data)
     manifest = load_manifest(data)
     _check_codec(data, manifest, loaded)

@@ -78,7 +78,8 @@ def bench_train(options: BenchOptions) -> str:
         build(parse(Recipe, _recipe(options), "bench"), place / "data")
         plain = _plain_loop(configs[0], options)
         baseline_memory = memory_of_step(plain.step, _state_bytes(plain.model, 4), plain.device)
-        speeds = [_time_backend(config, options, plain, place / "run") for config in configs]
+        named = zip(options.backends, configs, strict=True)
+        speeds = [_time_backend(name, config, options, plain, place / "run" / name) for name, config in named]
     flops = training_flops(plain.model) * options.batch  # type: ignore[arg-type]
     parameters = sum(each.numel() for each in plain.model.parameters())
     what = {"latents": "precomputed latents", "vae": "a VAE in the step"}[options.baseline]
@@ -114,8 +115,10 @@ def _line(name: str, seconds: list[float], batch: int, ideal: float, memory: int
 
 
 def make_config(options: BenchOptions, backend: str, place: Path) -> Config:
-    """The experiment of a backend: a precision."""
-    train = {"steps": ENDLESS, "global_batch": options.batch, "precision": backend, "log_every": ENDLESS, **LEARNING}
+    """The experiment of a backend: a precision, and what is compiled, such as bf16-blocks."""
+    precision, _, compiled = backend.partition("-")
+    train = {"steps": ENDLESS, "global_batch": options.batch, "log_every": ENDLESS, **LEARNING}
+    train |= {"precision": precision, "compile": compiled or "off"}
     values: dict[str, Any] = {
         "name": "bench",
         "data": str(place / "data"),
@@ -151,9 +154,8 @@ def _plain_loop(config: Config, options: BenchOptions) -> PlainLoop:
     return PlainLoop(model, path, samples.to(device), packed_pose, options.batch, vae)
 
 
-def _time_backend(config: Config, options: BenchOptions, plain: PlainLoop, run: Path) -> Speed:
+def _time_backend(name: str, config: Config, options: BenchOptions, plain: PlainLoop, run: Path) -> Speed:
     settings = config.train
-    run = run / settings.precision
     with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
         trainer, stop = Trainer(config, run, False, accelerator, agreement), StopSignal()  # no handler: ^C ends it
 
@@ -164,7 +166,7 @@ def _time_backend(config: Config, options: BenchOptions, plain: PlainLoop, run: 
         memory = memory_of_step(step, _state_bytes(trainer.raw_model, 4), plain.device)
         pairs = [_pair(step, plain, options.steps) for _ in range(options.pairs)]
         trainer.close()
-    return Speed(settings.precision, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], memory)
+    return Speed(name, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], memory)
 
 
 def _pair(step: Callable[[int], None], plain: PlainLoop, steps: int) -> tuple[float, float]:

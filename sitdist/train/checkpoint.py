@@ -44,7 +44,8 @@ TENSOR_FILES = ("model", "ema", "optimizer")
 # What may differ between a run and its continuation: where things are, how long and how closely it is watched.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
-    r"|checkpoint_every|keep_checkpoints)|evaluate\..*"
+    r"|checkpoint_every|keep_checkpoints|compile|activation_checkpointing|layer_norms_every|profile(\..*)?|tracker)"
+    r"|evaluate\..*"
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
+import sys
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from sitdist.config import Config
+from sitdist.model.flops import listed_peak
 from sitdist.runtime import Agreement
+from sitdist.train.watch import open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +40,27 @@ def time_bin(t: Tensor) -> Tensor:
 class Monitor:
     """Sums what is seen since the last line over samples and processes, and writes it out at every `log_every` steps.
 
-    Averages after a resume start at the resumed step. Every process calls every method.
+    Averages after a resume start at the resumed step. Every process calls every method. `flops`: of training on one
+    sample, for the utilization of the devices; `config`: shown beside the run, and what its tracker is told.
     """
 
     def __init__(
-        self, run: Path, accelerator: Accelerator, agreement: Agreement, start: int, steps: int, global_batch: int
+        self,
+        run: Path,
+        accelerator: Accelerator,
+        agreement: Agreement,
+        start: int,
+        steps: int,
+        global_batch: int,
+        flops: int | None = None,
+        config: Config | None = None,
     ) -> None:
-        self._agreement, self._global_batch = agreement, global_batch
+        self._agreement, self._global_batch, self._flops = agreement, global_batch, flops
+        self._device, self._tracker = accelerator.device, None
+        self._peak = None
+        if self._device.type == "cuda":
+            precision = "fp32" if config is None else config.train.precision
+            self._peak = listed_peak(torch.cuda.get_device_name(self._device), precision)
         self._loss_sums = torch.zeros(len(BIN_NAMES), dtype=torch.float64, device=accelerator.device)
         self._loss_counts = torch.zeros_like(self._loss_sums)
         self._reset()
@@ -54,14 +73,30 @@ class Monitor:
             keep_lines_until(run / "metrics.jsonl", start)
             self._lines = (run / "metrics.jsonl").open("a")
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+            if config is not None:
+                settings = flatten(config.model_dump(mode="json"))
+                self._tracker = open_tracker(config.train.tracker, run, config.name, settings)
+                if start == 0:
+                    self._write_settings(settings)
             self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=None, dynamic_ncols=True)
 
     def _reset(self) -> None:
         self._loss_sums.zero_()
         self._loss_counts.zero_()
         self._gradient_norms: list[float] = []
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._saving = 0.0
         self._steps = 0
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        """For TensorBoard's page of hyperparameters, with the numbers by which it compares runs."""
+        from torch.utils.tensorboard.summary import hparams
+
+        told = {
+            name: value if isinstance(value, int | float | bool) else str(value) for name, value in settings.items()
+        }
+        compared = ("train/loss", "validation/rotation_error_deg", "validation/psnr")
+        for summary in hparams(told, dict.fromkeys(compared, 0.0)):
+            self._board.file_writer.add_summary(summary)
 
     def observe_losses(self, losses: Tensor, t: Tensor) -> None:
         """Add the losses [B] of this process's samples at times `t` [B]."""
@@ -79,6 +114,10 @@ class Monitor:
         if self._bar is not None:
             self._bar.update()
 
+    def observe_checkpoint(self, seconds: float) -> None:
+        """Add what saving a checkpoint has taken off the training."""
+        self._saving += seconds
+
     def write_line(self, step: int, lr: float, loss_scale: float | None) -> None:
         """Write the averages since the last line as those of `step` updates."""
         sums, counts = self._agreement.sum(torch.stack([self._loss_sums, self._loss_counts]))
@@ -91,20 +130,56 @@ class Monitor:
             scalars["loss_scale"] = loss_scale
         scalars["samples_per_second"] = self._steps * self._global_batch / self._seconds
         scalars["data_wait_share"] = waited / seconds
-        self.write_scalars(step, scalars, "train")
+        speed = self._speed(scalars["samples_per_second"])
+        self._write(step, {f"train/{name}": value for name, value in scalars.items()} | speed)
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
             if self._bar.disable:
                 log.info("step %d: loss %.4f, %.0f samples/s", step, scalars["loss"], scalars["samples_per_second"])
         self._reset()
 
+    def _speed(self, samples_per_second: float) -> dict[str, float]:
+        """How well this machine is used; memory is the peak so far, and MFU is known for known GPUs only."""
+        if self._device.type == "cuda":
+            memory = float(torch.cuda.max_memory_allocated(self._device))
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+        speed = {"checkpoint_share": self._saving / (self._seconds + self._saving), "memory_gb": memory / 1e9}
+        if self._flops is not None:
+            rate = samples_per_second * self._flops / self._agreement.world  # operations a second of one device
+            speed |= {"tflops_per_device": rate / 1e12} | ({} if self._peak is None else {"mfu": rate / self._peak})
+        return {f"train_speed/{name}": value for name, value in speed.items()}
+
     def write_scalars(self, step: int, scalars: dict[str, float], group: str) -> None:
         """One line of metrics.jsonl, and a TensorBoard scalar for each value."""
+        self._write(step, {f"{group}/{name}": value for name, value in scalars.items()})
+
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
         if self._lines is not None:
-            self._lines.write(json.dumps({"step": step, **{f"{group}/{k}": v for k, v in scalars.items()}}) + "\n")
+            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
             self._lines.flush()
             for name, value in scalars.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(scalars, step=step)
+
+    def write_error_curve(self, step: int, name: str, errors: Tensor) -> None:
+        """For TensorBoard: the share of views whose error [views], in degrees, is below what the abscissa says."""
+        if self._board is None:
+            return
+        from matplotlib.figure import Figure
+
+        ordered = errors.double().sort().values.cpu()
+        figure = Figure(figsize=(5.0, 3.2), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        shares = torch.arange(len(ordered) + 1).numpy() / len(ordered)
+        axes.plot([0.1, *ordered.tolist()], shares, drawstyle="steps-post")
+        axes.set(xscale="log", xlim=(0.1, 180.0), ylim=(0.0, 1.0), xlabel="rotation error in degrees")
+        axes.set(
+            ylabel=f"share of {len(ordered)} views", title=f"step {step}, median {float(ordered.median()):.3g} deg"
+        )
+        axes.grid(alpha=0.3, which="both")
+        self._board.add_figure(name, figure, step)
 
     def write_picture(self, step: int, name: str, picture: Tensor) -> None:
         """A picture [3, H, W] in [0, 1] for TensorBoard."""
@@ -117,6 +192,16 @@ class Monitor:
             self._lines.close()
             self._board.close()
             self._bar.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def keep_lines_until(path: Path, step: int) -> None:

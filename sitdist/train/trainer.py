@@ -30,14 +30,18 @@ from sitdist.flow.endpoint import sample_times
 from sitdist.flow.loss import flow_loss, training_interval
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
+from sitdist.model.flops import training_flops
 from sitdist.model.pretrained import initialize_from
 from sitdist.runtime import Agreement, StopSignal, count_nodes, processes
 from sitdist.train import checkpoint as checkpoints
+from sitdist.train import posthoc_ema
 from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
 from sitdist.train.monitor import Monitor
 from sitdist.train.schedule import learning_rate
+from sitdist.train.speed import ScheduledCollection, compile_model, recompute_activations
 from sitdist.train.validation import Validation
+from sitdist.train.watch import LayerNorms, StepProfile
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +161,15 @@ class Trainer:
             elif config.model.init_from is not None:
                 log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
                 self.ema = Ema(self.raw_model, config.train.ema_decay)
+        self.averages: posthoc_ema.Averages | None = None
+        with agreement.together():
+            if config.train.averages is not None:
+                wanted = config.train.averages
+                self.averages = posthoc_ema.Averages(self.raw_model, wanted.decays, wanted.sigma_rels)
+                if start is not None:
+                    self.averages.load(posthoc_ema.path_of(run, start))
+        recompute_activations(self.raw_model, config.train.activation_checkpointing)
+        compile_model(self.raw_model, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
 
         # ---- what watches it
@@ -170,7 +183,12 @@ class Trainer:
                 self._write_run()
             workers, pin = config.reader.workers, device.type == "cuda"
             self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, workers, pin)
-            self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch)
+            flops = training_flops(self.raw_model)
+            self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch, flops, config)
+            self.layer_norms = LayerNorms(self.raw_model, config.train.layer_norms_every)
+            span = None if config.train.profile is None else (config.train.profile.start, config.train.profile.steps)
+            self.profile = StepProfile(run, span, accelerator.process_index, device)
+            self.collection = ScheduledCollection()
 
     def _open_reader(self, store: Store) -> BatchReader:
         settings = self.config.reader
@@ -193,6 +211,8 @@ class Trainer:
         while self.step < (settings.steps if until is None else until):
             begun = time.perf_counter()
             step = self.step
+            self.profile.before(step)
+            self.layer_norms.begin(step)
             with self.agreement.together():
                 batch, waited = self.prefetch.batch(step)
             inputs = make_inputs(batch, self.config, self.accelerator.device)
@@ -201,6 +221,8 @@ class Trainer:
 
             # ---- gradients of the mean loss over the global batch
             losses = self._accumulate_gradients(inputs)
+            scaler = self.accelerator.scaler
+            layers = self.layer_norms.end(1.0 if scaler is None else scaler.get_scale())
             norm = self._clip_gradients()
 
             # ---- all processes agree before anything changes
@@ -215,6 +237,8 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.ema.update(step)
+            if self.averages is not None:
+                self.averages.update(step)
             self.step = step + 1
 
             # ---- tell, validate, save
@@ -222,10 +246,15 @@ class Trainer:
             self.monitor.observe_step(time.perf_counter() - begun, waited, norm)
             last = self.step == settings.steps
             if self.step % settings.log_every == 0 or last:
-                scaler = self.accelerator.scaler
                 self.monitor.write_line(self.step, lr, None if scaler is None else scaler.get_scale())
+            if layers:
+                self.monitor.write_scalars(self.step, layers, "train_layers")
+            self.profile.after(step)
+            self.collection.after(self.step)
             if settings.validate_every is not None and (self.step % settings.validate_every == 0 or last):
                 self._validate()
+            if self._is_snapshot():
+                self._save_averages()
             if last or stopping or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
                 self._save()
             if stopping and not last:
@@ -363,8 +392,11 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
+        begun = time.perf_counter()
         with self.agreement.together():
             if self.accelerator.is_main_process:
+                if self.averages is not None and not self._is_snapshot():
+                    posthoc_ema.save(self.run, self.step, self.averages.tensors())
                 tensors = {
                     "model": self.raw_model.state_dict(),
                     "ema": self.ema.model.state_dict(),
@@ -372,7 +404,21 @@ class Trainer:
                 }
                 keep = self.config.train.keep_checkpoints
                 log.info("saved %s", checkpoints.save_checkpoint(self.run, self._state(), tensors, keep))
+                if self.averages is not None and self.config.train.averages is not None:
+                    kept = [posthoc_ema.step_of(folder) for folder in checkpoints.list_checkpoints(self.run)]
+                    posthoc_ema.prune(self.run, kept, self.config.train.averages.snapshot_every)
         self.saved_step = self.step
+        self.monitor.observe_checkpoint(time.perf_counter() - begun)
+
+    def _is_snapshot(self) -> bool:
+        """Whether the averages of this step are kept for good."""
+        every = None if self.config.train.averages is None else self.config.train.averages.snapshot_every
+        return every is not None and self.step % every == 0
+
+    def _save_averages(self) -> None:
+        with self.agreement.together():
+            if self.averages is not None and self.accelerator.is_main_process:
+                posthoc_ema.save(self.run, self.step, self.averages.tensors())
 
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -397,8 +443,12 @@ class Trainer:
                 self.monitor.write_scalars(self.step, result.scalars, "validation")
                 if result.picture is not None:
                     self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
+                if result.rotation_errors_deg is not None:
+                    self.monitor.write_error_curve(self.step, "validation/rotation_errors", result.rotation_errors_deg)
 
     def close(self) -> None:
         """Stop reading ahead and write out what is buffered."""
         self.prefetch.close()
+        self.profile.close()
+        self.collection.close()
         self.monitor.close()

@@ -30,6 +30,7 @@ class ValidationResult:
 
     scalars: dict[str, float]
     picture: Tensor | None
+    rotation_errors_deg: Tensor | None = None  # [views]
 
 
 class Validation:
@@ -61,17 +62,18 @@ class Validation:
         """One-step pose errors and generated views of `model`; one process is enough."""
         flow = self._config.flow
         model = velocity_model(model, self._path, flow.prediction)
-        scalars = self._pose_errors(model) if flow.why_no_pose() is None else {}
+        scalars, rotation = self._pose_errors(model) if flow.why_no_pose() is None else ({}, None)
         if flow.why_no_picture() is not None:
-            return ValidationResult(scalars, None)
+            return ValidationResult(scalars, None, rotation)
         from torchvision.utils import make_grid
 
         generated = self._generate(model)
         error = (generated - self._images).square().flatten(1).mean(1)  # [B]
         scalars["psnr"] = float(-10.0 * error.log10().mean())
-        return ValidationResult(scalars, make_grid(torch.cat([generated, self._images]), nrow=len(generated)))
+        picture = make_grid(torch.cat([generated, self._images]), nrow=len(generated))
+        return ValidationResult(scalars, picture, rotation)
 
-    def _pose_errors(self, model: nn.Module) -> dict[str, float]:
+    def _pose_errors(self, model: nn.Module) -> tuple[dict[str, float], Tensor]:
         batch, endpoint = self._config.evaluate.batch, self._endpoint
         estimates = [
             estimate_pose(model, self._path, latents, labels, self._statistics, endpoint=endpoint).camera_to_world
@@ -80,12 +82,13 @@ class Validation:
         estimated = torch.cat(estimates)
         rotation = rotation_error_deg(estimated[:, :3, :3], self._camera_to_world[:, :3, :3])
         translation = translation_error(estimated, self._camera_to_world)
-        return {
+        scalars = {
             "rotation_error_deg": float(rotation.mean()),
             "rotation_error_deg_median": float(rotation.median()),
             "translation_error": float(translation.mean()),
             "translation_error_median": float(translation.median()),
         }
+        return scalars, rotation
 
     def _generate(self, model: nn.Module) -> Tensor:
         """Pictures [B, 3, H, W] of the first views' poses."""

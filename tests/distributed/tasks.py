@@ -212,3 +212,10 @@ def build_large(recipe: dict, size: int, out: Path) -> None:
     shard_module._png = lambda image: os.urandom(size)
     writer.build(parse(Recipe, recipe, "large"), out)
     (out / "peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def doctor_to_file(folder: Path, config: str) -> None:
+    """What the doctor tells each rank."""
+    from sitdist.train.doctor import doctor
+
+    (folder / f"doctor_{rank()}.txt").write_text(doctor(Path(config), [], None, folder / "run").report())

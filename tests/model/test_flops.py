@@ -29,6 +29,7 @@ def counted(model, batch, backward):
         {"depth": 3, "mlp_ratio": 2.0},
         {"learn_sigma": True},
         {"pose_condition": True},
+        {"mlp": "swiglu"},
     ],
 )
 def test_the_forward_count_is_that_of_torch(options):

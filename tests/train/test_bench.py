@@ -86,3 +86,10 @@ def test_memory_is_what_a_step_takes_above_what_was_held():
 
 def test_a_measured_peak_is_a_rate():
     assert 1e8 < peak_flops(torch.device("cpu"), "fp32") < 1e14
+
+
+def test_a_backend_names_a_precision_and_what_is_compiled(tmp_path):
+    train = bench.make_config(BenchOptions(), "bf16-blocks", tmp_path).train
+    assert (train.precision, train.compile) == ("bf16", "blocks")
+    with pytest.raises(ConfigError, match=r"backend bf16-some: train\.compile = 'some'"):
+        bench.make_config(BenchOptions(), "bf16-some", tmp_path)

@@ -41,12 +41,16 @@ def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tm
     monitor.observe_step(seconds=1.0, waited=0.5, gradient_norm=2.0)
     monitor.observe_losses(torch.tensor([3.0, 3.0, 3.0, 3.0]), torch.tensor([0.0, 0.9, 0.9, 0.9]))
     monitor.observe_step(seconds=3.0, waited=0.5, gradient_norm=4.0)
+    monitor.observe_checkpoint(seconds=4.0)
     monitor.write_line(2, lr=0.1, loss_scale=None)
     monitor.observe_losses(torch.full((4,), 7.0), torch.full((4,), 0.3))
     monitor.observe_step(seconds=1.0, waited=0.0, gradient_norm=float("inf"))  # a step skipped under fp16
     monitor.write_line(3, lr=0.2, loss_scale=1024.0)
     monitor.close()
     first, second = lines(tmp_path / "metrics.jsonl")
+    assert 0.05 < first.pop("train_speed/memory_gb") < 100.0
+    assert first.pop("train_speed/checkpoint_share") == 0.5  # 4 seconds beside 4 of steps
+    assert second["train_speed/checkpoint_share"] == 0.0
     assert first == {
         "step": 2,
         "train/loss": 3.0,

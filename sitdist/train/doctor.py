@@ -1,0 +1,276 @@
+"""What a run will do and what would stop it, before it is started: `sitdist doctor CONFIG`.
+
+What a long run would only find out late is looked at first, then a few steps are taken in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+
+from sitdist.config import Config, load_yaml
+from sitdist.data.format import DatasetManifest, load_manifest
+from sitdist.data.store import open_store
+from sitdist.errors import SitdistError
+from sitdist.model.flops import training_flops
+from sitdist.model.sit import SiT
+from sitdist.runtime import Agreement, StopSignal, processes
+from sitdist.train.bench import memory_of_step
+from sitdist.train.build import build_endpoint, build_model, load_matching_codec
+from sitdist.train.trainer import Trainer, split_batch
+from sitdist.train.watch import check_tracker
+
+TIMED_STEPS = 3
+ACTIVATION_BYTES = 34  # a token, channel and block in 16 bits (Korthikanti et al. 2022, eq. 2, without the scores)
+KEPT = {"off": 1.0, "selective": 0.7, "all": 0.06}  # of the activations; roughly
+
+
+@dataclass
+class Diagnosis:
+    """What will happen, and what is wrong; each line says what was looked at and what it is."""
+
+    facts: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def fact(self, what: str, text: str) -> None:
+        """Something that is as it should be."""
+        self.facts.append(f"{what:<14}{text}")
+
+    def problem(self, what: str, text: str) -> None:
+        """Something that would stop the run, with its remedy."""
+        self.wrong.append(f"{what:<14}{text}")
+
+    def report(self) -> str:
+        """All lines, what is wrong last."""
+        verdict = f"{len(self.wrong)} wrong:" if self.wrong else "nothing wrong was found"
+        return "\n".join([*self.facts, verdict, *self.wrong])
+
+
+def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> Diagnosis:
+    """Look at a config, its dataset and this machine; `out`: where the run would be. Every process calls it."""
+    found = Diagnosis()
+    try:
+        config = load_yaml(Config, path, overrides)
+    except SitdistError as error:
+        found.problem("config", str(error))
+        return found
+    settings = config.train
+    found.fact("config", f"{path}: {config.name}, {settings.steps:,} steps of {settings.global_batch} samples")
+    manifest = _check_dataset(config, found)
+    model = None if manifest is None else _check_model(config, manifest, found)
+    try:
+        with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
+            world = _check_launch(launch, accelerator, found)
+            _check_split(config, world, found)
+            _check_software(config, accelerator.device, found)
+            if model is not None:
+                _check_disk(config, model, out, found)
+                _check_memory(config, model, world, accelerator, found)
+            wrong = agreement.any(bool(found.wrong))[0]
+            if accelerator.num_processes > 1:
+                _measure_bandwidth(accelerator, found)
+            if model is not None and manifest is not None and not wrong:
+                _measure_steps(config, manifest, accelerator, agreement, found)
+    except SitdistError as error:
+        found.problem("start", str(error))
+    return found
+
+
+def _check_dataset(config: Config, found: Diagnosis) -> DatasetManifest | None:
+    try:
+        store = open_store(config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
+        manifest = load_manifest(store.folder)
+        load_matching_codec(store.folder / "codec", manifest, "cpu")
+    except SitdistError as error:
+        found.problem("dataset", str(error))
+        return None
+    count, latent = manifest.splits["train"].count, manifest.latent
+    epochs = config.train.steps * config.train.global_batch / count
+    shape = f"{latent.channels}x{latent.height}x{latent.width}"
+    found.fact("dataset", f"{manifest.name}: {count:,} training samples of {shape}, each seen {epochs:.1f} times")
+    views = manifest.splits["val"].count if "val" in manifest.splits else 0
+    if config.train.validate_every is not None and views == 0:
+        found.problem(
+            "validation", f"{config.data} has no val split; build it with val_views, or remove validate_every"
+        )
+    return manifest
+
+
+def _check_model(config: Config, manifest: DatasetManifest, found: Diagnosis) -> SiT | None:
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model, manifest, build_endpoint(config.flow))
+    except SitdistError as error:
+        found.problem("model", str(error))
+        return None
+    flops = training_flops(model) * config.train.global_batch
+    found.fact("model", f"{_parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP a step")
+    return model
+
+
+def _parameters(model: SiT) -> int:
+    return sum(each.numel() for each in model.parameters())
+
+
+def _check_launch(launch: Path | None, accelerator: Accelerator, found: Diagnosis) -> int:
+    """How many processes the run will have: those of the launch file, else those that run now."""
+    world = accelerator.num_processes
+    if launch is not None:
+        try:
+            values: Any = yaml.safe_load(launch.read_text())
+            world = int(values["num_processes"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            found.problem("launch", f"{launch}: no accelerate config with num_processes; give one of launch/")
+            return world
+        gpus = torch.cuda.device_count()
+        machines = int(values.get("num_machines", 1))
+        if accelerator.device.type == "cuda" and world > gpus * machines:
+            found.problem("launch", f"{launch}: {world} processes on {machines} machines with {gpus} GPUs; start fewer")
+    found.fact("processes", f"{world} on {accelerator.device.type}, {accelerator.num_processes} of them looking now")
+    return world
+
+
+def _check_split(config: Config, world: int, found: Diagnosis) -> None:
+    try:
+        split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
+    except SitdistError as error:
+        found.problem("batch", str(error))
+        return
+    found.fact("batch", f"{split.local} samples a process, {split.micro} at a time")
+
+
+def _check_software(config: Config, device: torch.device, found: Diagnosis) -> None:
+    if device.type == "cuda":
+        kernels = {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        }
+        found.fact("attention", f"{', '.join(name for name, there in kernels.items() if there) or 'plain'} kernels")
+    else:
+        found.fact("attention", "flash kernel of the CPU, products in float32")
+    if config.train.compile != "off":
+        if device.type == "cuda" and find_spec("triton") is None:
+            found.problem("compile", "triton is not installed; pip install triton, or set train.compile: off")
+        elif device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "c++"))):
+            found.problem("compile", "no C++ compiler; install g++, or set train.compile: off")
+        else:
+            found.fact(
+                "compile", f"{config.train.compile}, by {'triton' if device.type == 'cuda' else 'a C++ compiler'}"
+            )
+    if config.train.tracker is not None:
+        try:
+            check_tracker(config.train.tracker)
+        except SitdistError as error:
+            found.problem("tracker", str(error))
+
+
+def checkpoint_bytes(config: Config, model: SiT) -> int:
+    """Of one checkpoint: weights, their average, the optimizer's state, and further averages."""
+    optimizer = 2 if config.train.optimizer.kind == "adamw" else int(config.train.optimizer.momentum > 0)
+    return 4 * _parameters(model) * (2 + optimizer + _more_averages(config))
+
+
+def _more_averages(config: Config) -> int:
+    averages = config.train.averages
+    return 0 if averages is None else len(averages.decays) + len(averages.sigma_rels)
+
+
+def _check_disk(config: Config, model: SiT, out: Path, found: Diagnosis) -> None:
+    settings, each = config.train, checkpoint_bytes(config, model)
+    count = settings.keep_checkpoints if settings.checkpoint_every else 1
+    need = each * (count + 1)  # a new one is written before an old one goes
+    if settings.averages is not None and settings.averages.snapshot_every is not None:
+        need += 4 * _parameters(model) * _more_averages(config) * (settings.steps // settings.averages.snapshot_every)
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    text = f"{need / 1e9:.2f} GB for {count} checkpoints of {each / 1e9:.2f} GB and what is kept; {free / 1e9:.1f} free"
+    if need > free:
+        found.problem("disk", f"{text} at {place}; free space, or lower train.keep_checkpoints")
+    else:
+        found.fact("disk", text)
+
+
+def memory_estimate(config: Config, model: SiT, micro: int) -> int:
+    """Bytes on a device: weights, average, gradients and optimizer, and what a micro-batch keeps; a rough number."""
+    tokens, width = model.pos_embed.shape[1:]
+    bytes_a_number = 2.0 if config.train.precision == "fp32" else 1.0  # in units of 16 bits
+    kept = KEPT[config.train.activation_checkpointing] * ACTIVATION_BYTES * bytes_a_number
+    state = checkpoint_bytes(config, model) + 4 * _parameters(model)
+    return state + int(micro * tokens * width * len(model.blocks) * kept)
+
+
+def _check_memory(config: Config, model: SiT, world: int, accelerator: Accelerator, found: Diagnosis) -> None:
+    device = accelerator.device
+    try:
+        micro = split_batch(config.train.global_batch, world, config.train.max_batch_per_device).micro
+    except SitdistError:
+        return  # told already
+    need = memory_estimate(config, model, micro)
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    text = f"about {need / 1e9:.2f} GB a process of {there / 1e9:.1f}"
+    if need > there:
+        remedy = "set train.max_batch_per_device lower, train.activation_checkpointing: all, or take a smaller model"
+        found.problem("memory", f"{text}; {remedy}")
+    else:
+        found.fact("memory", text)
+
+
+def _measure_bandwidth(accelerator: Accelerator, found: Diagnosis) -> None:
+    """How fast gradients are summed; every process calls it."""
+    size = 16 * 2**20  # numbers
+    values = torch.ones(size, device=accelerator.device)
+    dist.all_reduce(values)
+    begun = time.perf_counter()
+    dist.all_reduce(values)
+    float(values[0])  # done
+    seconds = time.perf_counter() - begun
+    found.fact("between them", f"{4 * size / seconds / 1e9:.2f} GB/s of gradients summed over processes")
+
+
+def _measure_steps(
+    config: Config, manifest: DatasetManifest, accelerator: Accelerator, agreement: Agreement, found: Diagnosis
+) -> None:
+    """A few steps of the run itself, in a temporary folder."""
+    quiet = {"validate_every": None, "checkpoint_every": None, "tracker": None, "profile": None, "averages": None}
+    train = config.train.model_copy(update={**quiet, "steps": 10**9, "log_every": 10**9})
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(agreement.of_main(folder))
+        trainer = Trainer(config.model_copy(update={"train": train}), run, False, accelerator, agreement)
+        stop = StopSignal()
+        try:
+            state = 4 * sum(each.numel() * each.element_size() for each in trainer.raw_model.parameters())
+            trainer.run_steps(stop, until=1)
+            memory = memory_of_step(lambda: trainer.run_steps(stop, until=2), state, accelerator.device)
+            begun = time.perf_counter()
+            trainer.run_steps(stop, until=2 + TIMED_STEPS)
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = (time.perf_counter() - begun) / TIMED_STEPS
+        finally:
+            trainer.close()
+    of_epoch = manifest.splits["train"].count / config.train.global_batch
+    shown = "" if memory is None else f", {memory / 1e9:.2f} GB a process"
+    found.fact("a step", f"{seconds:.3f} s, {config.train.global_batch / seconds:,.1f} samples/s{shown}")
+    found.fact("an epoch", f"{of_epoch:,.1f} steps, {_duration(of_epoch * seconds)}")
+    found.fact("the run", f"{config.train.steps:,} steps, {_duration(config.train.steps * seconds)}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60.0, seconds / 3600.0
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.1f} min" if hours < 2 else f"{hours:.1f} h"

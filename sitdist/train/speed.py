@@ -1,0 +1,72 @@
+"""What makes a step faster or smaller without changing what it computes: compilation, recomputation, garbage."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from sitdist.model.sit import SiT
+
+BACKEND = "inductor"
+_ATEN = torch.ops.aten
+KEPT = [  # results of matrix products: dear to compute, and a small part of what a block keeps
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+]
+COLLECT_EVERY = 1000  # steps
+
+
+def recompute_activations(model: SiT, which: str) -> None:
+    """Let the blocks of `model` keep less for the backward pass, and compute it again there.
+
+    all: a block keeps its inputs only. selective: it also keeps the results of its matrix products, so that only
+    what is cheap is computed twice. off: nothing changes. The gradients are the same, bit for bit.
+    """
+    if which == "off":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if which == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def compile_model(model: SiT, which: str) -> None:
+    """Compile nothing (off), every block (blocks: one compilation for all), or the whole model (full), in place.
+
+    Names of weights stay as they are.
+    """
+    parts: dict[str, list[nn.Module]] = {"off": [], "blocks": list(model.blocks), "full": [model]}
+    for part in parts[which]:
+        part.compile(backend=BACKEND)
+
+
+class ScheduledCollection:
+    """Python's garbage is collected every COLLECT_EVERY steps and at no other time, until `close`.
+
+    Otherwise each process pauses when it happens to, and all others wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._was_enabled = gc.isenabled()
+        gc.disable()
+
+    def after(self, step: int) -> None:
+        """Collect, if `step` is one of those at which it is done."""
+        if step % COLLECT_EVERY == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        """Leave it to Python again."""
+        if self._was_enabled:
+            gc.enable()

@@ -1,0 +1,148 @@
+"""Averages chosen afterwards: the profiles, what is tracked, and what is put together from snapshots."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sitdist import cli
+from sitdist.config import Config, load_yaml
+from sitdist.errors import CheckpointError, ConfigError
+from sitdist.evaluate.evaluator import EvalOptions, evaluate
+from sitdist.train.checkpoint import folder_of, load_run
+from sitdist.train.posthoc_ema import (
+    Averages,
+    combine,
+    exponent_of,
+    path_of,
+    power_weights,
+    read_average,
+    reconstruct,
+    snapshots,
+    step_of,
+    use_average,
+)
+from sitdist.train.trainer import train
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_exponents_are_those_of_the_paper(sigma_rel, gamma):
+    assert exponent_of(sigma_rel) == pytest.approx(gamma, abs=0.01)
+
+
+def test_a_width_that_no_profile_has_is_refused():
+    with pytest.raises(ConfigError, match=r"sigma_rel 0.3: must be above 0 and below 0.289"):
+        exponent_of(0.3)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.1, 0.25])
+def test_a_profile_sums_to_one_and_has_its_width(sigma_rel):
+    updates = np.arange(1, 5001, dtype=np.float64)
+    weights = power_weights(sigma_rel, 4000, updates)
+    assert weights.sum() == pytest.approx(1.0)
+    assert not weights[4000:].any()
+    mean = weights @ updates
+    deviation = np.sqrt(weights @ (updates - mean) ** 2)
+    assert deviation / 4000 == pytest.approx(sigma_rel, rel=1e-3)
+
+
+def test_the_tracked_average_is_the_profiles_sum_and_a_decay_follows_its_recurrence():
+    model = nn.Linear(1, 1, bias=False)
+    averages = Averages(model, decays=[0.5], sigma_rels=[0.1, 0.2])
+    values, expected = np.random.default_rng(0).normal(size=200), 0.0
+    start = model.weight.item()
+    expected = start
+    for step, value in enumerate(values):
+        nn.init.constant_(model.weight, float(value))
+        averages.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    for width in (0.1, 0.2):
+        direct = power_weights(width, 200, np.arange(1, 201.0)) @ values
+        assert averages.averages[f"sigma_rel_{width}"][0].item() == pytest.approx(direct, abs=1e-5)
+    assert averages.averages["decay_0.5"][0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_stored_profile_is_found_again_and_others_within_the_error_told():
+    stored = [(width, t) for t in range(100, 1601, 100) for width in (0.05, 0.1)]
+    same = combine(stored, (0.1, 800))
+    assert same.error < 1e-6
+    between = combine(stored, (0.07, 1600))
+    assert between.error < 0.01
+    assert combine(stored[::4], (0.07, 1600)).error > between.error  # fewer snapshots
+    updates = np.arange(1, 1601, dtype=np.float64)
+    made = sum(c * power_weights(w, t, updates) for c, (w, t) in zip(between.coefficients, stored, strict=True))
+    wanted = power_weights(0.07, 1600, updates)
+    assert np.linalg.norm(made - wanted) / np.linalg.norm(wanted) == pytest.approx(between.error, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- of runs
+
+AVERAGES = "train.averages={decays: [0.5], sigma_rels: [0.05, 0.1], snapshot_every: 2}"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_yaml, tmp_path_factory):
+    """24 steps with snapshots every second one, and the profile of width 0.07 tracked in another run."""
+    folder = tmp_path_factory.mktemp("averages")
+    settings = ["train.steps=24", "train.checkpoint_every=9", "train.keep_checkpoints=1", "train.schedule.kind=cosine"]
+    train(load_yaml(Config, tiny_yaml, [*settings, AVERAGES]), folder / "run")
+    direct = "train.averages={sigma_rels: [0.07]}"
+    train(load_yaml(Config, tiny_yaml, [*settings, direct]), folder / "direct")
+    return folder / "run"
+
+
+def test_a_reconstruction_is_what_direct_tracking_gives(run):
+    direct = read_average(run.parent / "direct", 24, "sigma_rel_0.07")
+    found = reconstruct(run, 0.07)
+    assert found.step == 24
+    assert 0.0 < found.error < 0.02
+    assert set(found.tensors) == set(direct)
+    narrow, wide = (read_average(run, 24, f"sigma_rel_{width}") for width in (0.05, 0.1))
+    difference, scale = (
+        sum(float((a[name] - b[name]).square().sum()) for name in direct) ** 0.5
+        for a, b in ((found.tensors, direct), (narrow, wide))
+    )
+    assert difference < 0.02 * scale
+
+
+def test_averages_change_nothing_in_the_training_and_old_ones_go_with_their_checkpoints(run):
+    a, b = (folder_of(folder, 24) / "model.safetensors" for folder in (run, run.parent / "direct"))
+    assert a.read_bytes() == b.read_bytes()
+    assert [step_of(path) for path in snapshots(run)] == list(range(2, 25, 2))  # 9 and 18 are no checkpoints any more
+    assert [step_of(path) for path in snapshots(run.parent / "direct")] == [24]
+
+
+def test_a_resumed_run_ends_in_the_same_averages(tiny_yaml, tmp_path):
+    settings = ["train.schedule.kind=constant", AVERAGES]
+    train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=5"]), tmp_path / "a")
+    train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=3"]), tmp_path / "b")
+    train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=5"]), tmp_path / "b", resume=True)
+    assert path_of(tmp_path / "a", 5).read_bytes() == path_of(tmp_path / "b", 5).read_bytes()
+    path_of(tmp_path / "b", 5).unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000005.safetensors: no such file; put it back"):
+        train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=6"]), tmp_path / "b", resume=True)
+
+
+def test_an_evaluation_uses_the_average_it_is_told(run, capsys):
+    loaded = load_run(run)
+    use_average(loaded.model, run, 24, "decay_0.5")
+    expected = read_average(run, 24, "decay_0.5")
+    state = loaded.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(CheckpointError, match=r"keeps no average 'decay_0.6'; choose one of decay_0.5, sigma_rel_0.05"):
+        use_average(loaded.model, run, 24, "decay_0.6")
+    assert cli.run(["ema", "reconstruct", str(run), "--sigma-rel", "0.05", "--out", str(run / "w.safetensors")]) == 0
+    assert "w.safetensors: sigma_rel 0.05 after step 24, relative error of the profile" in capsys.readouterr().out
+    errors = {}
+    for name in (None, "sigma_rel_0.05", str(run / "w.safetensors")):
+        options = EvalOptions(
+            split="test", out=run / f"eval_{len(errors)}", set=(f"evaluate.average={name or 'null'}",)
+        )
+        errors[name] = (evaluate(run, options) / "metrics.json").read_text()
+    assert errors[None] != errors["sigma_rel_0.05"]
+
+
+def test_a_run_without_snapshots_says_what_is_missing(run, tmp_path):
+    with pytest.raises(CheckpointError, match=r"train.averages.sigma_rels: \[0.05, 0.1\]"):
+        reconstruct(tmp_path, 0.1)
