@@ -214,7 +214,17 @@ def _parser() -> _Parser:
     command.add_argument("--seed", type=int)
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     _add_set(command, "evaluate.guidance=2")
+    command.add_argument("--uncalibrated", action="store_true", help="leave out the run's error bars and trust")
     command.set_defaults(command=_eval)
+
+    command = commands.add_parser("calibrate", help="fit error bars and trust on a split that was held out")
+    command.add_argument("run", type=Path, help="folder of the run; calibration.json is written there")
+    command.add_argument("--split", required=True, help="held-out views, such as val; at least 20, better 500")
+    command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
+    command.add_argument("--estimator", choices=ESTIMATORS)
+    command.add_argument("--estimator-steps", type=_positive)
+    command.add_argument("--batch", type=_positive)
+    command.set_defaults(command=_calibrate)
 
     command = commands.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
     command.add_argument("dataset", type=Path)
@@ -450,6 +460,13 @@ def _print_experiments(folder: Path) -> None:
     from sitdist.evaluate.experiments.tables import format_experiments
 
     print(format_experiments(folder), end="")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from sitdist.evaluate.calibrate import CalibrateOptions, calibrate, format_calibration
+
+    given = {name: getattr(options, name) for name in CalibrateOptions.__dataclass_fields__}
+    print(format_calibration(options.run, calibrate(options.run, CalibrateOptions(**given))))
 
 
 def _ablate(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSour
 from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
 from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
-from sitdist.evaluate import metrics
+from sitdist.evaluate import calibrate, metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
@@ -59,6 +59,7 @@ class EvalOptions:
     views_per_radius: the views of every bin; those of a split are its first ones by key.
     data: the dataset's folder. out: the folder for the results, by default RUN/eval/<split> or RUN/eval/radii_<a>-<b>.
     experiment: one of EXPERIMENTS, or all of them. max_views: at most this many views in each.
+    uncalibrated: leave out the error bars and the trust of the run's calibration.
     set: other keys of the config's `evaluate`, as evaluate.KEY=VALUE.
     """
 
@@ -74,6 +75,7 @@ class EvalOptions:
     batch: int | None = None
     seed: int | None = None
     lpips_backbone: str | None = None
+    uncalibrated: bool = False
     experiment: str = "radii"
     max_views: int | None = None
     set: tuple[str, ...] = ()
@@ -173,6 +175,8 @@ class _Evaluation:
     data: Path
     title: str
     loaded: LoadedRun
+    calibration: calibrate.RunCalibration | None
+    why_uncalibrated: str
     settings: EvaluateConfig
     statistics: PoseStatistics
     views: Views
@@ -259,16 +263,10 @@ class _Evaluation:
         return records, _to_uint8(images[: unit.pictures]), pictures
 
     def _estimate(self, latents: Tensor, labels: Tensor) -> PoseEstimate:
-        model, path, settings = self.loaded.model, self.loaded.path, self.settings
-        return estimate_pose(
-            model,
-            path,
-            latents,
-            labels,
-            self.statistics,
-            EstimateOptions(settings.estimator, settings.estimator_steps),
-            self.loaded.endpoint,
-        )
+        model, path = self.loaded.model, self.loaded.path
+        options, endpoint = _estimate_options(self.settings), self.loaded.endpoint
+        estimate = estimate_pose(model, path, latents, labels, self.statistics, options, endpoint)
+        return self.calibration.fill(self.loaded, estimate, latents, labels) if self.calibration else estimate
 
     def _pose_errors(self, estimate: PoseEstimate, true: Tensor, intrinsics: Tensor) -> dict[str, Tensor]:
         estimated = estimate.camera_to_world
@@ -277,6 +275,8 @@ class _Evaluation:
             "translation_error": translation_error(estimated, true),
             "estimated": estimated[:, :3].flatten(1),
         }
+        if estimate.trust is not None:
+            values |= calibrate.bar_columns(estimate)
         if estimate.intrinsics is not None:
             values["focal_error"] = 100.0 * (estimate.intrinsics[:, 0] / intrinsics[:, 0] - 1.0).abs()
         return values
@@ -346,6 +346,8 @@ class _Evaluation:
             "seed": settings.seed,
             "sigma": endpoint.sigma,
             "noise_floor": None if endpoint.kind == "gaussian" else asdict(self._noise_floor()),
+            "calibration": calibrate.coverage_summary(self.calibration, records) if self.calibration else None,
+            "why_uncalibrated": self.why_uncalibrated or None,
             "no_pose": flow.why_no_pose(),
             "no_picture": flow.why_no_picture(),
             "lpips": metrics.LPIPS_NOT_MEASURED if self.lpips is None else self.lpips.identity(),
@@ -393,12 +395,15 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     views, title = _choose_views(data, manifest, loaded, options, settings, device)
     units = make_units(thinned(views.references(), options.max_views), settings.batch)
     lpips = metrics.Lpips(settings.lpips_backbone, device) if settings.lpips_backbone else None
+    calibration, why_uncalibrated = _calibration(run, loaded, options, settings, manifest)
     return _Evaluation(
         run=run,
         out=Path(options.out) if options.out else run / "eval" / title,
         data=data,
         title=title,
         loaded=loaded,
+        calibration=calibration,
+        why_uncalibrated=why_uncalibrated,
         settings=settings,
         statistics=PoseStatistics.from_dict(loaded.manifest.statistics),
         views=views,
@@ -406,7 +411,8 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
         training=ShardReader(_training_folder(loaded, data), "train"),
         lpips=lpips,
         background=views.background(),
-        plan=_plan(loaded, settings, title, data, units, lpips),
+        plan=_plan(loaded, settings, title, data, units, lpips)
+        | {"calibration": None if calibration is None else calibration.sha256()},
         device=device,
     )
 
@@ -430,6 +436,24 @@ def _settings(options: EvalOptions, loaded: LoadedRun) -> EvaluateConfig:
             f"evaluate.estimator = '{settings.estimator}': {why_no_picture}, and knows no other times; use one_step"
         )
     return settings
+
+
+def _estimate_options(settings: EvaluateConfig) -> EstimateOptions:
+    return EstimateOptions(settings.estimator, settings.estimator_steps)
+
+
+def _calibration(
+    run: Path, loaded: LoadedRun, options: EvalOptions, settings: EvaluateConfig, manifest: DatasetManifest
+) -> tuple[calibrate.RunCalibration | None, str]:
+    """The run's calibration, or None and why not; ConfigError if it was fitted on the views to evaluate."""
+    if options.uncalibrated or loaded.config.flow.why_no_pose():
+        return None, "--uncalibrated" if options.uncalibrated else ""
+    calibration, why_not = calibrate.load_calibration(run, loaded, _estimate_options(settings))
+    if calibration is None:
+        log.info("no error bars: %s", why_not)
+    elif options.split is not None or options.radii is None:
+        calibration.refuse_views_of(manifest, options.split or "test")
+    return calibration, why_not
 
 
 def _check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:
@@ -492,7 +516,7 @@ def _plan(
     return {
         "format": 2,
         "step": loaded.step,
-        "weights": _weights_sha256(loaded.model),
+        "weights": calibrate.weights_sha256(loaded.model),
         "dataset": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
         "split": title,
         "units": len(units),
@@ -500,11 +524,3 @@ def _plan(
         **settings.model_dump(exclude={"lpips_backbone"}),
         "lpips": None if lpips is None else lpips.identity(),
     }
-
-
-def _weights_sha256(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -59,6 +59,11 @@ class ViewRecord:
     rotation_error_deg: float | None
     translation_error: float | None
     focal_error: float | None
+    rotation_bar_50_deg: float | None  # these five: of a run that is calibrated
+    rotation_bar_90_deg: float | None
+    translation_bar_50: float | None
+    translation_bar_90: float | None
+    trust: float | None
     mae: float | None
     psnr: float | None
     ssim: float | None

@@ -47,8 +47,10 @@ class PoseEstimate:
     so3_residual: [B], the Frobenius distance of the unprojected rotation to the nearest one; 0 for a perfect flow.
     converged: [B] bool; False where an iteration stopped short of its tolerance.
     intrinsics: fx / width, fy / height, cx / width, cy / height, [B, 4] float64, where the dataset packs them.
-    rotation_std_deg, translation_std, trust: [B], where a calibration fills them: expected errors in degrees and in the
-        dataset's units, and how far the estimate is to be believed, from 0 to 1.
+    rotation_std_deg, translation_std, trust: [B], where a calibration fills them: root mean square errors, in degrees
+        and in the dataset's units, of pictures like this one; and how usual the picture and its estimate are, from 0 to
+        1: the share of held-out training-like views that look at least as odd.
+    rotation_bars_deg, translation_bars: [B, 2], with these: radii that hold the error with 50% and 90%.
     """
 
     camera_to_world: Tensor
@@ -61,6 +63,8 @@ class PoseEstimate:
     rotation_std_deg: Tensor | None = None
     translation_std: Tensor | None = None
     trust: Tensor | None = None
+    rotation_bars_deg: Tensor | None = None
+    translation_bars: Tensor | None = None
 
 
 def posterior_mean_x0(model: Model, path: Path, x1: Tensor, y: Tensor) -> Tensor:
