@@ -28,14 +28,14 @@ from torch import Tensor
 from sitdist.data.framing import Framing, Picture, check_intrinsics, framed, framing_of, resampled, to_pixels
 from sitdist.errors import ConfigError, DataError, PoseError
 from sitdist.export import is_exported, load_exported
-from sitdist.flow import draws
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
-from sitdist.flow.solve import generate
+from sitdist.flow.sample import SampleOptions, sample_latents
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import check_rigid
 from sitdist.geometry.similarity import Similarity
 from sitdist.model.codec import latent_mean
+from sitdist.train.build import build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -126,6 +126,16 @@ class Flow:
         """The range of the training cameras' distances to the origin, in the dataset's units."""
         return self.run.manifest.splits["train"].radius
 
+    @property
+    def estimate_options(self) -> EstimateOptions:
+        """How the run's config reads poses; `dataclasses.replace` changes a part of it."""
+        return EstimateOptions(self.run.config.evaluate.estimator, self.run.config.evaluate.estimator_steps)
+
+    @property
+    def sample_options(self) -> SampleOptions:
+        """How the run's config renders; `dataclasses.replace` changes a part of it."""
+        return build_sampling(self.run.config.evaluate)
+
     def to(self, device: torch.device | str) -> Flow:
         """Move the model; returns itself."""
         self.device = torch.device(device)
@@ -162,8 +172,7 @@ class Flow:
         *,
         frame: Frame = "dataset",
         seed: int = 0,
-        method: str | None = None,
-        steps: int | None = None,
+        options: SampleOptions | None = None,
         batch: int = 64,
     ) -> Tensor:
         """Pictures [N, 3, H, W] float32 in [0, 1] of the object from poses [N, 4, 4], or [4, 4] for one.
@@ -172,21 +181,22 @@ class Flow:
         in pixels of a picture of the training size, [4] or [N, 4]. None: as the training pictures. Where the model was
         not trained on varying intrinsics, its picture is resampled, and what lies outside of it is background.
         label: of the object. frame: the poses' own. seed: of the noise, which is the same for all views, so that a
-        picture depends on its pose and the seed alone. method, steps: the solver's, by default those of the run's
-        config. PoseError for a pose that is not rigid, or whose camera looks away from an object that all training
+        picture depends on its pose and the seed alone. options: how to render, by default `sample_options`.
+        PoseError for a pose that is not rigid, or whose camera looks away from an object that all training
         cameras look at; ConfigError for a model that renders no pictures.
         """
         why_not = self.run.config.flow.why_no_picture()
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: renders no pictures: {why_not}")
         self._check_label(label)
+        options = options or self.sample_options
         poses = self._to_dataset(self._check_poses(camera_to_world, frame), label, frame)
         size = (self.image_size, self.image_size)
         cameras = [
             _camera(given, size, f"pose {number}") for number, given in enumerate(_per_view(intrinsics, len(poses)))
         ]
         pictures = [
-            self._render(poses[start : start + batch], cameras[start : start + batch], label, seed, method, steps)
+            self._render(poses[start : start + batch], cameras[start : start + batch], label, seed, options)
             for start in range(0, len(poses), batch)
         ]
         return torch.cat(pictures)
@@ -197,28 +207,26 @@ class Flow:
         cameras: Sequence[Intrinsics | None],
         label: int,
         seed: int,
-        method: str | None,
-        steps: int | None,
+        options: SampleOptions,
     ) -> Tensor:
-        shape, settings = self.run.manifest.latent, self.run.config.evaluate
         shown: list[Intrinsics | None] = [self.camera] * len(poses)  # by the model, before any resampling
         normalized = None
         if self._statistics.has_intrinsics:
             shown = [self._nearest_square(camera) for camera in cameras]
             rows = [camera.normalized() for camera in shown if camera is not None]
             normalized = torch.tensor(rows, dtype=torch.float64, device=self.device)
-        packed_pose = standardize(poses.to(self.device), self._statistics, normalized)
-        one = torch.zeros(1, dtype=torch.int64, device=self.device)
-        noise = draws.normal(seed, "render", one, shape.channels * shape.height * shape.width)
-        noise = noise.reshape(1, shape.channels, shape.height, shape.width).expand(len(poses), -1, -1, -1)
-        labels = torch.full((len(poses),), label, device=self.device)
-        latents = generate(
-            self.run.endpoint.conditioned(self.run.model, packed_pose),
+        latent = self.run.manifest.latent
+        latents = sample_latents(
+            self.run.model,
             self.run.path,
-            self.run.endpoint.x0(packed_pose, noise.contiguous()),
-            labels,
-            method or settings.generator,
-            steps or settings.generator_steps,
+            self.run.endpoint,
+            standardize(poses.to(self.device), self._statistics, normalized),
+            torch.full((len(poses),), label, device=self.device),
+            torch.Size([latent.channels, latent.height, latent.width]),
+            options,
+            seed,
+            "render",
+            torch.zeros(len(poses), dtype=torch.int64, device=self.device),  # the same noise for all
         )
         pictures = self.run.codec.decode(latents).float().cpu()
         return self._cropped(pictures, shown, cameras, label)
@@ -271,8 +279,8 @@ class Flow:
         the picture is resampled to the training camera. None: the largest centred square of the picture shows what a
         training picture shows. mask: like `images`, one channel: the object's share of every pixel; the rest becomes
         background. label: of the object. frame: the one of the poses that are returned, and of `translation_std`;
-        `packed_pose` and `spread` are the dataset's in any case. options: how to read poses, by default as the run's
-        config says. DataError for what is no picture; ConfigError for a model that reads no poses.
+        `packed_pose` and `spread` are the dataset's in any case. options: how to read poses, by default
+        `estimate_options`. DataError for what is no picture; ConfigError for a model that reads no poses.
         """
         pictures = _as_list(images)
         masks = [None] * len(pictures) if mask is None else _as_list(mask, channels=False)
@@ -324,7 +332,6 @@ class Flow:
     @torch.no_grad()
     def estimate_framed(self, images: Tensor, label: int = 0, options: EstimateOptions | None = None) -> PoseEstimate:
         """The poses of pictures [B, 3, S, S] in [0, 1] that are already like the training pictures, in their frame."""
-        settings = self.run.config.evaluate
         latents = latent_mean(self.run.codec.encode_moments(images.to(self.device)))
         estimate = estimate_pose(
             self.run.model,
@@ -332,7 +339,7 @@ class Flow:
             latents,
             torch.full((len(images),), label, device=self.device),
             self._statistics,
-            options or EstimateOptions(settings.estimator, settings.estimator_steps),
+            options or self.estimate_options,
             self.run.endpoint,
         )
         return _joined([estimate])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
-from sitdist.commands import export
+from sitdist.commands import export, pose, render
 from sitdist.commands.arguments import count as _count
 from sitdist.commands.arguments import elevation as _elevation
 from sitdist.commands.arguments import names as _names
@@ -281,7 +281,8 @@ def _parser() -> _Parser:
     command.add_argument("--steps", type=_positive, default=1, help="steps of either side of a pair (default: 1)")
     command.set_defaults(command=_bench_train)
 
-    export.add(commands)
+    for module in (pose, render, export):
+        module.add(commands)
 
     ema = commands.add_parser("ema", help="averages of a run's weights").add_subparsers(required=True, metavar="ACTION")
     command = ema.add_parser("reconstruct", help="the average of any width from the snapshots of train.averages")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def test_a_picture_depends_on_its_pose_and_the_seed_alone(flow, poses):
     assert torch.equal(flow.render(poses.numpy()), together)
     assert (together[0] - together[1]).abs().max() > 1e-3
     assert (flow.render(poses, seed=1) - together).abs().max() > 1e-4
-    assert (flow.render(poses, steps=9) - together).abs().max() > 1e-6
-    assert (flow.render(poses, method="heun") - together).abs().max() > 1e-6
+    assert (flow.render(poses, options=replace(flow.sample_options, steps=9)) - together).abs().max() > 1e-6
+    assert (flow.render(poses, options=replace(flow.sample_options, generator="heun")) - together).abs().max() > 1e-6
 
 
 def test_another_camera_sees_a_part_of_the_picture_or_more(flow, poses):

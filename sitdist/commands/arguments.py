@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sitdist.api import Flow
+    from sitdist.flow.estimate import EstimateOptions
+    from sitdist.flow.sample import SampleOptions
 
 
 def names(text: str) -> list[str]:
@@ -75,3 +81,31 @@ def radii(text: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"'{text}' is no range of whole radii; write smaller:larger, such as 1:7")
     return int(match[1]), int(match[2])
+
+
+def add_estimator(command: argparse.ArgumentParser) -> None:
+    """How poses are read off pictures; `estimate_options` reads it."""
+    command.add_argument("--estimator", metavar="NAME", help="(default: as the run's config says)")
+    command.add_argument("--estimator-steps", type=positive, metavar="N", help="(default: as the run's config says)")
+
+
+def estimate_options(options: argparse.Namespace, flow: Flow) -> EstimateOptions:
+    """As the command line says, and otherwise as the run's config does."""
+    from dataclasses import replace
+
+    given = {"estimator": options.estimator, "steps": options.estimator_steps}
+    return replace(flow.estimate_options, **{name: value for name, value in given.items() if value is not None})
+
+
+def add_generator(command: argparse.ArgumentParser) -> None:
+    """How pictures are rendered; `sample_options` reads it."""
+    command.add_argument("--generator", metavar="SOLVER", help="(default: as the run's config says)")
+    command.add_argument("--generator-steps", type=positive, metavar="N", help="(default: as the run's config says)")
+
+
+def sample_options(options: argparse.Namespace, flow: Flow) -> SampleOptions:
+    """As the command line says, and otherwise as the run's config does."""
+    from dataclasses import replace
+
+    given = {"generator": options.generator, "steps": options.generator_steps}
+    return replace(flow.sample_options, **{name: value for name, value in given.items() if value is not None})

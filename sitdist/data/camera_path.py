@@ -67,11 +67,14 @@ def transforms_of(split: Split) -> dict[str, Any]:
     return transforms(split.source.camera_to_world[views], [split.source.intrinsics(view) for view in views])
 
 
-def transforms(camera_to_world: Tensor, intrinsics: Sequence[Intrinsics]) -> dict[str, Any]:
-    """Cameras [N, 4, 4] with N intrinsics as a transforms.json of pictures 00000.png and on."""
+def transforms(
+    camera_to_world: Tensor, intrinsics: Sequence[Intrinsics], names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Cameras [N, 4, 4] with N intrinsics as a transforms.json of pictures `names`, by default 00000.png and on."""
+    names = names or [f"{number:05d}.png" for number in range(len(intrinsics))]
     frames = [
         {
-            "file_path": f"{number:05d}.png",
+            "file_path": name,
             "transform_matrix": pose.tolist(),
             "fl_x": camera.fx,
             "fl_y": camera.fy,
@@ -80,7 +83,7 @@ def transforms(camera_to_world: Tensor, intrinsics: Sequence[Intrinsics]) -> dic
             "w": camera.width,
             "h": camera.height,
         }
-        for number, (pose, camera) in enumerate(zip(camera_to_world, intrinsics, strict=True))
+        for name, pose, camera in zip(names, camera_to_world, intrinsics, strict=True)
     ]
     return {"camera_model": "PINHOLE", "frames": frames}
 

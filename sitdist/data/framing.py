@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Framing:
                 "tells it; give background=(r, g, b)"
             )
         return torch.tensor(self.backgrounds[label])
+
+    def seen_by(self, normalized: Sequence[float]) -> Framing:
+        """The same with the camera of these normalized intrinsics."""
+        return replace(self, camera=_square(normalized, self.size))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same framing back."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sitdist.config import Recipe, SceneSource
+from sitdist.data.animation import save_gif
 from sitdist.data.camera_path import transforms
 from sitdist.data.format import write_folder
 from sitdist.data.scene import backdrop, look, open_scene
@@ -20,7 +21,7 @@ from sitdist.data.writer import open_splits
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, look_at
 
-GIF_MILLISECONDS = 60  # a picture
+GIF_PER_SECOND = 16.0  # pictures
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ def write_pictures(
             picture.save(folder / f"{number:05d}.png")
             shown.append(_to_image(seen.on(behind)) if gif else None)
         if gif:
-            frames = [frame for frame in shown if frame is not None]
-            frames[0].save(
-                folder / "turntable.gif", save_all=True, append_images=frames[1:], duration=GIF_MILLISECONDS, loop=0
-            )
+            save_gif([frame for frame in shown if frame is not None], folder / "turntable.gif", GIF_PER_SECOND)
         values = transforms(cameras.camera_to_world, cameras.intrinsics)
         (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
 

@@ -1,0 +1,130 @@
+"""`sitdist pose RUN PICTURE...`: the poses of picture files, as other tools read them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sitdist.commands.arguments import add_estimator, estimate_options, positive
+from sitdist.errors import DataError
+
+if TYPE_CHECKING:
+    from sitdist.api import Flow
+    from sitdist.data.pose_files import PosedPicture
+
+FORMATS = ("jsonl", "csv", "transforms", "colmap", "tum")
+BATCH = 64
+
+
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    command = commands.add_parser("pose", help="estimate the poses of pictures")
+    command.add_argument("run", help="a run, an exported folder, or a hub id")
+    command.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="picture files, or folders of them")
+    command.add_argument("--format", choices=FORMATS, default="jsonl", help="(default: jsonl)")
+    command.add_argument("--out", type=Path, help="file, for colmap a new folder (default: print)")
+    command.add_argument(
+        "--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="of all pictures, in pixels"
+    )
+    command.add_argument("--masks", type=Path, metavar="FOLDER", help="pictures of the same names, white on the object")
+    command.add_argument("--frame", choices=("dataset", "user"), default="dataset", help="(default: dataset)")
+    command.add_argument("--label", type=int, default=0, help="of the object (default: 0)")
+    add_estimator(command)
+    command.add_argument("--batch", type=positive, default=BATCH, help=f"pictures at once (default: {BATCH})")
+    command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    command.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    files = picture_files(options.pictures)
+    masks = None if options.masks is None else [_mask(options.masks, file) for file in files]
+    if options.format == "colmap" and options.out is None:
+        raise DataError("--format colmap: a model is a folder of three files; give --out FOLDER")
+    from sitdist.api import load
+    from sitdist.data.pose_files import to_text, write_poses
+
+    flow = load(options.run, options.device)
+    posed = pose_files(flow, files, masks, options)
+    if options.out is None:
+        sys.stdout.write(to_text(posed, options.format))
+    else:
+        write_poses(posed, options.format, options.out)
+        print(f"{options.out}: poses of {len(posed)} pictures")
+
+
+def picture_files(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and those in the folders named, in order of their names; DataError where there are none."""
+    from sitdist.data.photos import PICTURES
+
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        if not found:
+            raise DataError(f"{path}: a folder without pictures ({', '.join(PICTURES)}); name another, or the files")
+        files += found
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file or folder; name pictures, or folders of them")
+    return files
+
+
+def _mask(folder: Path, file: Path) -> Path:
+    for candidate in (folder / file.name, folder / f"{file.stem}.png", folder / f"{file.name}.png"):
+        if candidate.is_file():
+            return candidate
+    raise DataError(f"{folder / file.name}: no mask for {file}; give one for every picture")
+
+
+def pose_files(
+    flow: Flow, files: Sequence[Path], masks: Sequence[Path] | None, options: argparse.Namespace
+) -> list[PosedPicture]:
+    """What is estimated for every file, with the intrinsics of its own pixels."""
+    from tqdm import tqdm
+
+    how = estimate_options(options, flow)
+    flow.check_estimates(options.label, how)
+    posed: list[PosedPicture] = []
+    starts: Iterable[int] = range(0, len(files), options.batch)
+    for start in tqdm(starts, "pictures", disable=len(files) <= options.batch):
+        some = list(files[start : start + options.batch])
+        estimate = flow.estimate(
+            some,
+            options.intrinsics,
+            None if masks is None else list(masks[start : start + options.batch]),
+            options.label,
+            frame=options.frame,
+            options=how,
+        )
+        posed += [_posed(flow, file, row, estimate, options.intrinsics) for row, file in enumerate(some)]
+    return posed
+
+
+def _posed(flow: Flow, file: Path, row: int, estimate: Any, given: Sequence[float] | None) -> PosedPicture:
+    from sitdist.data.framing import centred, open_picture
+    from sitdist.data.pose_files import PosedPicture
+    from sitdist.geometry.camera import Intrinsics
+
+    width, height = open_picture(file).size
+    camera: Intrinsics | None
+    if given is not None:
+        fx, fy, cx, cy = given
+        camera = Intrinsics(fx, fy, cx, cy, width, height)
+    elif estimate.intrinsics is not None:  # the picture tells them
+        camera = centred(flow.framing.seen_by(estimate.intrinsics[row].tolist()), width, height)
+    else:
+        camera = centred(flow.framing, width, height)
+    facts: dict[str, float | bool] = {
+        "so3_residual": float(estimate.so3_residual[row]),
+        "converged": bool(estimate.converged[row]),
+    }
+    for name in ("rotation_std_deg", "translation_std", "trust"):
+        column = getattr(estimate, name)
+        if column is not None:
+            facts[name] = float(column[row])
+    return PosedPicture(file, estimate.camera_to_world[row], camera, facts)
