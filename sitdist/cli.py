@@ -197,6 +197,17 @@ def _parser() -> _Parser:
     _add_set(command)
     command.set_defaults(command=_doctor)
 
+    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for name, text in (
+        ("list", "size, processes and versions of every checkpoint of a run"),
+        ("verify", "read all of them again and say which are damaged"),
+    ):
+        command = checkpoint.add_parser(name, help=text)
+        command.add_argument("run", type=Path, help="folder of the run")
+        command.set_defaults(command=_checkpoint, verify=name == "verify")
+
     command = commands.add_parser("eval", help="measure a run on views it has not seen, and write the report")
     command.add_argument("run", type=Path, help="folder of the run")
     command.add_argument("--split", help="evaluate a split of the dataset (default: test)")
@@ -444,6 +455,14 @@ def _doctor(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(found.report())
     return EXIT_USAGE if found.wrong else 0
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from sitdist.train.checkpoint import describe_checkpoints
+
+    text, whole = describe_checkpoints(options.run, options.verify)
+    print(text)
+    return 0 if whole else EXIT_USAGE
 
 
 def _eval(options: argparse.Namespace) -> None:

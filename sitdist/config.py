@@ -498,6 +498,7 @@ class ProfileConfig(Schema):
 class TrainConfig(Schema):
     """One training run. The world size is no part of it: accumulation follows from it and global_batch.
 
+    The newest `keep_checkpoints` checkpoints stay, and those of every `keep_every`-th step (null: no others).
     `compile`: every block by itself, or the model in full. `activation_checkpointing`: what blocks compute again in the
     backward pass instead of keeping it, all but the results of matrix products (selective), or all.
     `layer_norms_every`: steps between norms of every layer. `tracker`: one of Accelerate's, such as wandb, beside
@@ -521,6 +522,7 @@ class TrainConfig(Schema):
     picture_views: Positive = 8
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 3
+    keep_every: Positive | None = None
     layer_norms_every: Positive | None = None
     profile: ProfileConfig | None = None
     tracker: Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"] | None = None

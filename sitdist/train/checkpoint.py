@@ -17,11 +17,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ TENSOR_FILES = ("model", "ema", "optimizer")
 # What may differ between a run and its continuation: where things are, how long and how closely it is watched.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
-    r"|checkpoint_every|keep_checkpoints|compile|activation_checkpointing|layer_norms_every|profile(\..*)?|tracker)"
+    r"|checkpoint_every|keep_checkpoints|keep_every|compile|activation_checkpointing|layer_norms_every|profile(\..*)?|tracker)"
     r"|evaluate\..*"
 )
 
@@ -71,8 +73,21 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def save_checkpoint(run: Path, state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+def step_of(folder: Path) -> int:
+    """The inverse of `folder_of`."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def save_checkpoint(
+    run: Path,
+    state: dict[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    keep: int,
+    keep_every: int | None = None,
+) -> Path:
     """Write the checkpoint of `state["step"]` and then remove all but the newest `keep`; one process calls it.
+
+    Milestones, whose step is a multiple of `keep_every`, are never removed.
 
     Until the last rename the checkpoint does not exist; a crash at any moment leaves the earlier ones as they were.
     """
@@ -94,14 +109,16 @@ def save_checkpoint(run: Path, state: dict[str, Any], tensors: Mapping[str, Mapp
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; free space and use --resume") from None
-    _remove_old(run, folder, keep)
+    _remove_old(run, folder, keep, keep_every)
     return folder
 
 
-def _remove_old(run: Path, newest: Path, keep: int) -> None:
-    """Hide, then remove all checkpoints but the newest `keep`, and what was left half-removed before."""
+def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> None:
+    """Hide, then remove all checkpoints but the newest `keep` and the milestones, and what was left half-removed."""
     try:
         for old in [other for other in list_checkpoints(run) if other <= newest][:-keep]:
+            if keep_every is not None and step_of(old) % keep_every == 0:
+                continue
             os.rename(old, old.with_name(f".{old.name}.old-{os.getpid()}"))
         remove_unfinished(run)
     except OSError as error:
@@ -180,6 +197,39 @@ def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | 
     return None
 
 
+def describe_checkpoints(run: Path, verify: bool = False) -> tuple[str, bool]:
+    """A line for every checkpoint of `run`, oldest first, and whether all are whole; with `verify` all is read again.
+
+    CheckpointError where there are none.
+    """
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    if not folders:
+        raise CheckpointError(f"{run}: holds no checkpoints; give the --out of `sitdist train`")
+    lines, whole = [], True
+    for folder in folders:
+        problem = _problem(folder)
+        if problem is None and verify:
+            try:
+                read_checkpoint(folder)
+            except CheckpointError as error:
+                problem = str(error).removeprefix(f"{folder}/")
+        whole &= problem is None
+        lines.append(
+            f"{folder.name}  {_size_and_versions(folder, verify)}"
+            if problem is None
+            else f"{folder.name}  damaged: {problem}"
+        )
+    return "\n".join(lines), whole
+
+
+def _size_and_versions(folder: Path, verified: bool) -> str:
+    state = json.loads((folder / "state.json").read_bytes())
+    megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    versions = " ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
+    what = "whole, every hash is right" if verified else "whole by its sizes"
+    return f"{megabytes:.1f} MB  {state.get('world_size', '?')} processes  {versions}  {what}"
+
+
 def _problem(folder: Path) -> str | None:
     """Why a folder is no checkpoint, as far as can be told without reading its tensors."""
     try:
@@ -205,8 +255,14 @@ def _problem(folder: Path) -> str | None:
 
 
 def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
-    """ConfigError, with the key and both values, unless `config` continues the run of the checkpoint."""
-    before, now = _flatten(checkpoint.state["config"]), _flatten(config.model_dump(mode="json"))
+    """ConfigError, with the key and both values, unless `config` continues the run of the checkpoint.
+
+    A key that did not exist when the checkpoint was written has its default there.
+    """
+    stored = checkpoint.state["config"]
+    with suppress(ValidationError):  # a key that exists no more is compared as it is
+        stored = Config.model_validate(stored).model_dump(mode="json")
+    before, now = _flatten(stored), _flatten(config.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
         if before.get(key) != now.get(key) and not MAY_CHANGE.fullmatch(key):
             raise ConfigError(

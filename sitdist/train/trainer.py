@@ -402,8 +402,9 @@ class Trainer:
                     "ema": self.ema.model.state_dict(),
                     "optimizer": checkpoints.optimizer_tensors(self.raw_model, self.raw_optimizer),
                 }
-                keep = self.config.train.keep_checkpoints
-                log.info("saved %s", checkpoints.save_checkpoint(self.run, self._state(), tensors, keep))
+                keep, milestones = self.config.train.keep_checkpoints, self.config.train.keep_every
+                folder = checkpoints.save_checkpoint(self.run, self._state(), tensors, keep, milestones)
+                log.info("saved %s", folder)
                 if self.averages is not None and self.config.train.averages is not None:
                     kept = [posthoc_ema.step_of(folder) for folder in checkpoints.list_checkpoints(self.run)]
                     posthoc_ema.prune(self.run, kept, self.config.train.averages.snapshot_every)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from sitdist.cli import run as run_command
 from sitdist.config import Config, load_yaml
 from sitdist.errors import CheckpointError, ConfigError
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.checkpoint import (
     TENSOR_FILES,
     check_same_config,
+    describe_checkpoints,
     folder_of,
     list_checkpoints,
     load_optimizer,
@@ -163,6 +165,29 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
 
 
+def test_milestones_stay_beside_the_newest_ones(tmp_path):
+    for step in range(1, 10):
+        save_checkpoint(tmp_path, {"step": step}, tensors_at(step), keep=2, keep_every=3)
+    assert steps_of(tmp_path) == [3, 6, 8, 9]
+
+
+def test_checkpoints_are_listed_and_verified_one_by_one(tmp_path, capsys):
+    save(tmp_path, 1, 2, 3)
+    alter(folder_of(tmp_path, 1) / "ema.safetensors")
+    (folder_of(tmp_path, 2) / "model.safetensors").unlink()
+    assert run_command(["checkpoint", "list", str(tmp_path)]) == 2
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "whole by its sizes" in first
+    assert second == "step_00000002  damaged: model.safetensors is missing"
+    assert "whole by its sizes" in third
+    text, whole = describe_checkpoints(tmp_path, verify=True)
+    assert not whole
+    assert "step_00000001  damaged: ema.safetensors: SHA-256" in text
+    assert text.splitlines()[2].endswith("every hash is right")
+    assert run_command(["checkpoint", "verify", str(tmp_path / "none")]) == 2
+    assert "holds no checkpoints" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
@@ -263,6 +288,19 @@ def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny
     }.items():
         with pytest.raises(ConfigError, match=message):
             check_same_config(loaded, config(override))
+
+
+def test_a_key_that_did_not_exist_when_the_run_began_had_its_default(tmp_path, tiny_yaml):
+    def config(*overrides):
+        return load_yaml(Config, tiny_yaml, list(overrides))
+
+    old = config().model_dump(mode="json")
+    del old["model"]["mlp"]
+    del old["flow"]["gain"]
+    loaded = read_checkpoint(save_checkpoint(tmp_path, {"step": 1, "config": old}, tensors_at(1), keep=1))
+    check_same_config(loaded, config())
+    with pytest.raises(ConfigError, match=r"flow.gain is 2.0 but .* was trained with 1.0"):
+        check_same_config(loaded, config("flow.gain=2"))
 
 
 # ---------------------------------------------------------------------------------------------------- optimizer state
