@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sitdist.data.framing import Framing, Picture, check_intrinsics, framed, framing_of, resampled, to_pixels
 from sitdist.errors import ConfigError, DataError, PoseError
+from sitdist.evaluate.calibrate import RunCalibration, load_calibration
 from sitdist.export import is_exported, load_exported
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.sample import SampleOptions, sample_latents
@@ -71,7 +72,7 @@ def load(
         framing = framing_of(run.manifest, Path(run.config.data))
     if background is not None:
         framing = replace(framing, backgrounds={entry.label: background for entry in run.manifest.objects})
-    return Flow(run, framing, device)
+    return Flow(run, framing, device, folder)
 
 
 def _folder_of(path: str) -> Path:
@@ -99,11 +100,15 @@ def _folder_of(path: str) -> Path:
 class Flow:
     """A trained model, ready to use; `load` makes one.
 
-    run: the model and all that it was trained with. framing: what all training pictures have in common.
+    run: the model and all that it was trained with. framing: what all training pictures have in common. folder: where
+    the error bars and the trust of its estimates are, if they were calibrated.
     """
 
-    def __init__(self, run: LoadedRun, framing: Framing, device: torch.device | str = "cpu") -> None:
-        self.run, self.framing, self.device = run, framing, torch.device(device)
+    def __init__(
+        self, run: LoadedRun, framing: Framing, device: torch.device | str = "cpu", folder: Path | None = None
+    ) -> None:
+        self.run, self.framing, self.device, self.folder = run, framing, torch.device(device), folder
+        self._calibrations: dict[EstimateOptions, RunCalibration | None] = {}
         self._statistics = PoseStatistics.from_dict(run.manifest.statistics)
 
     @property
@@ -278,7 +283,7 @@ class Flow:
         intrinsics: `Intrinsics`, one for all or N of them, or fx, fy, cx, cy in pixels of the picture, [4] or [N, 4]:
         the picture is resampled to the training camera. None: the largest centred square of the picture shows what a
         training picture shows. mask: like `images`, one channel: the object's share of every pixel; the rest becomes
-        background. label: of the object. frame: the one of the poses that are returned, and of `translation_std`;
+        background. label: of the object. frame: the one of the poses that are returned, and of error bars;
         `packed_pose` and `spread` are the dataset's in any case. options: how to read poses, by default
         `estimate_options`. DataError for what is no picture; ConfigError for a model that reads no poses.
         """
@@ -333,16 +338,19 @@ class Flow:
     def estimate_framed(self, images: Tensor, label: int = 0, options: EstimateOptions | None = None) -> PoseEstimate:
         """The poses of pictures [B, 3, S, S] in [0, 1] that are already like the training pictures, in their frame."""
         latents = latent_mean(self.run.codec.encode_moments(images.to(self.device)))
+        labels, options = torch.full((len(images),), label, device=self.device), options or self.estimate_options
         estimate = estimate_pose(
-            self.run.model,
-            self.run.path,
-            latents,
-            torch.full((len(images),), label, device=self.device),
-            self._statistics,
-            options or self.estimate_options,
-            self.run.endpoint,
+            self.run.model, self.run.path, latents, labels, self._statistics, options, self.run.endpoint
         )
-        return _joined([estimate])
+        calibration = self.calibration(options)
+        return _joined([calibration.fill(self.run, estimate, latents, labels) if calibration else estimate])
+
+    def calibration(self, options: EstimateOptions | None = None) -> RunCalibration | None:
+        """The error bars and the trust that `sitdist calibrate` fitted for poses read so; None where it did not."""
+        options = options or self.estimate_options
+        if self.folder is not None and options not in self._calibrations:
+            self._calibrations[options] = load_calibration(self.folder, self.run, options)[0]
+        return self._calibrations.get(options)
 
     # --------------------------------------------------------------------------------------------------------- frames
 
@@ -369,11 +377,12 @@ class Flow:
         if not _is_user(frame):
             return estimate
         back = self.similarity(label).inverse()
-        std = estimate.translation_std
+        std, bars = estimate.translation_std, estimate.translation_bars
         return replace(
             estimate,
             camera_to_world=back.cameras(estimate.camera_to_world),
             translation_std=None if std is None else back.scale * std,
+            translation_bars=None if bars is None else back.scale * bars,
         )
 
     # --------------------------------------------------------------------------------------------------------- checks

@@ -299,3 +299,25 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch, path, error, message):
 def test_the_package_has_no_other_names():
     with pytest.raises(AttributeError, match="module 'sitdist' has no attribute 'lode'"):
         _ = sitdist.lode
+
+
+def test_a_calibrated_run_and_its_export_give_every_estimate_bars_and_trust(tiny_run, pictures, tmp_path, monkeypatch):
+    from sitdist.evaluate.calibrate import CalibrateOptions, calibrate
+    from sitdist.export import export_run
+
+    for module in ("sitdist.evaluate.calibrate", "sitdist.flow.calibration"):
+        monkeypatch.setattr(f"{module}.FEWEST", 12)  # views of the tiny dataset's test split
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    assert sitdist.load(run).estimate(pictures).trust is None
+    calibrate(run, CalibrateOptions("test"))
+    flow = sitdist.load(run)
+    estimate = flow.estimate(pictures)
+    assert estimate.trust.shape == estimate.rotation_std_deg.shape == estimate.translation_std.shape == (8,)
+    assert ((estimate.trust > 0) & (estimate.trust <= 1)).all()
+    assert (estimate.rotation_bars_deg[:, 0] <= estimate.rotation_bars_deg[:, 1]).all()
+    export_run(run, tmp_path / "export")
+    again = sitdist.load(tmp_path / "export").estimate(pictures)
+    assert torch.equal(again.trust, estimate.trust)
+    assert torch.equal(again.translation_bars, estimate.translation_bars)
+    assert flow.estimate(pictures, options=EstimateOptions("euler", 3)).trust is None
