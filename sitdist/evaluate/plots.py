@@ -212,6 +212,30 @@ def evenly(records: list[ViewRecord], at_most: int) -> list[ViewRecord]:
     return [ordered[index] for index in chosen]
 
 
+def calibration_figure(calibration: dict[str, Any]) -> Figure:
+    """The share of errors within their bars against the share that is expected, of rotations and translations."""
+    figure = Figure(figsize=(10.0, 4.8), dpi=DPI, layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("rotation", "translation"), strict=True):
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="as expected")
+        shares = calibration[name]
+        for values, label, colour in (
+            (shares, "all views", BLUE),
+            (shares["largest_quarter"], "largest quarter of the bars", VERMILION),
+        ):
+            axes.errorbar(
+                calibration["expected"],
+                values["observed"],
+                values["standard_error"],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=f"{label} ({values['n']})",
+            )
+        axes.set(title=name, xlabel="expected share", ylabel="share of errors within their bars", aspect="equal")
+        axes.legend(fontsize=9, frameon=False)
+    return figure
+
+
 def cameras_figure(records: list[ViewRecord]) -> Figure:
     """True and estimated cameras, joined by a line each, from the side and from above; at most CAMERAS_AT_MOST.
 

@@ -132,6 +132,7 @@ class Metrics(BaseModel):
     versions: dict[str, str]
     background: tuple[float, float, float] | None = None
     symmetry: Symmetries | None = None
+    calibration: dict[str, Any] | None = None
     rows: list[Row] = Field(min_length=1)
     labels: list[Row] = Field(default=[])
 
@@ -196,6 +197,8 @@ def _figures(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np
     }
     if not metrics.no_pose:
         figures["cameras"] = plots.cameras_figure(records)
+    if metrics.calibration is not None:
+        figures["calibration"] = plots.calibration_figure(metrics.calibration)
     figures["views"] = plots.views_figure(records, pictures)
     return {name: plots.to_png(figure) for name, figure in figures.items()}
 

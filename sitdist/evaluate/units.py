@@ -59,11 +59,6 @@ class ViewRecord:
     rotation_error_deg: float | None
     translation_error: float | None
     focal_error: float | None
-    rotation_bar_50_deg: float | None  # these five: of a run that is calibrated
-    rotation_bar_90_deg: float | None
-    translation_bar_50: float | None
-    translation_bar_90: float | None
-    trust: float | None
     mae: float | None
     psnr: float | None
     ssim: float | None
@@ -82,6 +77,11 @@ class ViewRecord:
     codec_object_psnr: float | None = None
     symmetric_rotation_error_deg: float | None = None
     symmetric_translation_error: float | None = None
+    rotation_bar_50_deg: float | None = None  # these five: of a run that is calibrated
+    rotation_bar_90_deg: float | None = None
+    translation_bar_50: float | None = None
+    translation_bar_90: float | None = None
+    trust: float | None = None
 
     @property
     def translation_share(self) -> float | None:

@@ -164,8 +164,9 @@ def test_coverage_counts_overall_and_on_the_quarter_with_the_largest_bars():
 
 def test_the_summary_reads_the_records(run):
     kept = calibrate(run, CalibrateOptions("test"))
+    bars = dict.fromkeys(("rotation_bar_50_deg", "translation_bar_50", "translation_bar_90"), 1.0)
     records = [
-        record(str(i), rotation_error_deg=i, rotation_bar_90_deg=4.5, translation_error=0.0, trust=i / 10)
+        record(str(i), rotation_error_deg=i, rotation_bar_90_deg=4.5, translation_error=0.0, trust=i / 10, **bars)
         for i in range(10)
     ]
     summary = coverage_summary(kept, records)

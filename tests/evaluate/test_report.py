@@ -527,3 +527,17 @@ def test_records_with_and_metrics_without_lpips_do_not_belong_together(inputs):
 def test_a_table_is_only_made_of_what_an_evaluation_writes():
     with pytest.raises(DataError, match=r"metrics\.json: damaged \(run: Field required\); run `sitdist eval` again"):
         format_table({"step": 3})
+
+
+def test_a_calibrated_evaluation_has_a_plot_of_its_error_bars(tmp_path):
+    shares = {"observed": [0.4, 0.9], "standard_error": [0.1, 0.1], "n": 12}
+    shares = {**shares, "largest_quarter": shares}
+    fitted = {"views": 77, "split": "val", "dataset": "d"}
+    calibration = {"fitted_on": fitted, "expected": [0.5, 0.9], "rotation": shares, "translation": shares}
+    write_evaluation(tmp_path, make_records(), calibration=calibration)
+    page = write_report(tmp_path).read_text()
+    assert (tmp_path / "plots" / "calibration.png").is_file()
+    assert "Fitted on 77" in page
+    write_evaluation(tmp_path, make_records())
+    assert "Error bars" not in write_report(tmp_path).read_text()
+    assert not (tmp_path / "plots" / "calibration.png").exists()
