@@ -31,7 +31,7 @@ from sitdist.train.checkpoint import LoadedRun, assemble, load_run
 FORMAT = "sitdist model"
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-CALIBRATION = "calibration.json"  # a run has it once its error bars were measured
+CALIBRATION = "calibration.json"  # a run has it once its error bars were fitted
 
 
 def export_run(run: Path, out: Path, step: int | None = None) -> LoadedRun:
@@ -50,10 +50,12 @@ def export_run(run: Path, out: Path, step: int | None = None) -> LoadedRun:
         save_file(_weights(loaded), folder / WEIGHTS)
         shutil.copytree(run / "codec", folder / "codec")
         if (run / CALIBRATION).is_file():
-            shutil.copy(run / CALIBRATION, folder / CALIBRATION)
+            values = json.loads((run / CALIBRATION).read_text())
+            text = json.dumps(values | {"dataset": manifest.name}, indent=1) + "\n"
+            (folder / CALIBRATION).write_text(text)
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
-        values = _description(loaded, framing, file_sha256(folder / WEIGHTS))
-        (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+        described = _description(loaded, framing, file_sha256(folder / WEIGHTS))
+        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
         (folder / "README.md").write_text(model_card(loaded, framing, _evaluations(run)))
 
     write_folder(out, write)

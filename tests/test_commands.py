@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -206,6 +207,24 @@ def test_what_pose_cannot_use_is_one_line_and_nothing_is_written(refused, tiny_r
     there = ["--format", "colmap", "--out", tmp_path / "empty"]
     assert "empty: already exists" in refused("pose", tiny_run, folder, *there)
     assert "nowhere: no such folder; give a run, an exported folder, or a hub id" in refused("pose", "nowhere", folder)
+
+
+def test_a_calibrated_run_and_its_export_give_error_bars_and_trust(run, tiny_run, folder, tmp_path, monkeypatch):
+    for module in ("evaluate.calibrate", "flow.calibration"):
+        monkeypatch.setattr(f"sitdist.{module}.FEWEST", 12)
+    calibrated = shutil.copytree(tiny_run, tmp_path / "run")
+    run("calibrate", calibrated, "--split", "test")
+    bars = ["rotation_std_deg", "translation_std", "trust", "rotation_bar_90_deg", "translation_bar_90"]
+    assert not set(bars) & json.loads(run("pose", tiny_run, folder).splitlines()[0]).keys()
+    lines = run("pose", calibrated, folder)
+    values = json.loads(lines.splitlines()[2])
+    assert set(bars) <= values.keys()
+    assert 0.0 < values["trust"] <= 1.0
+    assert "rotation_bar_90_deg" in run("pose", calibrated, folder, "--format", "csv").splitlines()[0]
+    other = json.loads(run("pose", calibrated, folder, "--estimator", "euler").splitlines()[0])
+    assert "trust" not in other  # calibrated for the run's own estimator alone
+    run("export", calibrated, tmp_path / "model")
+    assert run("pose", tmp_path / "model", folder) == lines
 
 
 # ------------------------------------------------------------------------------------------------------------ render
