@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
-from sitdist.commands import export, pose, render
+from sitdist.commands import export, pose, render, view
 from sitdist.commands.arguments import count as _count
 from sitdist.commands.arguments import elevation as _elevation
 from sitdist.commands.arguments import names as _names
@@ -292,7 +292,7 @@ def _parser() -> _Parser:
     command.add_argument("--steps", type=_positive, default=1, help="steps of either side of a pair (default: 1)")
     command.set_defaults(command=_bench_train)
 
-    for module in (pose, render, export):
+    for module in (pose, render, view, export):
         module.add(commands)
 
     ema = commands.add_parser("ema", help="averages of a run's weights").add_subparsers(required=True, metavar="ACTION")

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "sitdist"
 
 # Each may import what stands on a lower level; within a level, only what SAME_LEVEL names.
 LEVELS = {
-    "__main__": 8,
-    "cli": 7,
-    "commands": 6,
+    "__main__": 9,
+    "cli": 8,
+    "commands": 7,
     "export": 5,
     "api": 5,
+    "viewer": 6,
     "evaluate": 4,
     "train": 4,
     "data": 4,
