@@ -304,7 +304,8 @@ def _parser() -> _Parser:
     command.set_defaults(command=_ema_reconstruct)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
-    command.add_argument("evaluation", type=Path, help="folder that holds metrics.json and records.csv")
+    command.add_argument("evaluation", type=Path, nargs="+", help="folder that holds metrics.json and records.csv")
+    command.add_argument("--out", type=Path, help="page of several, side by side (default: FIRST/comparison.html)")
     command.set_defaults(command=_report)
     return parser
 
@@ -531,10 +532,20 @@ def _ema_reconstruct(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if len(options.evaluation) > 1:
+        from sitdist.evaluate.compare import compare
+
+        out = options.out or options.evaluation[0] / "comparison.html"
+        print(compare(options.evaluation, out) + f"report: {out}")
+        return
+    if options.out:
+        raise ConfigError("--out: only for several evaluations; the report of one is in its own folder")
     from sitdist.evaluate.report import write_report
 
-    write_report(options.evaluation)
-    _print_results(options.evaluation)
+    (evaluation,) = options.evaluation
+    write_report(evaluation)
+    _print_results(evaluation)
+    _print_experiments(evaluation)
 
 
 def _print_results(folder: Path) -> None:

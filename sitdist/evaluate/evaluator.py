@@ -13,6 +13,9 @@ import hashlib
 import io
 import json
 import math
+import os
+import platform
+import shlex
 import sys
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -30,9 +33,10 @@ from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.evaluate import calibrate, metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
+from sitdist.evaluate.coverage import coverage_counts
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
-from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, save_arrays, thinned
+from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, pictured, save_arrays, thinned
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
 from sitdist.evaluate.work import Job, Producer, do_jobs, merge, prepare
 from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
@@ -209,13 +213,14 @@ class _Evaluation:
         return [Job(unit.name, tuple(view.key for view in unit.views), len(unit.views)) for unit in self.units]
 
     def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-        """Records of a unit's views, and key, true and rendered of its first ones."""
+        """Records of a unit's views, and key, true and rendered of its first and its worst ones."""
         unit = self.units[int(job.name.removeprefix("unit_"))]
         records, true, rendered = self._measure(unit)
-        pictures = {} if rendered is None else {"rendered": rendered}
-        if unit.pictures:
-            pictures |= {"key": np.array(job.keys[: unit.pictures]), "true": true}
-        return [asdict(record) for record in records], pictures if unit.pictures else {}
+        shown = pictured(unit, records)
+        pictures = {"key": np.array([job.keys[i] for i in shown]), "true": true[shown]}
+        return [asdict(record) for record in records], (
+            pictures if rendered is None else pictures | {"rendered": rendered[shown]}
+        )
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
         """Write the results."""
@@ -223,7 +228,7 @@ class _Evaluation:
 
     @torch.no_grad()
     def _measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray | None]:
-        """Records of the unit's views, and true and rendered pictures [pictures, H, W, 3] uint8 of its first ones.
+        """Records of the unit's views, and true and rendered pictures [B, H, W, 3] uint8.
 
         What the model cannot do is not measured.
         """
@@ -259,8 +264,7 @@ class _Evaluation:
         columns |= {name: value if isinstance(value, list) else value.tolist() for name, value in values.items()}
         columns |= {name: [getattr(view, name) for view in unit.views] for name in ("key", "radius", "bin")}
         records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
-        pictures = None if rendered is None else _to_uint8(rendered[: unit.pictures])
-        return records, _to_uint8(images[: unit.pictures]), pictures
+        return records, _to_uint8(images), None if rendered is None else _to_uint8(rendered)
 
     def _estimate(self, latents: Tensor, labels: Tensor) -> PoseEstimate:
         model, path = self.loaded.model, self.loaded.path
@@ -359,10 +363,24 @@ class _Evaluation:
                 "python": sys.version.split()[0],
                 "torch": torch.__version__,
             },
+            "training_coverage": coverage_counts(self.training.camera_to_world()[:, :3, 3].numpy()),
+            "provenance": self._provenance(),
+            "config": self.loaded.config.model_dump(mode="json"),
             "background": None if self.background is None else self.background.tolist(),
             "symmetry": None if symmetries is None else symmetries.to_dict(),
             "rows": summary_rows(records),
             "labels": label_rows(records, {entry.label: entry.name for entry in self.loaded.manifest.objects}),
+        }
+
+    def _provenance(self) -> dict[str, str]:
+        """What was run on what."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        return {
+            "command": shlex.join(["sitdist", *sys.argv[1:]]),
+            "dataset fingerprint": self.plan["dataset"],
+            "weights": self.plan["weights"],
+            "hardware": f"{self.device.type}, {device}, {os.cpu_count()} processors",
+            "system": platform.platform(),
         }
 
     def _noise_floor(self) -> NoiseFloor:

@@ -21,17 +21,19 @@ from typing import Any, get_args
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sitdist.config import AdaptiveSolver
 from sitdist.data.format import write_atomically
 from sitdist.errors import DataError
-from sitdist.evaluate import plots
+from sitdist.evaluate import plots, plots_more
 from sitdist.evaluate.baselines import NoiseFloor
+from sitdist.evaluate.experiments.tables import ExperimentTable, load_experiments
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS, Summary
 from sitdist.evaluate.symmetry import Symmetries
-from sitdist.evaluate.units import POSE_ENTRIES, ViewRecord
+from sitdist.evaluate.units import POSE_ENTRIES, ViewRecord, view_error
 
 PICTURES = ("key", "bin", "true", "rendered")
 LINE = 108  # characters of the terminal's table
@@ -130,6 +132,9 @@ class Metrics(BaseModel):
     radius_augmented: int = 0
     training_views: dict[str, int]
     versions: dict[str, str]
+    training_coverage: list[list[int]] | None = None
+    provenance: dict[str, str] = Field(default={})
+    config: dict[str, Any] = Field(default={})
     background: tuple[float, float, float] | None = None
     symmetry: Symmetries | None = None
     calibration: dict[str, Any] | None = None
@@ -169,17 +174,18 @@ def write_report(folder: Path) -> Path:
     of report.html.
     """
     folder = Path(folder)
-    metrics = _load_metrics(folder / "metrics.json")
+    metrics = load_metrics(folder / "metrics.json")
     records = _load_records(folder / "records.csv", metrics)
     pictures = _load_pictures(folder / "images.npz", metrics, records)
-    figures = _figures(metrics, records, pictures)
-    page = _page(metrics, records, pictures, figures)
+    experiments = load_experiments(folder)
+    figures = _figures(metrics, records, pictures, experiments)
+    page = _page(metrics, records, pictures, figures, _shown_experiments(folder, experiments, figures))
     for old in (folder / "plots").glob("*.png"):
         if old.stem not in figures:
             old.unlink()
     for name, png in figures.items():
         _write_bytes(folder / "plots" / f"{name}.png", png)
-    _write_tensorboard(folder / "tensorboard", metrics, figures)
+    _write_tensorboard(folder / "tensorboard", metrics, figures, records)
     _write_bytes(folder / "report.html", page.encode())
     return folder / "report.html"
 
@@ -188,7 +194,12 @@ def _write_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def _figures(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> dict[str, bytes]:
+def _figures(
+    metrics: Metrics,
+    records: list[ViewRecord],
+    pictures: dict[str, np.ndarray],
+    experiments: list[ExperimentTable],
+) -> dict[str, bytes]:
     """PNG files by name."""
     figures = {
         metric.field: plots.metric_figure(records, metric, metrics.training_radius, metrics.floors.get(metric.field))
@@ -197,8 +208,12 @@ def _figures(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np
     }
     if not metrics.no_pose:
         figures["cameras"] = plots.cameras_figure(records)
+        if metrics.training_coverage:
+            figures["coverage"] = plots_more.coverage_figure(metrics.training_coverage, records)
     if metrics.calibration is not None:
         figures["calibration"] = plots.calibration_figure(metrics.calibration)
+    draw = {"cycle": plots_more.cycle_figure, "solvers": plots_more.solvers_figure}
+    figures |= {table.name: draw[table.name](table.result) for table in experiments if table.name in draw}
     figures["views"] = plots.views_figure(records, pictures)
     return {name: plots.to_png(figure) for name, figure in figures.items()}
 
@@ -219,7 +234,8 @@ def _damaged(path: Path, reason: object) -> DataError:
     return DataError(f"{path}: damaged ({' '.join(str(reason).split())[:200]}); run `sitdist eval` again")
 
 
-def _load_metrics(path: Path) -> Metrics:
+def load_metrics(path: Path) -> Metrics:
+    """metrics.json; DataError if it is missing or damaged."""
     try:
         return _parse_metrics(json.loads(_text(path)))
     except ValueError as error:
@@ -560,13 +576,14 @@ def _parts(cells: list[str], widths: list[int], spans: list[int]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- tensorboard
 
 
-def _write_tensorboard(folder: Path, metrics: Metrics, figures: dict[str, bytes]) -> None:
+def _write_tensorboard(folder: Path, metrics: Metrics, figures: dict[str, bytes], records: list[ViewRecord]) -> None:
     """One event file in `folder`, in place of earlier ones: the table's numbers as scalars, the plots as images.
 
     Unit bins are curves, MEASURE/STATISTIC at the bin's lower edge; ranges have tags of their own,
     radius_A-B/MEASURE/STATISTIC, at the run's step.
     """
     from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
 
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -576,6 +593,16 @@ def _write_tensorboard(folder: Path, metrics: Metrics, figures: dict[str, bytes]
             prefix, step = ("", low) if row.is_bin else (f"radius_{low}-{high}/", metrics.step)
             for tag, value in _scalars(row).items():
                 board.add_scalar(f"{prefix}{tag}", value, step)
+        if not metrics.no_pose:
+            board.add_mesh("cameras", *_camera_points(records), global_step=metrics.step)
+        whole = max(metrics.rows, key=lambda row: row.n)
+        options = {"estimator": metrics.estimator, "generator": metrics.generator, "seed": metrics.seed}
+        results = {f"hparam/{tag}": value for tag, value in _scalars(whole).items() if tag.endswith("/mean")}
+        options |= {"generator_steps": metrics.generator_steps, "sigma": metrics.sigma, "split": metrics.split}
+        for part in hparams(options, results):  # add_hparams would begin a file of its own
+            board.file_writer.add_summary(part, metrics.step)
+        for name, value in results.items():
+            board.add_scalar(name, value, metrics.step)
         for name, value in metrics.floors.items():
             board.add_scalar(f"noise_floor/{name}", value, metrics.step)
         for name, png in figures.items():
@@ -584,6 +611,16 @@ def _write_tensorboard(folder: Path, metrics: Metrics, figures: dict[str, bytes]
             )
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _camera_points(records: list[ViewRecord]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [1, 2 N, 3] of true cameras, then of estimated ones, and their colours, for a mesh of points."""
+    true, estimated = (
+        np.array([getattr(record, name) for record in records]).reshape(-1, 3, 4)[:, :, 3]
+        for name in ("true", "estimated")
+    )
+    colours = np.array([[47, 143, 208]] * len(true) + [[224, 102, 42]] * len(estimated), dtype=np.uint8)
+    return np.concatenate([true, estimated])[None].astype(np.float32), colours[None]
 
 
 def _scalars(row: Row) -> dict[str, float]:
@@ -629,8 +666,37 @@ def _view(record: ViewRecord, true: np.ndarray, rendered: np.ndarray | None) -> 
     )
 
 
+@dataclass(frozen=True)
+class ShownExperiment:
+    """An experiment on the page: its table, and its pictures (caption -> data URI)."""
+
+    table: ExperimentTable
+    pictures: dict[str, str]
+
+
+def _shown_experiments(
+    folder: Path, experiments: list[ExperimentTable], figures: dict[str, bytes]
+) -> list[ShownExperiment]:
+    shown = []
+    for table in experiments:
+        pictures = {table.title: _data_uri(figures[table.name])} if table.name in figures else {}
+        gif, strips = folder / table.name / "turntable.gif", folder / table.name / "strips.npz"
+        if gif.is_file():
+            uri = f"data:image/gif;base64,{base64.b64encode(gif.read_bytes()).decode()}"
+            pictures[f"{table.result.get('gif')}, a closed circle"] = uri
+        if strips.is_file():
+            with np.load(strips, allow_pickle=False) as arrays:
+                pictures |= {name: _picture_uri(arrays[name]) for name in arrays.files[:6]}
+        shown.append(ShownExperiment(table, pictures))
+    return shown
+
+
 def _page(
-    metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray], figures: dict[str, bytes]
+    metrics: Metrics,
+    records: list[ViewRecord],
+    pictures: dict[str, np.ndarray],
+    figures: dict[str, bytes],
+    experiments: list[ShownExperiment],
 ) -> str:
     """report.html: everything in one file that refers to nothing outside it."""
     shown = [metric for metric in plots.METRICS if metric.field in figures]
@@ -647,6 +713,12 @@ def _page(
         definitions=plots.METRICS,
         kinds={row.name: "bin" if row.is_bin else "range" for row in metrics.rows},
         size=pictures["true"].shape[1:3],
+        experiments=experiments,
+        cameras=_cameras(records),
+        script=Markup(files("sitdist.evaluate").joinpath("cameras.js").read_text()),
+        provenance=metrics.provenance,
+        config=json.dumps(metrics.config, indent=1) if metrics.config else "",
+        worst=_worst(metrics, records, pictures),
     )
 
 
@@ -659,7 +731,31 @@ def _views_by_bin(
     for key, true, rendered in zip(pictures["key"].tolist(), pictures["true"], rendered_or_none, strict=True):
         record = by_key[key]
         views[record.bin].append(_view(record, true, rendered))
+    order = {record.key: view_error(record) for record in records}
+    for inside in views.values():
+        inside.sort(key=lambda view: -order[view.key])
     return [(row, views[row.radius[0]]) for row in metrics.bins]
+
+
+CAMERAS_SHOWN = 64
+WORST_SHOWN = 12
+
+
+def _worst(metrics: Metrics, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> list[View]:
+    """The views with the largest errors of all whose pictures are there, the worst first."""
+    views = {view.key: view for _, inside in _views_by_bin(metrics, records, pictures) for view in inside}
+    ordered = sorted((record for record in records if record.key in views), key=view_error, reverse=True)
+    return [views[record.key] for record in ordered[:WORST_SHOWN]]
+
+
+def _cameras(records: list[ViewRecord]) -> dict[str, Any]:
+    """True and estimated cameras for the page's 3D view: the columns of camera_to_world, three numbers each."""
+
+    def columns(pose: list[float] | None) -> list[float] | None:
+        return None if pose is None else np.array(pose).reshape(3, 4).T.round(4).flatten().tolist()
+
+    shown = plots.evenly(records, CAMERAS_SHOWN)
+    return {"cameras": [{"true": columns(each.true), "estimated": columns(each.estimated)} for each in shown]}
 
 
 def _pose_lines(record: ViewRecord) -> list[tuple[str, str, str]]:

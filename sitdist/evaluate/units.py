@@ -16,6 +16,7 @@ import numpy as np
 from sitdist.data.format import write_atomically
 
 PICTURES_PER_BIN = 4
+WORST_PER_UNIT = 2
 POSE_ENTRIES = [f"{row}{column}" for row in range(3) for column in range(4)]
 EDGE = 1e-6  # a camera this close below a bin's edge stands on it: radii are norms of rounded numbers
 
@@ -73,15 +74,15 @@ class ViewRecord:
     nearest_psnr: float
     true: list[float]
     estimated: list[float] | None
-    object_psnr: float | None = None
-    codec_object_psnr: float | None = None
-    symmetric_rotation_error_deg: float | None = None
-    symmetric_translation_error: float | None = None
     rotation_bar_50_deg: float | None = None  # these five: of a run that is calibrated
     rotation_bar_90_deg: float | None = None
     translation_bar_50: float | None = None
     translation_bar_90: float | None = None
     trust: float | None = None
+    object_psnr: float | None = None
+    codec_object_psnr: float | None = None
+    symmetric_rotation_error_deg: float | None = None
+    symmetric_translation_error: float | None = None
 
     @property
     def translation_share(self) -> float | None:
@@ -147,15 +148,25 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(path, write)
 
 
+def pictured(unit: Unit, records: list[ViewRecord]) -> list[int]:
+    """Which of a unit's views leave their pictures: the first ones, and those with the largest errors."""
+    ranked = sorted(range(len(records)), key=lambda i: -view_error(records[i]))
+    return sorted({*range(unit.pictures), *ranked[:WORST_PER_UNIT]})
+
+
+def view_error(record: ViewRecord) -> float:
+    """What views are sorted by: the rotation error, or how low the PSNR is where no pose is read."""
+    return record.rotation_error_deg if record.rotation_error_deg is not None else -(record.psnr or 0.0)
+
+
 def merge_pictures(arrays: dict[str, dict[str, np.ndarray]], units: list[Unit]) -> dict[str, np.ndarray]:
-    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of the first views of every bin, in unit order.
+    """key [N], bin [N], and true and rendered [N, H, W, 3] uint8 of the views that were kept, in unit order.
 
     `arrays`: what every unit left, by its name. There is no `rendered` where nothing was.
     """
     parts: dict[str, list[np.ndarray]] = {"key": [], "bin": [], "true": [], "rendered": []}
     for unit in units:
-        if unit.pictures:
-            for name, array in arrays[unit.name].items():
-                parts[name].append(array)
-            parts["bin"].append(np.full(unit.pictures, unit.views[0].bin))
+        for name, array in arrays[unit.name].items():
+            parts[name].append(array)
+        parts["bin"].append(np.full(len(arrays[unit.name]["key"]), unit.views[0].bin))
     return {name: np.concatenate(values) for name, values in parts.items() if values}
