@@ -36,7 +36,7 @@ from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import check_rigid
 from sitdist.geometry.similarity import Similarity
 from sitdist.model.codec import latent_mean
-from sitdist.train.build import build_sampling
+from sitdist.train.build import build_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -134,7 +134,7 @@ class Flow:
     @property
     def estimate_options(self) -> EstimateOptions:
         """How the run's config reads poses; `dataclasses.replace` changes a part of it."""
-        return EstimateOptions(self.run.config.evaluate.estimator, self.run.config.evaluate.estimator_steps)
+        return build_estimate(self.run.config.evaluate)
 
     @property
     def sample_options(self) -> SampleOptions:

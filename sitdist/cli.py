@@ -30,7 +30,8 @@ from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
-ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
+ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom")
+READOUTS = ("svd", "weighted", "look_at")
 FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers", "all")
@@ -219,6 +220,7 @@ def _parser() -> _Parser:
     command.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval/...)")
     command.add_argument("--estimator", choices=ESTIMATORS)
     command.add_argument("--estimator-steps", type=_positive)
+    command.add_argument("--readout", choices=READOUTS, help="how a pose is fitted to its sixteen numbers")
     command.add_argument("--generator", choices=GENERATORS)
     command.add_argument("--generator-steps", type=_positive)
     command.add_argument("--batch", type=_positive)
@@ -302,6 +304,15 @@ def _parser() -> _Parser:
     command.add_argument("--step", type=_positive, help="after this many steps (default: the last snapshot)")
     command.add_argument("--out", type=Path, help="file of the weights, for --set evaluate.average=FILE")
     command.set_defaults(command=_ema_reconstruct)
+
+    command = bench.add_parser("pose", help="errors and speed of every pose estimator, beside the source's protocol")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    command.add_argument("--split", default="test", help="(default: test)")
+    command.add_argument("--views", type=_positive, metavar="N", help="its first N views (default: all)")
+    command.add_argument("--batch", type=_positive, default=64, help="(default: 64)")
+    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    command.set_defaults(command=_bench_pose)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, nargs="+", help="folder that holds metrics.json and records.csv")
@@ -529,6 +540,22 @@ def _ema_reconstruct(options: argparse.Namespace) -> None:
     from sitdist.train.posthoc_ema import reconstruct_to_file
 
     print(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out))
+
+
+def _bench_pose(options: argparse.Namespace) -> None:
+    import json
+
+    import torch
+
+    from sitdist.data.format import write_atomically
+    from sitdist.evaluate.bench_pose import bench_pose, format_bench
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench = bench_pose(options.runs, options.split, options.views, options.batch, device)
+    if options.json:
+        text = json.dumps(bench.to_dict(), indent=2) + "\n"
+        write_atomically(options.json, lambda path: path.write_text(text))
+    print(format_bench(bench))
 
 
 def _report(options: argparse.Namespace) -> None:

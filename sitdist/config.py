@@ -539,7 +539,6 @@ class TrainConfig(Schema):
 FixedSolver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams"]
 AdaptiveSolver = Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"]
 StochasticSolver = Literal["euler_maruyama", "stochastic_heun"]
-ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
 
 
 class EvaluateConfig(Schema):
@@ -550,10 +549,23 @@ class EvaluateConfig(Schema):
     over the whole batch. Stochastic ones (euler_maruyama, stochastic_heun) need the gaussian endpoint; `diffusion` and
     the two after it are theirs, and last_step null leaves the last step out. `guidance` is the scale of classifier-free
     guidance (null: none), which needs labels dropped in training.
+
+    `estimator`: one_step, the posterior mean; euler, heun, midpoint backward in `estimator_steps` steps; source, 249
+    explicit Euler steps; exact, which undoes the generator; renoised, the mean over `estimator_draws` copies at
+    `estimator_time`; draws, over as many draws of a vae's latent; multi_zoom, the weighted mean over the picture in
+    all `zooms` about its centre (`background` around it, by default the recipe's). `readout`:
+    svd, weighted, or look_at where all training cameras look at the origin upright.
     """
 
-    estimator: Literal["one_step", "euler", "heun", "midpoint", "source"] = "one_step"
+    estimator: Literal[
+        "one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom"
+    ] = "one_step"
     estimator_steps: Positive = 50
+    estimator_draws: Positive = 4
+    estimator_time: Annotated[float, Field(gt=0, lt=1)] = 0.97
+    readout: Literal["svd", "weighted", "look_at"] = "svd"
+    zooms: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.75, 0.9, 1.0, 1.1, 1.25]
+    background: Colour | None = None
     generator: Literal[FixedSolver, AdaptiveSolver, StochasticSolver] = "heun"
     generator_steps: Positive = 10
     tolerance: Annotated[float, Field(gt=0)] = 1e-6

@@ -19,11 +19,13 @@ from torch import Tensor
 from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
+from sitdist.evaluate.poses import OF_PICTURES
 from sitdist.flow.calibration import BAR_LEVELS, FEWEST, LEVELS, Calibration, fit_calibration, rendered_mean
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.model.codec import latent_mean
+from sitdist.train.build import build_estimate
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 FILE = "calibration.json"
@@ -145,7 +147,13 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     data = Path(options.data or loaded.config.data)
     manifest = load_manifest(data)
     _check_split(data, manifest, loaded, options.split)
-    how = EstimateOptions(options.estimator or settings.estimator, options.estimator_steps or settings.estimator_steps)
+    given = {"estimator": options.estimator, "estimator_steps": options.estimator_steps}
+    settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
+    if settings.estimator in OF_PICTURES:
+        raise ConfigError(
+            f"estimator '{settings.estimator}': error bars are for estimators that read one latent; calibrate one_step"
+        )
+    how = build_estimate(settings)
     fitted = _fit(loaded, ShardReader(data, options.split), how, options.batch or settings.batch)
     kept = RunCalibration(
         calibration=fitted,

@@ -34,19 +34,19 @@ from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.evaluate import calibrate, metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.coverage import coverage_counts
+from sitdist.evaluate.poses import OF_PICTURES, PoseReader
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, pictured, save_arrays, thinned
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
 from sitdist.evaluate.work import Job, Producer, do_jobs, merge, prepare
-from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
+from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
-from sitdist.flow.solve import function_evaluations
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.model.codec import latent_mean
 from sitdist.runtime import log, processes
-from sitdist.train.build import build_sampling
+from sitdist.train.build import build_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
 from sitdist.train.posthoc_ema import use_average
 
@@ -74,6 +74,7 @@ class EvalOptions:
     out: Path | None = None
     estimator: str | None = None
     estimator_steps: int | None = None
+    readout: str | None = None
     generator: str | None = None
     generator_steps: int | None = None
     batch: int | None = None
@@ -183,6 +184,7 @@ class _Evaluation:
     why_uncalibrated: str
     settings: EvaluateConfig
     statistics: PoseStatistics
+    poses: PoseReader
     views: Views
     units: list[Unit]
     training: ShardReader
@@ -234,9 +236,9 @@ class _Evaluation:
         """
         codec = self.loaded.codec
         views = self.views.load(unit.views)
-        images, latents = views.images.to(self.device), views.latents.to(self.device)
+        images, moments = views.images.to(self.device), views.moments.to(self.device)
         true, labels = views.camera_to_world.to(self.device), views.labels.to(self.device)
-        intrinsics = views.intrinsics.to(self.device)
+        intrinsics, latents = views.intrinsics.to(self.device), latent_mean(moments)
 
         ceiling = codec.decode(latents)
         nearest = self.training_views.nearest_by_latent(latents, labels)
@@ -256,7 +258,7 @@ class _Evaluation:
         }
         flow, rendered = self.loaded.config.flow, None
         if flow.why_no_pose() is None:
-            values |= self._pose_errors(self._estimate(latents, labels), true, intrinsics)
+            values |= self._pose_errors(self._estimate(unit, images, moments, labels, intrinsics), true, intrinsics)
         if flow.why_no_picture() is None:
             rendered = codec.decode(self._generate(unit, true, intrinsics, labels, latents.shape[1:]))
             values |= self._picture_errors(rendered, images)
@@ -266,11 +268,13 @@ class _Evaluation:
         records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
         return records, _to_uint8(images), None if rendered is None else _to_uint8(rendered)
 
-    def _estimate(self, latents: Tensor, labels: Tensor) -> PoseEstimate:
-        model, path = self.loaded.model, self.loaded.path
-        options, endpoint = _estimate_options(self.settings), self.loaded.endpoint
-        estimate = estimate_pose(model, path, latents, labels, self.statistics, options, endpoint)
-        return self.calibration.fill(self.loaded, estimate, latents, labels) if self.calibration else estimate
+    def _estimate(
+        self, unit: Unit, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor
+    ) -> PoseEstimate:
+        estimate = self.poses.estimate(images, moments, labels, self._positions(unit), intrinsics)
+        if self.calibration is None:
+            return estimate
+        return self.calibration.fill(self.loaded, estimate, latent_mean(moments), labels)
 
     def _pose_errors(self, estimate: PoseEstimate, true: Tensor, intrinsics: Tensor) -> dict[str, Tensor]:
         estimated = estimate.camera_to_world
@@ -278,6 +282,8 @@ class _Evaluation:
             "rotation_error_deg": rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3]),
             "translation_error": translation_error(estimated, true),
             "estimated": estimated[:, :3].flatten(1),
+            "function_evaluations": estimate.function_evaluations,
+            "converged": estimate.converged,
         }
         if estimate.trust is not None:
             values |= calibrate.bar_columns(estimate)
@@ -313,8 +319,11 @@ class _Evaluation:
             build_sampling(self.settings),
             self.settings.seed,
             "eval",
-            torch.tensor([view.position for view in unit.views], device=self.device),
+            self._positions(unit),
         )
+
+    def _positions(self, unit: Unit) -> Tensor:
+        return torch.tensor([view.position for view in unit.views], device=self.device)
 
     # ------------------------------------------------------------------------------------------------------ results
 
@@ -343,7 +352,9 @@ class _Evaluation:
             "dataset": str(self.data),
             "split": self.title,
             "estimator": settings.estimator,
-            "function_evaluations": _evaluations(settings.estimator, settings.estimator_steps),
+            "readout": settings.readout,
+            "function_evaluations": max(record.function_evaluations or 0 for record in records),
+            "not_converged": sum(record.converged is False for record in records),
             "generator": settings.generator,
             "generator_steps": settings.generator_steps,
             "guidance": settings.guidance,
@@ -389,11 +400,6 @@ class _Evaluation:
         return noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, self.settings.seed)
 
 
-def _evaluations(estimator: str, steps: int) -> int:
-    fixed = {"one_step": 1, "source": SOURCE_STEPS}
-    return fixed[estimator] if estimator in fixed else function_evaluations(estimator, steps)
-
-
 def _to_uint8(images: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8."""
     return (images * 255.0).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -424,6 +430,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
         why_uncalibrated=why_uncalibrated,
         settings=settings,
         statistics=PoseStatistics.from_dict(loaded.manifest.statistics),
+        poses=PoseReader.open(loaded, settings),
         views=views,
         units=units,
         training=ShardReader(_training_folder(loaded, data), "train"),
@@ -447,17 +454,7 @@ def _settings(options: EvalOptions, loaded: LoadedRun) -> EvaluateConfig:
     for name in EvaluateConfig.model_fields:
         if getattr(options, name, None) is not None:
             values["evaluate"][name] = getattr(options, name)
-    settings = parse(Config, values, "evaluation options").evaluate
-    why_no_picture = loaded.config.flow.why_no_picture()
-    if why_no_picture and settings.estimator != "one_step":
-        raise ConfigError(
-            f"evaluate.estimator = '{settings.estimator}': {why_no_picture}, and knows no other times; use one_step"
-        )
-    return settings
-
-
-def _estimate_options(settings: EvaluateConfig) -> EstimateOptions:
-    return EstimateOptions(settings.estimator, settings.estimator_steps)
+    return parse(Config, values, "evaluation options").evaluate
 
 
 def _calibration(
@@ -466,7 +463,9 @@ def _calibration(
     """The run's calibration, or None and why not; ConfigError if it was fitted on the views to evaluate."""
     if options.uncalibrated or loaded.config.flow.why_no_pose():
         return None, "--uncalibrated" if options.uncalibrated else ""
-    calibration, why_not = calibrate.load_calibration(run, loaded, _estimate_options(settings))
+    if settings.estimator in OF_PICTURES:
+        return None, f"error bars are for estimators that read one latent, and {settings.estimator} reads several"
+    calibration, why_not = calibrate.load_calibration(run, loaded, build_estimate(settings))
     if calibration is None:
         log.info("no error bars: %s", why_not)
     elif options.split is not None or options.radii is None:

@@ -119,6 +119,8 @@ class Metrics(BaseModel):
     split: str
     estimator: str
     function_evaluations: int
+    readout: str = "svd"
+    not_converged: int = 0
     generator: str
     generator_steps: int
     guidance: float | None = None
@@ -538,6 +540,8 @@ def _generator(metrics: Metrics) -> str:
 def _how(metrics: Metrics) -> str:
     evaluations = metrics.function_evaluations
     poses = f"poses by {metrics.estimator} ({evaluations} function evaluation{'s' if evaluations > 1 else ''})"
+    poses += f", read out by {metrics.readout}" if metrics.readout != "svd" else ""
+    poses += f", {metrics.not_converged} of them not converged" if metrics.not_converged else ""
     pictures = f"pictures by {_generator(metrics)}"
     parts = [*([] if metrics.no_pose else [poses]), *([] if metrics.no_picture else [pictures])]
     augmented = ["trained radius augmented"] if metrics.radius_augmented else []

@@ -51,6 +51,7 @@ class ViewRecord:
     `true` and `estimated` are the upper three rows of camera_to_world, row-major. None is what was not measured: LPIPS,
     the focal length's error in percent, the pose or the picture of a model that has none; the PSNR on the object where
     its background is not known or none is seen; errors up to a symmetry (filled in by the merge) where there is none.
+    `function_evaluations` and `converged` are those of the pose.
     """
 
     key: str
@@ -83,6 +84,8 @@ class ViewRecord:
     codec_object_psnr: float | None = None
     symmetric_rotation_error_deg: float | None = None
     symmetric_translation_error: float | None = None
+    function_evaluations: int | None = None
+    converged: bool | None = None
 
     @property
     def translation_share(self) -> float | None:

@@ -17,7 +17,7 @@ from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius, shell_cameras
-from sitdist.model.codec import Codec, latent_mean
+from sitdist.model.codec import Codec
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
 BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
@@ -25,12 +25,12 @@ BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """Pictures [B, 3, H, W] in [0, 1], latent means [B, C, h, w], camera_to_world [B, 4, 4] float64, labels [B], and
+    """Pictures [B, 3, H, W] in [0, 1], latent moments [B, 2C, h, w], camera_to_world [B, 4, 4] float64, labels [B], and
     normalized intrinsics [B, 4] float64.
     """
 
     images: Tensor
-    latents: Tensor
+    moments: Tensor
     camera_to_world: Tensor
     labels: Tensor
     intrinsics: Tensor
@@ -81,7 +81,7 @@ class SplitViews:
         indices = [view.position for view in views]
         return ViewBatch(
             self._reader.images(indices),
-            latent_mean(self._reader.moments(indices).float()),
+            self._reader.moments(indices).float(),
             self._camera_to_world[indices],
             self._reader.labels()[indices],
             self._reader.intrinsics(indices),
@@ -131,10 +131,10 @@ class SceneViews:
         positions = torch.tensor([view.position for view in views])
         camera_to_world = self._cameras(views[0].bin, positions)
         images = self._render(camera_to_world)
-        latents = latent_mean(self._codec.encode_moments(images.to(self._device)))
+        moments = self._codec.encode_moments(images.to(self._device))
         labels = torch.full((len(views),), self._source.label)
         intrinsics = torch.tensor([self._intrinsics.normalized()] * len(views), dtype=torch.float64)
-        return ViewBatch(images, latents, camera_to_world, labels, intrinsics)
+        return ViewBatch(images, moments, camera_to_world, labels, intrinsics)
 
     def background(self) -> Tensor | None:
         return backdrop(self._scene, self._source.background)

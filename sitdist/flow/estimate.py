@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
+from sitdist.flow.draws import normal
 from sitdist.flow.endpoint import Endpoint
+from sitdist.flow.exact import Inversion, invert_exactly
 from sitdist.flow.path import Path
+from sitdist.flow.readout import READOUTS, read_camera
 from sitdist.flow.solve import Model, function_evaluations, invert, invert_at_arrival
-from sitdist.geometry.packing import PoseStatistics, destandardize, entries, packed_intrinsics
+from sitdist.geometry.packing import PoseStatistics, entries, packed_intrinsics
+from sitdist.geometry.pose import project_to_so3
 
 SOURCE_STEPS = 249
-ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source")
+INTEGRATED = ("euler", "heun", "midpoint")
+ESTIMATORS = ("one_step", *INTEGRATED, "source", "exact", "renoised", "draws")
 
 
 @dataclass(frozen=True)
 class EstimateOptions:
     """How poses are read off latents.
 
-    `one_step` is the posterior mean; `euler`, `heun` and `midpoint` integrate backward on `steps` intervals; `source`
-    is the protocol of the work this system comes from: 249 explicit Euler steps, velocity at the time of arrival.
+    `one_step` is the posterior mean at t = 1. `euler`, `heun` and `midpoint` integrate backward on `steps` intervals;
+    `source` is the protocol of the work this system comes from: 249 explicit Euler steps, velocity at the time of
+    arrival. `exact` undoes `generator` with `generator_steps` steps, each of which is solved to `tolerance` by at most
+    `max_iterations`. `renoised` takes the one-step pose as x0, `draws` times with new noise, and averages the posterior
+    means at t = `time` of what lies between it and the latent. `draws` averages the one-step x0 of `draws` latents
+    drawn from the codec's posterior. Noise is keyed by `seed` and the view's position. `readout`: how a rigid pose is
+    fitted to the sixteen entries, one of READOUTS.
     """
 
     estimator: str = "one_step"
     steps: int = 50
+    generator: str = "heun"
+    generator_steps: int = 10
+    tolerance: float = 2e-6
+    max_iterations: int = 50
+    draws: int = 4
+    time: float = 0.97
+    seed: int = 0
+    readout: str = "svd"
 
     def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            raise ConfigError(f"estimator '{self.estimator}': unknown; choose one of {', '.join(ESTIMATORS)}")
-        if self.steps < 1:
-            raise ConfigError(f"estimator steps {self.steps}: should be 1 or more")
+        for what, value, choices in (
+            ("estimator", self.estimator, ESTIMATORS),
+            ("readout", self.readout, READOUTS),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{what} '{value}': unknown; choose one of {', '.join(choices)}")
+        for name in ("steps", "generator_steps", "max_iterations", "draws"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"estimator {name} {getattr(self, name)}: should be 1 or more")
+        if not 0.0 < self.time < 1.0:
+            raise ConfigError(f"estimator time {self.time:g}: should be between 0 and 1, such as 0.97")
+        if self.tolerance <= 0.0:
+            raise ConfigError(f"estimator tolerance {self.tolerance:g}: should be above 0")
 
 
 @dataclass(frozen=True)
@@ -82,34 +110,120 @@ def estimate_pose(
     statistics: PoseStatistics,
     options: EstimateOptions = EstimateOptions(),
     endpoint: Endpoint = Endpoint(),  # noqa: B008
+    positions: Tensor | None = None,
+    log_variance: Tensor | None = None,
 ) -> PoseEstimate:
     """Estimate the poses of latents [B, C, h, w] of objects `y` [B], which the flow ends in at `endpoint`.
 
-    No noise is subtracted: an estimator cannot know it.
+    `positions` [B] key the noise of `renoised` and `draws` (default: 0 to B - 1); `log_variance` [B, C, h, w] is that
+    of the codec's posterior, for `draws`. No noise is subtracted: an estimator cannot know it.
     """
-    if options.estimator == "one_step":
-        x0, evaluations = posterior_mean_x0(model, path, latent, y), 1
-    elif options.estimator == "source":
-        x0, evaluations = invert_at_arrival(model, path, latent, y, SOURCE_STEPS), SOURCE_STEPS
-    else:
-        x0 = invert(model, path, latent, y, options.estimator, options.steps)
-        evaluations = function_evaluations(options.estimator, options.steps)
-    return read_pose(x0, statistics, endpoint, torch.full_like(y, evaluations, dtype=torch.int64))
+    solved = _solve(model, path, latent, y, options, endpoint, _Noise(latent, positions, options.seed), log_variance)
+    return read_pose(solved.x0, statistics, endpoint, solved.function_evaluations, solved.converged, options.readout)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Standard normal noise like `latent` [B, C, h, w], keyed by the seed, the positions of the views, and a number."""
+
+    latent: Tensor
+    positions: Tensor | None
+    seed: int
+
+    def __call__(self, stream: str, number: int) -> Tensor:
+        positions = torch.arange(len(self.latent)) if self.positions is None else self.positions
+        noise = normal(
+            self.seed, f"{stream} {number}", positions.to(self.latent.device), math.prod(self.latent.shape[1:])
+        )
+        return noise.reshape(self.latent.shape).to(self.latent)
+
+
+def _solve(
+    model: Model,
+    path: Path,
+    latent: Tensor,
+    y: Tensor,
+    options: EstimateOptions,
+    endpoint: Endpoint,
+    noise: _Noise,
+    log_variance: Tensor | None,
+) -> Inversion:
+    """x0 of the latents by the estimator that the options name."""
+    match options.estimator:
+        case "one_step":
+            x0, evaluations = posterior_mean_x0(model, path, latent, y), 1
+        case "source":
+            x0, evaluations = invert_at_arrival(model, path, latent, y, SOURCE_STEPS), SOURCE_STEPS
+        case "exact":
+            return invert_exactly(
+                model,
+                path,
+                latent,
+                y,
+                options.generator,
+                options.generator_steps,
+                options.tolerance,
+                options.max_iterations,
+            )
+        case "renoised":
+            x0, evaluations = _renoised_x0(model, path, latent, y, options, endpoint, noise), 1 + options.draws
+        case "draws":
+            x0, evaluations = _mean_of_draws(model, path, latent, y, options, noise, log_variance), options.draws
+        case _:
+            x0 = invert(model, path, latent, y, options.estimator, options.steps)
+            evaluations = function_evaluations(options.estimator, options.steps)
+    return Inversion(x0, torch.ones_like(y, dtype=torch.bool), torch.full_like(y, evaluations, dtype=torch.int64))
+
+
+def _renoised_x0(
+    model: Model, path: Path, latent: Tensor, y: Tensor, options: EstimateOptions, endpoint: Endpoint, noise: _Noise
+) -> Tensor:
+    packed_pose = endpoint.packed_pose(posterior_mean_x0(model, path, latent, y))
+    t = torch.full((len(latent),), min(options.time, path.t_one), dtype=latent.dtype, device=latent.device)
+    total = torch.zeros_like(latent)
+    for number in range(options.draws):
+        x_t = path.sample(endpoint.x0(packed_pose, noise("renoised", number)), latent, t).x_t
+        total += path.posterior_x0(model(x_t, t, y), x_t, t)
+    return total / options.draws
+
+
+def _mean_of_draws(
+    model: Model,
+    path: Path,
+    latent: Tensor,
+    y: Tensor,
+    options: EstimateOptions,
+    noise: _Noise,
+    log_variance: Tensor | None,
+) -> Tensor:
+    if log_variance is None:
+        raise ConfigError(
+            "estimator 'draws': needs a codec whose latents have a variance to draw from, and the closed-form one has "
+            "none; use a vae codec, or estimator renoised"
+        )
+    deviation, total = (0.5 * log_variance).exp(), torch.zeros_like(latent)
+    for number in range(options.draws):
+        total += posterior_mean_x0(model, path, latent + deviation * noise("draws", number), y)
+    return total / options.draws
 
 
 def read_pose(
-    x0: Tensor, statistics: PoseStatistics, endpoint: Endpoint, evaluations: Tensor, converged: Tensor | None = None
+    x0: Tensor,
+    statistics: PoseStatistics,
+    endpoint: Endpoint,
+    evaluations: Tensor,
+    converged: Tensor | None = None,
+    readout: str = "svd",
 ) -> PoseEstimate:
     """The poses in x0 [B, C, h, w], found by `evaluations` [B] of the model."""
-    packed_pose = endpoint.packed_pose(x0.double())
-    camera_to_world = destandardize(packed_pose, statistics)
-    off = (entries(packed_pose, statistics) - camera_to_world)[:, :3, :3]
+    packed_pose, spread = endpoint.packed_pose(x0.double()), endpoint.spread(x0.double())
+    rotation = entries(packed_pose, statistics)[:, :3, :3]
     return PoseEstimate(
-        camera_to_world=camera_to_world,
+        camera_to_world=read_camera(packed_pose, spread, statistics, readout),
         packed_pose=packed_pose,
         function_evaluations=evaluations,
-        spread=endpoint.spread(x0.double()),
-        so3_residual=torch.linalg.matrix_norm(off),
+        spread=spread,
+        so3_residual=torch.linalg.matrix_norm(rotation - project_to_so3(rotation)),
         converged=torch.ones_like(evaluations, dtype=torch.bool) if converged is None else converged,
         intrinsics=packed_intrinsics(packed_pose, statistics),
     )

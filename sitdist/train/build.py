@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from sitdist.config import EvaluateConfig, FlowConfig, ModelConfig, OptimizerCon
 from sitdist.data.format import DatasetManifest
 from sitdist.errors import CodecError, ConfigError
 from sitdist.flow.endpoint import Endpoint
+from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.sample import SampleOptions
 from sitdist.model.codec import Codec, load_codec
 from sitdist.model.sit import SiT
@@ -34,6 +36,29 @@ def build_sampling(config: EvaluateConfig) -> SampleOptions:
         config.last_step,
         config.last_step_size,
     )
+
+
+def build_estimate(config: EvaluateConfig) -> EstimateOptions:
+    """How latents are read; what the estimator does not look at has its default, so that equal ways are equal.
+
+    ConfigError for multi_zoom, which reads pictures.
+    """
+    values: dict[str, Any] = {"readout": config.readout}
+    match config.estimator:
+        case "multi_zoom":
+            raise ConfigError(
+                "evaluate.estimator = 'multi_zoom' reads pictures in `sitdist eval` and `sitdist bench pose` only; use "
+                "one_step here"
+            )
+        case "euler" | "heun" | "midpoint":
+            values |= {"steps": config.estimator_steps}
+        case "exact":
+            values |= {"generator": config.generator, "generator_steps": config.generator_steps}
+        case "renoised":
+            values |= {"draws": config.estimator_draws, "time": config.estimator_time, "seed": config.seed}
+        case "draws":
+            values |= {"draws": config.estimator_draws, "seed": config.seed}
+    return EstimateOptions(config.estimator, **values)
 
 
 def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoint = Endpoint()) -> SiT:  # noqa: B008

@@ -30,7 +30,7 @@ from sitdist.flow.solve import generate
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.model.codec import latent_mean
-from sitdist.train.build import build_sampling
+from sitdist.train.build import build_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun
 
 
@@ -68,7 +68,7 @@ class Tools:
     def read(self, latents: Tensor, labels: Tensor, options: EstimateOptions | None = None) -> Tensor:
         """Poses [B, 4, 4] read off latents [B, C, h, w]."""
         loaded, settings = self.loaded, self.settings
-        chosen = options or EstimateOptions(settings.estimator, settings.estimator_steps)
+        chosen = options or build_estimate(settings)
         estimate = estimate_pose(loaded.model, loaded.path, latents, labels, self.statistics, chosen, loaded.endpoint)
         return estimate.camera_to_world
 
