@@ -101,6 +101,8 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
         pending = agreement.of_main(pending)
         jobs = [len(producer.jobs()) for producer in producers]
         log.info("%d of %d work units to evaluate, into %s", sum(map(len, pending)), sum(jobs), evaluation.out)
+        if evaluation.why_uncalibrated:
+            log.info("no error bars: %s", evaluation.why_uncalibrated)
         do_jobs(producers, pending, accelerator)
         agreement.barrier()
         with agreement.together():
@@ -467,8 +469,8 @@ def _calibration(
         return None, f"error bars are for estimators that read one latent, and {settings.estimator} reads several"
     calibration, why_not = calibrate.load_calibration(run, loaded, build_estimate(settings))
     if calibration is None:
-        log.info("no error bars: %s", why_not)
-    elif options.split is not None or options.radii is None:
+        return None, why_not
+    if options.split is not None or options.radii is None:
         calibration.refuse_views_of(manifest, options.split or "test")
     return calibration, why_not
 
