@@ -17,7 +17,7 @@ from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius, shell_cameras
-from sitdist.model.codec import Codec
+from sitdist.model.codec import Codec, latent_mean
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
 BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
@@ -34,6 +34,11 @@ class ViewBatch:
     camera_to_world: Tensor
     labels: Tensor
     intrinsics: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        """The means of the latents, [B, C, h, w]."""
+        return latent_mean(self.moments)
 
 
 class Views(Protocol):
