@@ -133,7 +133,7 @@ def test_the_scene_and_the_vae_are_the_datasets_own(scene, tmp_path, monkeypatch
 
 
 def test_a_scene_that_is_not_there_is_named_before_anything_is_measured(tiny_dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "_machine", None)  # which begins the report
+    monkeypatch.setattr(bench, "machine", None)  # which begins the report
     arguments = ["--samples", "16", "--batch", "16", "--views", "1", "--scene", str(tmp_path / "nowhere")]
     assert cli.run(["bench", "data", str(tiny_dataset), *arguments]) == 2
     assert "nowhere/scene.json: no such file; make a scene with `sitdist scene fit`" in capsys.readouterr().err
