@@ -57,7 +57,7 @@ def test_one_step_of_it_runs(tmp_path, monkeypatch):
     # The checkpoint, two gigabytes, is looked at instead of being written.
     saved = {}
     monkeypatch.setattr(
-        checkpoints, "save_checkpoint", lambda run, state, tensors, keep: saved.update(state=state, **tensors)
+        checkpoints, "save_checkpoint", lambda run, state, tensors, *retention: saved.update(state=state, **tensors)
     )
     counts = ["train.steps=1", "train.global_batch=2", "train.validation_views=1", "train.picture_views=1"]
     counts += ["evaluate.generator_steps=3"]
