@@ -498,17 +498,17 @@ class ProfileConfig(Schema):
 class TrainConfig(Schema):
     """One training run. The world size is no part of it: accumulation follows from it and global_batch.
 
-    The newest `keep_checkpoints` checkpoints stay, and those of every `keep_every`-th step (null: no others).
-    `compile`: every block by itself, or the model in full. `activation_checkpointing`: what blocks compute again in the
-    backward pass instead of keeping it, all but the results of matrix products (selective), or all.
-    `layer_norms_every`: steps between norms of every layer. `tracker`: one of Accelerate's, such as wandb, beside
-    TensorBoard.
+    `precision` auto: bf16 where the device computes in it, else fp32. The newest `keep_checkpoints` stay, and
+    those of every `keep_every`-th step (null: no others). `compile`: every block by itself, or the model in full.
+    `activation_checkpointing`: what blocks compute again in the backward pass and do not keep, all but the results
+    of matrix products (selective), or all. `layer_norms_every`: steps between norms of every layer. `tracker`: one of
+    Accelerate's, such as wandb, beside TensorBoard.
     """
 
     steps: Positive
     global_batch: Positive
     max_batch_per_device: Positive | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False
     compile: Literal["off", "blocks", "full"] = "off"
     activation_checkpointing: Literal["off", "selective", "all"] = "off"

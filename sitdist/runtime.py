@@ -29,11 +29,15 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Accelerator:
     """The accelerator of this process; starts the process group where a launcher started several processes.
 
+    `precision`: auto, fp32, bf16 or fp16; `accelerator.mixed_precision` tells what it came to (no for fp32).
+
     Without a GPU, or with ACCELERATE_USE_CPU=true, everything runs on the CPU over gloo. ConfigError where the
     launcher's settings cannot be honoured: fp16 on a CPU, a framework other than data parallelism, or processes that
     do not see each other.
     """
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = _use_cpu()
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(use_cpu) else "fp32"
     if precision == "fp16" and use_cpu:
         raise ConfigError("train.precision = 'fp16': there is no fp16 training on a CPU; use fp32 or bf16")
     if precision == "bf16" and not use_cpu and not torch.cuda.is_bf16_supported():
@@ -69,6 +73,19 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
     return accelerator
 
 
+def _use_cpu() -> bool:
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.cuda.is_available()
+
+
+def computes_in_bf16(cpu: bool) -> bool:
+    """Whether the CPU, or else the GPU, has instructions for bfloat16 instead of emulating it."""
+    if not cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def count_nodes(world: int) -> int:
     """How many nodes these processes run on, by what the launcher says; ConfigError where it does not fit."""
     local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
@@ -88,6 +105,8 @@ def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[
     """
     accelerator = make_accelerator(precision, deterministic)
     log_on_main(accelerator)
+    if precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16(cpu=True):
+        log.warning("train.precision = 'bf16': this CPU emulates it, many times slower than fp32; auto would take fp32")
     try:
         yield accelerator, Agreement(accelerator)
     except (SitdistError, RunInterrupted) as error:

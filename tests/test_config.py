@@ -67,7 +67,7 @@ def refusal(schema, values):
         ("flow.sigma", -0.1, "flow.sigma = -0.1: input should be greater than or equal to 0"),
         ("flow.sigma", float("nan"), "flow.sigma = nan: input should be a finite number"),
         ("train.ema_decay", 1, "train.ema_decay = 1: input should be less than 1"),
-        ("train.precision", "fp8", "train.precision = 'fp8': input should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision", "fp8", "train.precision = 'fp8': input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("flow.path", "cubic", "flow.path = 'cubic': input should be 'linear', 'gvp' or 'vp'"),
         ("data", "", "data = '': string should have at least 1 character"),
         ("name", "a/b", "name = 'a/b': string should match pattern"),

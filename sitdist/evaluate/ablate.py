@@ -191,7 +191,7 @@ def _config(variant: Variant, data: Path, steps: int, model: ModelConfig) -> Con
         "train": {
             "steps": steps,
             "global_batch": 64,
-            "precision": "bf16",
+            "precision": "auto",
             "optimizer": {"lr": 1e-3},
             "schedule": {"warmup_steps": min(200, steps // 10)},
             "ema_decay": 0.995,

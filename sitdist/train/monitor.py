@@ -59,8 +59,9 @@ class Monitor:
         self._device, self._tracker = accelerator.device, None
         self._peak = None
         if self._device.type == "cuda":
-            precision = "fp32" if config is None else config.train.precision
-            self._peak = listed_peak(torch.cuda.get_device_name(self._device), precision)
+            name = torch.cuda.get_device_name(self._device)
+            precision = accelerator.mixed_precision
+            self._peak = listed_peak(name, "fp32" if precision == "no" else precision)
         self._loss_sums = torch.zeros(len(BIN_NAMES), dtype=torch.float64, device=accelerator.device)
         self._loss_counts = torch.zeros_like(self._loss_sums)
         self._reset()

@@ -373,6 +373,12 @@ class Trainer:
         checkpoints.load_optimizer(
             self.raw_model, self.raw_optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
         )
+        before, now = loaded.state.get("precision"), self.accelerator.mixed_precision
+        if before not in (None, now):
+            log.warning(
+                "%s was trained in %s and this device goes on in %s: the rest differs in rounding",
+                *(loaded.folder, before.replace("no", "fp32"), now.replace("no", "fp32")),
+            )
         self.step = self.saved_step = loaded.step
         if self.accelerator.scaler is not None and loaded.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
@@ -428,6 +434,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "dataset": self.fingerprint,
             "world_size": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
             "scaler": None if scaler is None else scaler.state_dict(),
             "versions": {
                 "sitdist": sitdist.__version__,

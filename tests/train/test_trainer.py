@@ -307,6 +307,15 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint(config, tmp_path):
     assert tensor_bytes(tmp_path, 6) == expected
 
 
+def test_precision_auto_goes_on_elsewhere_and_says_what_differs(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    train(config("train.precision=auto", "train.steps=1"), tmp_path / "run")
+    assert read_newest(tmp_path / "run").state["precision"] == "no"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    train(config("train.precision=auto", "train.steps=2"), tmp_path / "run", resume=True)
+    assert "was trained in fp32 and this device goes on in bf16" in capsys.readouterr().err
+
+
 def test_resume_without_a_checkpoint_starts_and_a_finished_run_stays(config, tmp_path):
     train(config(), tmp_path, resume=True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
