@@ -385,6 +385,7 @@ class FlowConfig(Schema):
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     share_at_one: Share = 0.25
     share_at_zero: Share = 0.15
+    weight_at_one: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -407,6 +408,10 @@ class FlowConfig(Schema):
     def _shares(self) -> FlowConfig:
         if self.share_at_one + self.share_at_zero > 1:
             raise ValueError(f"share_at_one + share_at_zero is {self.share_at_one + self.share_at_zero:g}, more than 1")
+        if self.weight_at_one != 1 and self.share_at_one == 0:
+            raise ValueError(
+                f"weight_at_one is {self.weight_at_one:g}, but no times are 1; raise share_at_one, or leave it out"
+            )
         if self.path == "vp" and self.share_at_zero + self.share_at_one > 0:
             raise ValueError(
                 "the vp path's velocity is infinite at t = 1; set share_at_one and share_at_zero to 0, or path: linear"

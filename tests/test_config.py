@@ -89,6 +89,7 @@ def refusal(schema, values):
             "flow: the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one",
         ),
         ("flow.gain", 0.0, "flow.gain = 0.0: input should be greater than 0"),
+        ("flow", {"weight_at_one": 10, "share_at_one": 0}, "flow: weight_at_one is 10, but no times are 1; raise"),
         ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set share_at_one and"),
         ("flow.prediction", "noise", "flow.prediction = 'noise': input should be 'velocity', 'x0' or 'score'"),
         ("flow", {"prediction": "score"}, "flow: prediction score needs the gaussian endpoint, not 'pose', because"),

@@ -56,6 +56,15 @@ def loss_weight(path: Path, weight: str, t: Tensor) -> Tensor:
     raise ConfigError(f"flow.loss_weight = '{weight}': unknown; choose one of {', '.join(LOSS_WEIGHTS)}")
 
 
+def weigh_times(loss: Tensor, t: Tensor, weight_at_one: float) -> Tensor:
+    """The losses [B] of samples at times t [B], those at t = 1 times `weight_at_one`.
+
+    At t = 1 the loss falls far below that at other times, where it keeps the variance of x1 given x_t, so that in a sum
+    of both the gradient of what reads the pose is lost in the noise of the other's.
+    """
+    return torch.where(t == 1, weight_at_one * loss, loss)
+
+
 def training_interval(path: Path, prediction: str, weight: str) -> tuple[float, float]:
     """The times between which the loss and its gradient are finite and say something.
 

@@ -27,7 +27,7 @@ from sitdist.data.store import Store, open_store
 from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
-from sitdist.flow.loss import flow_loss, training_interval
+from sitdist.flow.loss import flow_loss, training_interval, weigh_times
 from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
 from sitdist.model.flops import training_flops
@@ -288,7 +288,8 @@ class Trainer:
                     self.config.flow.loss_weight,
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
-                self.accelerator.backward(loss.sum() * share)
+                weighed = weigh_times(loss, inputs.t[part], self.config.flow.weight_at_one)
+                self.accelerator.backward(weighed.sum() * share)
             losses.append(loss.detach())
         return torch.cat(losses)
 

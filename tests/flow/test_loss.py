@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sitdist.errors import ConfigError
-from sitdist.flow.loss import LOSS_WEIGHTS, flow_loss, loss_weight, training_interval
+from sitdist.flow.loss import LOSS_WEIGHTS, flow_loss, loss_weight, training_interval, weigh_times
 from sitdist.flow.path import PATHS, PREDICTIONS, get_path
 from sitdist.flow.predict import VelocityModel
 from sitdist.flow.sde import diffusion
@@ -24,6 +24,11 @@ def test_loss_is_zero_for_the_true_velocity_and_the_mean_square_otherwise() -> N
     t = torch.tensor([0.2, 1.0])
     assert flow_loss(lambda x, t, y, d: x1 - x0, LINEAR, x0, x1, t, Y).abs().max() == 0
     torch.testing.assert_close(flow_loss(lambda x, t, y, d: x1 - x0 + 3, LINEAR, x0, x1, t, Y), torch.full((2,), 9.0))
+
+
+def test_only_the_samples_at_one_are_weighed() -> None:
+    loss, t = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([0.0, 1.0, 1 - 1e-6])
+    assert weigh_times(loss, t, 10.0).tolist() == [2.0, 30.0, 5.0]
 
 
 @pytest.mark.parametrize("name", PATHS)

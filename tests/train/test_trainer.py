@@ -125,6 +125,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_the_nearest
         "flow.endpoint=gaussian",
         "flow.path=gvp",
         "flow.share_at_one=0.8",
+        "flow.weight_at_one=10",
         "flow.prediction=x0",
     ],
 )
