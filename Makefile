@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+JOBS ?= 2
 export PYTHONUNBUFFERED := 1
 
 .PHONY: setup demo test test-fast test-slow lint lock clean
@@ -28,11 +29,12 @@ demo: $(READY)
 	$(BIN)/sitdist train configs/demo.yaml --set data=$(DEMO)/data --out $(DEMO)/run
 	$(BIN)/sitdist eval $(DEMO)/run --radii 1:7 --views-per-radius 32 --out $(DEMO)/eval
 
-test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+# Tests of one process run side by side; those that start processes of their own have the machine to themselves.
+test: test-fast
+	$(BIN)/python -m pytest -m "distributed and not slow"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	$(BIN)/python -m pytest -m "not slow and not distributed" -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600
