@@ -560,7 +560,7 @@ def _bench_pose(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     if len(options.evaluation) > 1:
-        from sitdist.evaluate.compare import compare
+        from sitdist.evaluate.report.compare import compare
 
         out = options.out or options.evaluation[0] / "comparison.html"
         print(compare(options.evaluation, out) + f"report: {out}")

@@ -47,6 +47,15 @@ def ffmpeg(out: Path) -> str:
     return found
 
 
+def has_ffmpeg() -> bool:
+    """Whether MP4s can be written here."""
+    try:
+        ffmpeg(Path("any.mp4"))
+    except ConfigError:
+        return False
+    return True
+
+
 def write_rendered(
     pictures: Tensor,
     camera_to_world: Tensor,
@@ -62,7 +71,7 @@ def write_rendered(
     if out.suffix.lower() == ".gif":
         write_atomically(out, lambda path: save_gif(frames, path, frames_per_second))
     elif out.suffix.lower() == ".mp4":
-        write_atomically(out, lambda path: _save_mp4(frames, path, frames_per_second, out))
+        write_atomically(out, lambda path: save_mp4(frames, path, frames_per_second, out))
     else:
         write_folder(out, lambda folder: _save_pngs(frames, camera_to_world, intrinsics, folder))
 
@@ -96,7 +105,7 @@ def _save_pngs(
         (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float, out: Path) -> None:
+def save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float, out: Path) -> None:
     """H.264 in 4:2:0, which every browser plays; enlarged to even sizes of at least 256 pixels, pixels kept square."""
     width, height = frames[0].size
     factor = max(2, -(-256 // min(width, height)))

@@ -7,20 +7,17 @@ OUT/table.md  table.html  strip.png
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +27,7 @@ from sitdist.data.reader import ShardReader
 from sitdist.data.rewrite import NewMoments, rewrite
 from sitdist.errors import ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
+from sitdist.evaluate.report.template import data_uri, render
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.model.codec import Codec, latent_mean, load_codec
@@ -229,13 +227,8 @@ def _write_table(out: Path, split: str, steps: int) -> str:
     lines = [" | ".join(cells) for cells in (HEADS, ["---"] * len(HEADS), *rows)]
     text = "\n".join([title, "", *(f"| {line} |" for line in lines)]) + "\n"
     strip = _strip(out)
-    page = files("sitdist.evaluate").joinpath("ablate.html.jinja").read_text()
-    html = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        page
-    )
-    uri = f"data:image/png;base64,{base64.b64encode(strip).decode()}"
     names = ["true", *(variant.name for variant in VARIANTS)]
-    rendered = html.render(title=title, heads=HEADS, rows=rows, strip=uri, names=names)
+    rendered = render("ablate.html.jinja", title=title, heads=HEADS, rows=rows, strip=data_uri(strip), names=names)
     write_atomically(out / "strip.png", lambda path: path.write_bytes(strip))
     write_atomically(out / "table.html", lambda path: path.write_text(rendered))
     write_atomically(out / "table.md", lambda path: path.write_text(text))

@@ -166,8 +166,9 @@ def _write_all(evaluation: _Evaluation, producers: list[Producer]) -> None:
 
     for producer in producers:
         producer.finish(*merge(producer))
-    if (evaluation.out / "metrics.json").is_file():
-        write_report(evaluation.out)
+    if not (evaluation.out / "metrics.json").is_file():
+        evaluation.write_summary([])  # no radii were measured: the rest of it is still what the report tells
+    write_report(evaluation.out)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -331,18 +332,25 @@ class _Evaluation:
 
     def write_results(self, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> None:
         """records.csv (one row a view, sorted by key), images.npz and metrics.json."""
-        symmetries = None
-        if self.loaded.config.flow.why_no_pose() is None:
-            numbers = torch.arange(0, len(self.training), self._training_stride)
-            symmetries = find_symmetries(self.training_views, numbers)
+        symmetries = self._symmetries()
+        if symmetries is not None:
             records = with_symmetries(records, symmetries.symmetries)
         table = io.StringIO()
         writer = csv.DictWriter(table, list(records[0].row()), lineterminator="\n")
         writer.writeheader()
         writer.writerows(record.row() for record in records)
-        summary = json.dumps(self._summary(records, symmetries), indent=2, allow_nan=False) + "\n"
         write_atomically(self.out / "records.csv", lambda path: path.write_text(table.getvalue()))
         save_arrays(self.out / "images.npz", pictures)
+        self.write_summary(records, symmetries)
+
+    def _symmetries(self) -> Symmetries | None:
+        if self.loaded.config.flow.why_no_pose() is not None:
+            return None
+        return find_symmetries(self.training_views, torch.arange(0, len(self.training), self._training_stride))
+
+    def write_summary(self, records: list[ViewRecord], symmetries: Symmetries | None = None) -> None:
+        """metrics.json, without rows where there are no records."""
+        summary = json.dumps(self._summary(records, symmetries), indent=2, allow_nan=False) + "\n"
         write_atomically(self.out / "metrics.json", lambda path: path.write_text(summary))
 
     def _summary(self, records: list[ViewRecord], symmetries: Symmetries | None) -> dict[str, Any]:
@@ -355,7 +363,7 @@ class _Evaluation:
             "split": self.title,
             "estimator": settings.estimator,
             "readout": settings.readout,
-            "function_evaluations": max(record.function_evaluations or 0 for record in records),
+            "function_evaluations": max((record.function_evaluations or 0 for record in records), default=None),
             "not_converged": sum(record.converged is False for record in records),
             "generator": settings.generator,
             "generator_steps": settings.generator_steps,
@@ -363,7 +371,9 @@ class _Evaluation:
             "seed": settings.seed,
             "sigma": endpoint.sigma,
             "noise_floor": None if endpoint.kind == "gaussian" else asdict(self._noise_floor()),
-            "calibration": calibrate.coverage_summary(self.calibration, records) if self.calibration else None,
+            "calibration": calibrate.coverage_summary(self.calibration, records)
+            if self.calibration and records
+            else None,
             "why_uncalibrated": self.why_uncalibrated or None,
             "no_pose": flow.why_no_pose(),
             "no_picture": flow.why_no_picture(),
@@ -381,9 +391,14 @@ class _Evaluation:
             "config": self.loaded.config.model_dump(mode="json"),
             "background": None if self.background is None else self.background.tolist(),
             "symmetry": None if symmetries is None else symmetries.to_dict(),
-            "rows": summary_rows(records),
+            "rows": summary_rows(records) if records else [],
             "labels": label_rows(records, {entry.label: entry.name for entry in self.loaded.manifest.objects}),
         }
+
+    def _bars_held(self, records: list[ViewRecord]) -> dict[str, Any] | None:
+        if self.calibration is None or not records:
+            return None
+        return calibrate.coverage_summary(self.calibration, records)
 
     def _provenance(self) -> dict[str, str]:
         """What was run on what."""

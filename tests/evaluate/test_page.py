@@ -11,7 +11,7 @@ from test_report import make_records, metrics_of, write_evaluation
 
 from sitdist import cli
 from sitdist.evaluate.coverage import AZIMUTHS, HEIGHTS, coverage_counts
-from sitdist.evaluate.plots_more import coverage_figure
+from sitdist.evaluate.plots import error_sphere_figure
 from sitdist.evaluate.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     rows = [{"turn": turn, **dict.fromkeys(names, cycle | {"mean": 2.5 * turn})} for turn in (1, 2)]
     (folder / "cycle").mkdir()
     (folder / "cycle" / "results.json").write_text(json.dumps({"experiment": "cycle", "n": 3, "rows": rows}))
+    (folder / "cycle" / "records.csv").write_text("key,turn\nv2_0_turn1,1\n")
     write_evaluation(
         folder,
         make_records(),
@@ -79,7 +80,7 @@ def test_the_page_holds_coverage_experiments_provenance_and_config(folder):
     text = (folder / "report.html").read_text()
     for word in ("Coverage", "Cycle: pose to view", "0123abc", "sitdist eval &lt;run&gt;", "tiny"):
         assert word in text
-    assert {path.stem for path in (folder / "plots").iterdir()} >= {"coverage", "cycle"}
+    assert {path.stem for path in (folder / "plots").iterdir()} >= {"sphere_training", "cycle_psnr"}
 
 
 def test_coverage_counts_cameras_where_they_stand():
@@ -90,7 +91,7 @@ def test_coverage_counts_cameras_where_they_stand():
     assert counts[HEIGHTS // 2, AZIMUTHS // 2] == 1
     assert counts[-1].sum() == counts[0].sum() == 1
     records = make_records()  # all of them straight above
-    error = coverage_figure(counts.tolist(), records).axes[1].images[0].get_array()
+    error = error_sphere_figure(records).axes[0].images[0].get_array()
     assert np.nanmax(error) == pytest.approx(np.mean([record.rotation_error_deg for record in records]))
 
 

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
+from sitdist.evaluate.plots.views import side_by_side
 from sitdist.evaluate.report import Row, format_table, write_report
 from sitdist.evaluate.results import MEASURES, summary_rows
 from sitdist.evaluate.units import ViewRecord, save_arrays
@@ -262,7 +263,8 @@ def test_the_page_states_the_numbers_of_metrics_json(folder):
         assert picture_cells(row) in page.rows
     assert ["noise floor", "", "1.25", *[""] * 4, "0.062", *[""] * 3] in page.rows
     assert LPIPS_NOT_MEASURED in page.text
-    for fact in ("heun, 20 function evaluations", "midpoint (7 steps)", "0.125", "3.01 to 4.99", "torch 2.15.0", "700"):
+    facts = ("heun (20 function evaluations)", "midpoint (7 steps)", "0.125", "3.01 to 4.99", "torch 2.15.0", "700")
+    for fact in facts:
         assert fact in page.text
 
 
@@ -284,7 +286,7 @@ def test_what_a_user_named_is_text_and_not_markup(folder):
 def test_the_page_holds_the_plots_and_every_true_and_rendered_picture_as_it_is(folder):
     embedded = [decode(source) for source in Page(folder / "report.html").sources()]
     files = [Image.open(folder / "plots" / f"{metric.field}.png") for metric in plots.METRICS[:-1]]
-    files.append(Image.open(folder / "plots" / "cameras.png"))
+    files += [Image.open(folder / "plots" / f"cameras_{side}.png") for side in plots.SIDES]
     for picture, file in zip(embedded, files, strict=False):
         np.testing.assert_array_equal(np.array(picture), np.array(file))
     with np.load(folder / "images.npz") as pictures:
@@ -311,7 +313,7 @@ def test_the_page_states_errors_and_both_poses_of_a_view(folder):
 
 
 def test_every_plot_is_a_picture_that_is_not_blank(folder):
-    names = {"rotation_error_deg", "translation_error", "psnr", "mae", "ssim", "cameras", "views"}
+    names = {"rotation_error_deg", "translation_error", "psnr", "mae", "ssim", "cameras_side", "cameras_above", "views"}
     assert {path.stem for path in (folder / "plots").iterdir()} == names
     for name in names:
         pixels = np.array(Image.open(folder / "plots" / f"{name}.png").convert("L"))
@@ -367,13 +369,13 @@ def test_many_cameras_are_thinned_evenly_by_radius_and_few_are_all_shown():
     radii = [record.radius for record in plots.evenly(records[::-1], 11)]
     assert radii == [100.0 * i for i in range(11)]
     assert len(plots.evenly(records[:5], 48)) == 5
-    title = plots.cameras_figure(records).get_suptitle()
-    assert title == "True and estimated cameras (48 of 1001, evenly by radius)"
+    title = plots.cameras_figure(records, "side").get_suptitle()
+    assert title == "Cameras from the side (48 of 1001, evenly by radius)"
 
 
 def test_small_pictures_are_enlarged_by_whole_factors():
     true, rendered = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    pair = plots._side_by_side(true, rendered)
+    pair = side_by_side(true, rendered)
     assert pair.shape == (128, 2 * 128 + 4, 3)
     np.testing.assert_array_equal(pair[::8, :128:8], true)
     np.testing.assert_array_equal(pair[7::8, 132 + 7 :: 8], rendered)
@@ -491,7 +493,7 @@ def flip_a_pixel(folder):
         (lambda folder: (folder / "metrics.json").write_bytes(b"\xff\xfe\x00"), r"metrics\.json: damaged"),
         (lambda folder: (folder / "metrics.json").write_text("[]"), r"metrics\.json: damaged \(the whole: "),
         (change_metrics(lambda metrics: metrics.pop("sigma")), r"damaged \(sigma: Field required\)"),
-        (change_metrics(lambda metrics: metrics.update(rows=[])), r"damaged \(rows: List should have at least 1 item"),
+        (change_metrics(lambda metrics: metrics.update(rows=[])), r"damaged \(no rows, but there is a records\.csv"),
         (change_metrics(lambda metrics: metrics["rows"][1]["psnr"].update(mean="x")), r"damaged \(rows\.1\.psnr\.mean"),
         (
             change_metrics(lambda metrics: metrics["rows"][0]["mae"].update(mean=np.nan)),
@@ -543,8 +545,8 @@ def test_a_calibrated_evaluation_has_a_plot_of_its_error_bars(tmp_path):
     calibration = {"fitted_on": fitted, "expected": [0.5, 0.9], "rotation": shares, "translation": shares}
     write_evaluation(tmp_path, make_records(), calibration=calibration)
     page = write_report(tmp_path).read_text()
-    assert (tmp_path / "plots" / "calibration.png").is_file()
+    assert (tmp_path / "plots" / "calibration_rotation.png").is_file()
     assert "Fitted on 77" in page
     write_evaluation(tmp_path, make_records())
     assert "Error bars" not in write_report(tmp_path).read_text()
-    assert not (tmp_path / "plots" / "calibration.png").exists()
+    assert not (tmp_path / "plots" / "calibration_rotation.png").exists()

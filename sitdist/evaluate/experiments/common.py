@@ -55,6 +55,11 @@ class Tools:
     def references(self) -> list[ViewRef]:
         return self.views.references()
 
+    @cached_property
+    def label(self) -> int:
+        """The label of the scene's object, or else of the first view."""
+        return self.scene.label if self.scene else int(self.views.load((self.references[0],)).labels[0])
+
     @property
     def latent_shape(self) -> torch.Size:
         shape = self.loaded.manifest.latent

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ NOTES = {
     "against the view of the turn before.",
     "solvers": "Means over the same views; ms is the time of one view in a batch.",
 }
+ROW_LABELS = ("task", "solver", "function_evaluations", "method", "turn")
+TEXTS = ("key", "task", "solver", "method")  # columns of records.csv that are no numbers
 MEASURES = {  # how they are written
     "rotation_error_deg": ("rotation error (deg)", ".2f"),
     "translation_error": ("translation error", ".3f"),
@@ -45,7 +48,10 @@ MEASURES = {  # how they are written
 
 @dataclass(frozen=True)
 class ExperimentTable:
-    """An experiment's results: heads, a line of cells for every row, what they mean, and the parsed results.json."""
+    """An experiment's results: heads, a line of cells for every row, what they mean, and the parsed results.json.
+
+    `rows`: those of results.json. `records`: the rows of records.csv, None in them where nothing was measured.
+    """
 
     name: str
     title: str
@@ -53,6 +59,17 @@ class ExperimentTable:
     heads: list[str]
     lines: list[list[str]]
     result: dict[str, Any]
+    rows: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+
+    @property
+    def labels(self) -> list[str]:
+        """What tells one row from another."""
+        return [key for key in ROW_LABELS if key in self.rows[0]]
+
+    @property
+    def measures(self) -> list[str]:
+        return [measure for measure in MEASURES if any(measure in row for row in self.rows)]
 
 
 def load_experiments(folder: Path) -> list[ExperimentTable]:
@@ -64,20 +81,32 @@ def _load(path: Path) -> ExperimentTable:
     try:
         result = json.loads(path.read_text())
         name, rows = result["experiment"], result.get("rows", [result])
-        labels = [key for key in ("task", "solver", "function_evaluations", "method", "turn") if key in rows[0]]
-        measures = [measure for measure in MEASURES if any(measure in row for row in rows)]
+        table = ExperimentTable(name, TITLES[name], NOTES[name], [], [], result, rows, _records(path.parent))
+        heads = [key.replace("_", " ") for key in table.labels] + [MEASURES[each][0] for each in table.measures]
         lines = [
-            [str(row[key]) for key in labels] + [_cell(row.get(measure), MEASURES[measure][1]) for measure in measures]
+            [str(row[key]) for key in table.labels] + [measure_cell(row, measure) for measure in table.measures]
             for row in rows
         ]
-        heads = [key.replace("_", " ") for key in labels] + [MEASURES[measure][0] for measure in measures]
-        return ExperimentTable(name, TITLES[name], NOTES[name], heads, lines, result)
-    except (ValueError, KeyError, TypeError) as error:
+        return replace(table, heads=heads, lines=lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error!r}); run `sitdist eval` again") from None
 
 
-def _cell(value: Any, style: str) -> str:
-    """The mean of a summary, or a plain number."""
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """The rows of records.csv with numbers and lists as such."""
+    with (folder / "records.csv").open(newline="") as file:
+        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(name: str, text: str) -> Any:
+    if name in TEXTS:
+        return text
+    return json.loads(text) if text else None
+
+
+def measure_cell(row: dict[str, Any], measure: str) -> str:
+    """The mean of a summary, or a plain number; empty where it was not measured."""
+    value, style = row.get(measure), MEASURES[measure][1]
     return "" if value is None else format(value["mean"] if isinstance(value, dict) else value, style)
 
 

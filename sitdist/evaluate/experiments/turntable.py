@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sitdist.data.animation import has_ffmpeg, save_gif, save_mp4
 from sitdist.data.format import write_atomically
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, to_uint8, write_results
 from sitdist.evaluate.metrics import psnr
@@ -20,7 +20,7 @@ from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
 FRAMES = 36
-MILLISECONDS = 90  # a frame
+FRAMES_PER_SECOND = 10.0
 MEASURES = ("rotation_error_deg", "translation_error", "rendered_rotation_error_deg", "rendered_translation_error")
 
 
@@ -57,8 +57,10 @@ class Turntable:
     def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools, flow = self._tools, self._tools.loaded.config.flow
         poses = self.cameras()[[int(key[1:]) for key in job.keys]].to(tools.device)
-        labels = torch.zeros(len(poses), dtype=torch.int64, device=tools.device)
-        records = [{"key": key, **dict.fromkeys((*MEASURES, "psnr", "estimated"))} for key in job.keys]
+        labels = torch.full((len(poses),), tools.label, dtype=torch.int64, device=tools.device)
+        records = [
+            {"key": key, **dict.fromkeys((*MEASURES, "psnr", "estimated", "rendered_estimated"))} for key in job.keys
+        ]
         pictures: dict[str, np.ndarray] = {}
         true = tools.look(poses)
         if true is not None:
@@ -81,9 +83,12 @@ class Turntable:
         names = [name for name in ("true", "rendered") if all(name in part for part in arrays.values())]
         if names:
             parts = [np.concatenate([arrays[job.name][name] for job in self.jobs()]) for name in names]
-            gif = loop(np.concatenate(parts, axis=2))
-            write_atomically(self.out / "turntable.gif", lambda path: path.write_bytes(gif))
+            frames = [Image.fromarray(frame) for frame in np.concatenate(parts, axis=2)]
+            write_atomically(self.out / "turntable.gif", lambda path: save_gif(frames, path, FRAMES_PER_SECOND))
             result["gif"] = " | ".join(names)
+            if has_ffmpeg():
+                out = self.out / "turntable.mp4"
+                write_atomically(out, lambda path: save_mp4(frames, path, FRAMES_PER_SECOND, out))
         write_results(self.out, result, records)
 
 
@@ -96,12 +101,4 @@ def _put_errors(records: list[dict[str, Any]], estimated: Tensor, true: Tensor, 
     rotation = rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3])
     _put(records, f"{prefix}rotation_error_deg", rotation.tolist())
     _put(records, f"{prefix}translation_error", translation_error(estimated, true).tolist())
-    _put(records, "estimated", row_major(estimated))
-
-
-def loop(frames: np.ndarray) -> bytes:
-    """A GIF of frames [N, H, W, 3] uint8 that plays for ever."""
-    pictures = [Image.fromarray(frame) for frame in frames]
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=MILLISECONDS, loop=0)
-    return buffer.getvalue()
+    _put(records, f"{prefix}estimated", row_major(estimated))

@@ -1,11 +1,15 @@
-/* An orbit view of cameras on a canvas: drag turns it, the wheel or two fingers zoom, arrow keys turn it too. */
+/* An orbit view of cameras on a canvas: dragging and the arrow keys turn it, two fingers or the wheel zoom. */
 (function () {
   "use strict";
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((each) => { each.open = true; });
+  });
   const canvas = document.getElementById("cameras3d");
-  const data = JSON.parse(document.getElementById("cameras3d-data").textContent);
+  if (!canvas) return;
+  const cameras = JSON.parse(document.getElementById("cameras3d-data").textContent);
   const context = canvas.getContext("2d");
   const state = { azimuth: -0.9, elevation: 0.45, zoom: 1.0 };
-  const size = Math.max(1e-6, ...data.cameras.flatMap((camera) => camera.true.slice(9).map(Math.abs)));
+  const size = Math.max(1e-6, ...cameras.flatMap((camera) => camera.true.slice(9).map(Math.abs)));
   const length = 0.12 * size;
   window.cameras3d = state;
 
@@ -16,7 +20,7 @@
     const towards = ca * point[0] + sa * point[1];
     const up = ce * point[2] - se * towards;
     const scale = 0.36 * Math.min(canvas.width, canvas.height) * state.zoom / size;
-    return [canvas.width / 2 + scale * right, canvas.height * 0.56 - scale * up, ce * towards + se * point[2]];
+    return [canvas.width / 2 + scale * right, canvas.height * 0.56 - scale * up];
   }
 
   function line(a, b, colour, width) {
@@ -46,9 +50,7 @@
     const ratio = window.devicePixelRatio || 1;
     canvas.width = Math.round(canvas.clientWidth * ratio);
     canvas.height = Math.round(canvas.clientHeight * ratio);
-    const style = getComputedStyle(canvas);
-    context.clearRect(0, 0, canvas.width, canvas.height);
-    const soft = style.getPropertyValue("--soft") || "#888";
+    const soft = getComputedStyle(canvas).getPropertyValue("--soft") || "#888";
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]].forEach((axis, i) => {
       const end = axis.map((value) => 0.4 * size * value);
       line([0, 0, 0], end, soft, 1);
@@ -61,28 +63,48 @@
       const ring = (k) => [size * Math.cos(k * Math.PI / 36), size * Math.sin(k * Math.PI / 36), 0];
       line(ring(i), ring(i + 1), soft, 0.4);
     }
-    data.cameras.forEach((each) => {
+    cameras.forEach((each) => {
       if (each.estimated) line(each.true.slice(9), each.estimated.slice(9), soft, 0.8);
     });
-    data.cameras.forEach((each) => camera(each.true, "#2f8fd0", 0.9));
-    data.cameras.forEach((each) => { if (each.estimated) camera(each.estimated, "#e0662a", 0.9); });
+    cameras.forEach((each) => camera(each.true, "#2f8fd0", 0.9));
+    cameras.forEach((each) => { if (each.estimated) camera(each.estimated, "#e0662a", 0.9); });
   }
 
-  let last = null;
+  function turn(azimuth, elevation) {
+    state.azimuth += azimuth;
+    state.elevation = Math.min(1.57, Math.max(-1.57, state.elevation + elevation));
+    draw();
+  }
+
+  function zoom(factor) {
+    state.zoom = Math.min(8, Math.max(0.3, state.zoom * factor));
+    draw();
+  }
+
+  const fingers = new Map();
+  const apart = () => {
+    const [a, b] = [...fingers.values()];
+    return Math.max(1, Math.hypot(a[0] - b[0], a[1] - b[1]));
+  };
   canvas.addEventListener("pointerdown", (event) => {
-    last = [event.clientX, event.clientY];
+    fingers.set(event.pointerId, [event.clientX, event.clientY]);
     canvas.setPointerCapture(event.pointerId);
   });
   canvas.addEventListener("pointermove", (event) => {
+    const last = fingers.get(event.pointerId);
     if (!last) return;
-    turn(-(event.clientX - last[0]) * 0.01, (event.clientY - last[1]) * 0.01);
-    last = [event.clientX, event.clientY];
+    const before = fingers.size === 2 ? apart() : 0;
+    fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (fingers.size === 2) zoom(apart() / before);
+    else turn(-(event.clientX - last[0]) * 0.01, (event.clientY - last[1]) * 0.01);
   });
-  ["pointerup", "pointercancel"].forEach((name) => canvas.addEventListener(name, () => { last = null; }));
+  ["pointerup", "pointercancel"].forEach((name) => {
+    canvas.addEventListener(name, (event) => { fingers.delete(event.pointerId); });
+  });
   canvas.addEventListener("wheel", (event) => {
+    if (document.activeElement !== canvas) return; /* the page scrolls on until the view is chosen */
     event.preventDefault();
-    state.zoom = Math.min(8, Math.max(0.3, state.zoom * Math.exp(-event.deltaY * 0.001)));
-    draw();
+    zoom(Math.exp(-event.deltaY * 0.001));
   }, { passive: false });
   canvas.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1] }[event.key];
@@ -91,13 +113,9 @@
     turn(step[0], step[1]);
   });
 
-  function turn(azimuth, elevation) {
-    state.azimuth += azimuth;
-    state.elevation = Math.min(1.57, Math.max(-1.57, state.elevation + elevation));
-    draw();
-  }
-
   window.addEventListener("resize", draw);
-  window.addEventListener("beforeprint", draw);
+  ["(prefers-color-scheme: dark)", "print"].forEach((query) => {
+    window.matchMedia(query).addEventListener("change", draw);
+  });
   draw();
 })();

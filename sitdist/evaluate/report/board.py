@@ -1,0 +1,129 @@
+"""The same numbers and plots in TensorBoard: scalars, images, a mesh of cameras, hyperparameters."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from sitdist.evaluate.experiments.tables import ExperimentTable
+from sitdist.evaluate.report.stored import Evaluation, Metrics, Row
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+TRUE, ESTIMATED = (47, 143, 208), (224, 102, 42)  # colours
+# A camera: its place, then the corners of its picture; sides, and two triangles that are the picture.
+CORNERS = np.array(
+    [[0.0, 0.0, 0.0], [-0.45, -0.35, -1.0], [0.45, -0.35, -1.0], [0.45, 0.35, -1.0], [-0.45, 0.35, -1.0]]
+)
+TRIANGLES = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 1], [1, 2, 3], [1, 3, 4]])
+
+
+def write_tensorboard(folder: Path, evaluation: Evaluation, figures: dict[str, bytes]) -> None:
+    """One event file in `folder`, in place of earlier ones: the table's numbers as scalars, the plots as images.
+
+    Unit bins are curves, MEASURE/STATISTIC at the bin's lower edge; ranges and objects have tags of their own,
+    radius_A-B/MEASURE/STATISTIC and object_NAME/MEASURE/STATISTIC, at the run's step. Experiments are
+    EXPERIMENT/MEASURE, at the turn or the number of function evaluations where there are several.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    metrics = evaluation.metrics
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with SummaryWriter(str(unfinished)) as board:
+        _write_rows(board, metrics)
+        for table in evaluation.experiments:
+            for tag, value, step in _experiment_scalars(table, metrics.step):
+                board.add_scalar(tag, value, step)
+        cameras = evaluation.cameras()
+        if cameras:
+            vertices, colours, faces = camera_mesh(cameras)
+            board.add_mesh("cameras", vertices, colours, faces, global_step=metrics.step)
+        _write_hyperparameters(board, evaluation)
+        for name, png in figures.items():
+            picture = np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+            board.add_image(f"report/{name}", picture, metrics.step, dataformats="HWC")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _write_rows(board: SummaryWriter, metrics: Metrics) -> None:
+    for row in metrics.rows:
+        low, high = row.radius
+        prefix, step = ("", low) if row.is_bin else (f"radius_{low}-{high}/", metrics.step)
+        for tag, value in _scalars(row).items():
+            board.add_scalar(f"{prefix}{tag}", value, step)
+    for row in metrics.labels:
+        for tag, value in _scalars(row).items():
+            board.add_scalar(f"object_{row.name}/{tag}", value, metrics.step)
+    if metrics.rows:
+        for name, value in metrics.floors.items():
+            board.add_scalar(f"noise_floor/{name}", value, metrics.step)
+
+
+def _write_hyperparameters(board: SummaryWriter, evaluation: Evaluation) -> None:
+    """What tells evaluations apart, beside the means over all views."""
+    from torch.utils.tensorboard.summary import hparams
+
+    metrics = evaluation.metrics
+    options = {"estimator": metrics.estimator, "generator": metrics.generator, "seed": metrics.seed}
+    options |= {"generator_steps": metrics.generator_steps, "sigma": metrics.sigma, "split": metrics.split}
+    options |= {"run": metrics.run, "step": metrics.step}
+    results = _headline(evaluation)
+    writer: Any = board.file_writer
+    for part in hparams(options, dict(results)):  # add_hparams would begin a file of its own
+        writer.add_summary(part, metrics.step)
+    for name, value in results.items():
+        board.add_scalar(name, value, metrics.step)
+
+
+def _headline(evaluation: Evaluation) -> dict[str, float]:
+    if evaluation.metrics.rows:
+        whole = max(evaluation.metrics.rows, key=lambda row: row.n)
+        return {f"hparam/{tag}": value for tag, value in _scalars(whole).items() if tag.endswith("/mean")}
+    scalars = [each for table in evaluation.experiments for each in _experiment_scalars(table, 0)]
+    return {f"hparam/{tag}": value for tag, value, _ in scalars}  # of several steps the last
+
+
+def _experiment_scalars(table: ExperimentTable, step: int) -> Iterable[tuple[str, float, int]]:
+    """Tag, mean and step of every number of an experiment's table."""
+    for row in table.rows:
+        names = [str(row[name]) for name in ("task", "solver", "method") if name in row]
+        at = row.get("turn", row.get("function_evaluations", step))
+        for measure in table.measures:
+            value: Any = row.get(measure)
+            if value is not None:
+                number = value["mean"] if isinstance(value, dict) else value
+                yield "/".join([table.name, *names, measure]), float(number), int(at)
+
+
+def camera_mesh(
+    cameras: list[tuple[list[float], list[float] | None]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vertices [1, 5 N, 3], colours [1, 5 N, 3] and triangles [1, 6 N, 3] of N true and estimated cameras.
+
+    `cameras`: true and estimated poses, each the upper three rows of camera_to_world, row-major.
+    """
+    coloured = [(true, TRUE) for true, _ in cameras] + [(pose, ESTIMATED) for _, pose in cameras if pose]
+    poses = np.array([pose for pose, _ in coloured], dtype=float).reshape(-1, 3, 4)
+    length = 0.12 * float(np.abs(poses[:, :, 3]).max())
+    vertices = length * CORNERS @ poses[:, :, :3].transpose(0, 2, 1) + poses[:, None, :, 3]  # [N, 5, 3]
+    colours = np.repeat(np.array([colour for _, colour in coloured], np.uint8), len(CORNERS), axis=0)
+    faces = TRIANGLES + len(CORNERS) * np.arange(len(poses))[:, None, None]
+    return vertices.reshape(1, -1, 3).astype(np.float32), colours[None], faces.reshape(1, -1, 3).astype(np.int32)
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    """MEASURE/STATISTIC -> number, for all that the row holds."""
+    return {
+        f"{measure}/{statistic}": float(value)
+        for measure, summary in row.summaries().items()
+        for statistic, value in summary.to_dict().items()
+    }
