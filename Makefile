@@ -6,7 +6,7 @@ DEMO := runs/demo
 JOBS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup demo test test-fast test-slow lint lock clean
+.PHONY: setup demo test test-fast test-slow lint docs lock clean
 
 setup: $(READY)
 
@@ -44,9 +44,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
 # Pin the newest versions that pyproject.toml admits, for every platform, without naming an index.
 lock:
 	uv pip compile -q --universal --no-header --python-version 3.11 --all-extras --upgrade pyproject.toml -o requirements.txt
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(DEMO) site .pytest_cache .ruff_cache .mypy_cache
