@@ -10,9 +10,6 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-if [ "$1" = train ]; then
-  set -- "$@" --resume  # starts at step 0 where there is no checkpoint yet
-fi
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT

@@ -187,7 +187,7 @@ def _parser() -> _Parser:
     command = commands.add_parser("train", help="train a flow, or go on with a run")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
     command.add_argument("--out", type=Path, required=True, help="folder of the run")
-    command.add_argument("--resume", action="store_true", help="go on from the run's newest valid checkpoint, if any")
+    command.add_argument("--resume", action="store_true", help="what happens anyway: go on from the newest checkpoint")
     _add_set(command)
     command.set_defaults(command=_train)
 
@@ -457,7 +457,7 @@ def _train(options: argparse.Namespace) -> None:
     config = load_yaml(Config, options.config, options.set)  # before what is slow to import
     from sitdist.train.trainer import train
 
-    train(config, options.out, options.resume)
+    train(config, options.out)
 
 
 def _doctor(options: argparse.Namespace) -> int:

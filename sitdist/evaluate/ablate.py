@@ -176,7 +176,7 @@ def _run(variant: Variant, dataset: Path, folder: Path, steps: int, split: str, 
         if not (data / "manifest.json").is_file():
             change = variant.change(dataset, split)
             rewrite(dataset, data, f"{load_manifest(dataset).name}-{variant.name}", change.statistics, change.moments)
-    train(_config(variant, data, steps, model), folder / "run", resume=True)
+    train(_config(variant, data, steps, model), folder / "run")
     evaluate(folder / "run", EvalOptions(split=split, out=folder / "eval"))
 
 

@@ -157,7 +157,7 @@ def _plain_loop(config: Config, options: BenchOptions) -> PlainLoop:
 def _time_backend(name: str, config: Config, options: BenchOptions, plain: PlainLoop, run: Path) -> Speed:
     settings = config.train
     with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
-        trainer, stop = Trainer(config, run, False, accelerator, agreement), StopSignal()  # no handler: ^C ends it
+        trainer, stop = Trainer(config, run, accelerator, agreement), StopSignal()  # no handler: ^C ends it
 
         def step(count: int = 1) -> None:
             trainer.run_steps(stop, until=trainer.step + count)

@@ -108,7 +108,7 @@ def save_checkpoint(
         _flush_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; free space and use --resume") from None
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; free space and start again") from None
     _remove_old(run, folder, keep, keep_every)
     return folder
 

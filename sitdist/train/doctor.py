@@ -251,7 +251,7 @@ def _measure_steps(
     train = config.train.model_copy(update={**quiet, "steps": 10**9, "log_every": 10**9})
     with tempfile.TemporaryDirectory() as folder:
         run = Path(agreement.of_main(folder))
-        trainer = Trainer(config.model_copy(update={"train": train}), run, False, accelerator, agreement)
+        trainer = Trainer(config.model_copy(update={"train": train}), run, accelerator, agreement)
         stop = StopSignal()
         try:
             state = 4 * sum(each.numel() * each.element_size() for each in trainer.raw_model.parameters())

@@ -176,7 +176,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written: {error}; free space and use --resume") from None
+        raise CheckpointError(f"{path}: cannot be written: {error}; free space and start again") from None
 
 
 def prune(run: Path, keep: Iterable[int], every: int | None) -> None:

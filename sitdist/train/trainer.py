@@ -48,14 +48,14 @@ log = logging.getLogger(__name__)
 SMALLEST_LOSS_SCALE = 2.0**-10  # an fp16 scale below it means that every gradient overflows
 
 
-def train(config: Config, run: Path, resume: bool = False) -> None:
-    """Train `config` in the folder `run`, from the newest whole checkpoint with `resume`; every process calls it.
+def train(config: Config, run: Path) -> None:
+    """Train `config` in the folder `run`, from its newest whole checkpoint if it has one; every process calls it.
 
     RunInterrupted after SIGTERM or SIGINT, with a checkpoint of the last step done.
     """
     settings = config.train
     with processes(settings.precision, settings.deterministic) as (accelerator, agreement), StopSignal() as stop:
-        trainer = Trainer(config, Path(run), resume, accelerator, agreement)
+        trainer = Trainer(config, Path(run), accelerator, agreement)
         try:
             trainer.run_steps(stop)
         finally:
@@ -127,7 +127,7 @@ def split_batch(global_batch: int, world: int, max_per_device: int | None) -> Ba
 class Trainer:
     """One process's part of a run: opened at a checkpoint or at step 0, then trained up to `config.train.steps`."""
 
-    def __init__(self, config: Config, run: Path, resume: bool, accelerator: Accelerator, agreement: Agreement) -> None:
+    def __init__(self, config: Config, run: Path, accelerator: Accelerator, agreement: Agreement) -> None:
         self.config, self.run, self.accelerator, self.agreement = config, run, accelerator, agreement
         self.step = 0
         self.saved_step: int | None = None
@@ -153,7 +153,7 @@ class Trainer:
         newest: checkpoints.Checkpoint | None = None
         with agreement.together():
             if accelerator.is_main_process:
-                newest = self._find_newest(resume)
+                newest = self._find_newest()
         start = agreement.of_main(None if newest is None else newest.step)
         with agreement.together():
             if start is not None:
@@ -258,9 +258,7 @@ class Trainer:
             if last or stopping or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
                 self._save()
             if stopping and not last:
-                raise RunInterrupted(
-                    f"stopped after step {self.step} of {settings.steps}; go on with the same command and --resume"
-                )
+                raise RunInterrupted(f"stopped after step {self.step} of {settings.steps}; go on with the same command")
 
     def _accumulate_gradients(self, inputs: Inputs) -> Tensor:
         """Backward over the micro-batches; returns the losses [local batch].
@@ -345,19 +343,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- the run
 
-    def _find_newest(self, resume: bool) -> checkpoints.Checkpoint | None:
+    def _find_newest(self) -> checkpoints.Checkpoint | None:
         """The checkpoint to go on from, or None to start at step 0; the main process calls it."""
-        if not resume:
-            found = checkpoints.list_checkpoints(self.run)
-            if found:
-                raise ConfigError(
-                    f"{self.run}: already holds checkpoints up to {found[-1].name}; add --resume to go on, "
-                    "or choose another --out"
-                )
-            return None
         newest = checkpoints.read_newest(self.run)
-        if newest is None:
-            log.info("%s: no checkpoint yet, starting at step 0", self.run)
+        if newest is None and any((self.run / "checkpoints").glob("step_*")):
+            raise CheckpointError(
+                f"{self.run / 'checkpoints'}: no checkpoint in it is whole; put one back, or start another run with "
+                "another --out"
+            )
         return newest
 
     def _go_on_from(self, loaded: checkpoints.Checkpoint) -> None:
@@ -383,7 +376,10 @@ class Trainer:
         self.step = self.saved_step = loaded.step
         if self.accelerator.scaler is not None and loaded.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
-        log.info("going on from %s", loaded.folder)
+        if self.step == self.config.train.steps:
+            log.info("%s: finished, all %d steps are trained; train.steps set higher goes on", self.run, self.step)
+        else:
+            log.info("going on from %s", loaded.folder)
 
     def _write_run(self) -> None:
         """The files that make the run usable without the dataset's folder: config, manifest and codec."""

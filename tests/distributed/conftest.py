@@ -17,8 +17,8 @@ from sitdist.train.checkpoint import folder_of, read_newest
 def train(tiny_yaml, tmp_path):
     """Start `sitdist train` of the tiny config into `run` on some processes; `task` may do more than the command."""
 
-    def start(world, run, *overrides, resume=False, task=None, task_arguments=(), **variables):
-        arguments = ["train", str(tiny_yaml), "--out", str(run), *ranks.settings(*overrides), *(["--resume"] * resume)]
+    def start(world, run, *overrides, task=None, task_arguments=(), **variables):
+        arguments = ["train", str(tiny_yaml), "--out", str(run), *ranks.settings(*overrides)]
         if task is None:
             return ranks.sitdist(tmp_path / "log", world, *arguments, **variables)
         return ranks.Ranks(tmp_path / "log", world, task, *task_arguments, *arguments, **variables)

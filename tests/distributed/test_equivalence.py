@@ -79,7 +79,7 @@ def test_two_processes_train_to_the_weights_of_one_with_adamw(train, weights, tm
 def test_two_processes_resumed_as_one_go_on_with_the_same_samples_and_noise(seen, train, weights, tmp_path):
     expected = seen(1, "whole", *SGD, "train.steps=6", steps=range(3, 6))
     train(2, tmp_path / "moved", *SGD, "train.steps=3").run()
-    found = seen(1, "moved", *SGD, "train.steps=6", steps=range(3, 6), resume=True)
+    found = seen(1, "moved", *SGD, "train.steps=6", steps=range(3, 6))
     assert_same(found, expected)
     assert (weights(tmp_path / "whole") - weights(tmp_path / "moved")).abs().max() < 1e-6
 
@@ -89,7 +89,7 @@ def test_more_than_two_processes_resume_bit_for_bit(train, tensor_bytes, tmp_pat
     """With three addends the order of a sum matters, and with it how gradients are put into buckets."""
     train(world, tmp_path / "whole").run()
     train(world, tmp_path / "parts", "train.steps=2").run()
-    train(world, tmp_path / "parts", resume=True).run()
+    train(world, tmp_path / "parts").run()
     assert tensor_bytes(tmp_path / "whole", 6) == tensor_bytes(tmp_path / "parts", 6)
 
 

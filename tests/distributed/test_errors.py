@@ -50,8 +50,7 @@ def test_a_run_that_is_refused_stays_as_it_was(train, tmp_path):
     run = tmp_path / "run"
     train(2, run, "train.steps=1").run()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert_one_line(train(2, run), "already holds checkpoints up to step_00000001; add --resume to go on")
-    assert_one_line(train(2, run, "seed=1", resume=True), "seed is 1 but", "was trained with 0")
+    assert_one_line(train(2, run, "seed=1"), "seed is 1 but", "was trained with 0")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -76,8 +75,8 @@ def test_a_full_disk(train, tmp_path):
 
     run = tmp_path / "run"
     train(2, run, "train.steps=3").run()
-    started = train(2, run, resume=True, task=train_on_a_full_disk)
-    assert_one_line(started, "step_00000006: cannot be written: No space left on device; free space and use --resume")
+    started = train(2, run, task=train_on_a_full_disk)
+    assert_one_line(started, "step_00000006: cannot be written: No space left on device; free space and start again")
     assert read_newest(run).step == 3
     assert not any(run.glob("checkpoints/.*"))
 

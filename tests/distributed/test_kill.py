@@ -33,7 +33,7 @@ def undisturbed(tiny_yaml, tmp_path_factory):
             arguments = ["train", tiny_yaml, "--out", folder / "run", *ranks.settings(*SETTINGS)]
             ranks.sitdist(folder, world, *arguments, "--set", "train.steps=1").run(120)  # starts the fork server
             begun = time.monotonic()
-            ranks.sitdist(folder, world, *arguments, "--resume").run()
+            ranks.sitdist(folder, world, *arguments).run()
             done[world] = (everything(folder / "run"), time.monotonic() - begun)
         return done[world]
 
@@ -59,7 +59,7 @@ def test_a_run_killed_inside_a_checkpoint_write_goes_on_bit_for_bit(
     assert any(run.glob(f"checkpoints/.step_*.tmp-*/{file}"))  # it was cut off inside
     newest = read_newest(run)
     assert (0 if newest is None else newest.step) == 3 * checkpoint
-    train(world, run, *SETTINGS, resume=True).run()
+    train(world, run, *SETTINGS).run()
     assert everything(run) == undisturbed(world)[0]
     assert not any(run.glob("checkpoints/.*"))
 
@@ -68,7 +68,7 @@ def run_with_kills(train, run, world, seconds, generator):
     """Start a run again and again, and kill it at a random moment each time, until it is through; how often it died."""
     kills, reached = 0, 0
     while True:
-        started = train(world, run, *SETTINGS, resume=True)
+        started = train(world, run, *SETTINGS)
         time.sleep(generator.uniform(0.1, 1.0) * seconds)
         codes = started.kill()
         assert set(codes) <= {0, -signal.SIGKILL}, started.errors()
@@ -121,12 +121,12 @@ def test_sigterm_saves_once_and_every_process_says_resume_me(train, tensor_bytes
     (saved,) = list_checkpoints(run)
     stopped = read_newest(run).step
     assert saved.name == f"step_{stopped:08d}"
-    message = f"sitdist: stopped after step {stopped} of 100000; go on with the same command and --resume\n"
+    message = f"sitdist: stopped after step {stopped} of 100000; go on with the same command\n"
     assert started.errors().count("stopped after") == 1
     assert started.errors(0).endswith(message)
 
     longer = f"train.steps={stopped + 2}"
-    train(2, run, longer, resume=True).run()
+    train(2, run, longer).run()
     train(2, tmp_path / "whole", longer).run()
     assert tensor_bytes(run, stopped + 2) == tensor_bytes(tmp_path / "whole", stopped + 2)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -121,7 +121,7 @@ def test_slurm_gives_every_task_its_place_and_requeues_what_wants_to_be_resumed(
     show, *tasks = (tmp_path / "calls").read_text().splitlines()
     assert show == "scontrol show hostnames node-[a-b]"
     assert ("scontrol requeue 123" in tasks) == requeued
-    expected = "2 1 node-a 20123 -m sitdist train my config.yaml --out runs/x --resume"
+    expected = "2 1 node-a 20123 -m sitdist train my config.yaml --out runs/x"
     assert sorted(tasks[:2]) == [f"0 0 {expected}", f"1 0 {expected}"]
 
 

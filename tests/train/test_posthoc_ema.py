@@ -117,11 +117,11 @@ def test_a_resumed_run_ends_in_the_same_averages(tiny_yaml, tmp_path):
     settings = ["train.schedule.kind=constant", AVERAGES]
     train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=5"]), tmp_path / "a")
     train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=3"]), tmp_path / "b")
-    train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=5"]), tmp_path / "b", resume=True)
+    train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=5"]), tmp_path / "b")
     assert path_of(tmp_path / "a", 5).read_bytes() == path_of(tmp_path / "b", 5).read_bytes()
     path_of(tmp_path / "b", 5).unlink()
     with pytest.raises(CheckpointError, match=r"step_00000005.safetensors: no such file; put it back"):
-        train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=6"]), tmp_path / "b", resume=True)
+        train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=6"]), tmp_path / "b")
 
 
 def test_an_evaluation_uses_the_average_it_is_told(run, capsys):

@@ -169,7 +169,7 @@ def test_a_run_starts_from_the_weights_it_is_given_and_says_so(config, tmp_path,
     assert largest_difference(read_newest(tmp_path / "b").tensors["ema"], weights(tmp_path / "b")) < 1e-9
     assert f"started from {source}: kept " in capfd.readouterr().err
     shutil.move(source, tmp_path / "moved")  # a run that goes on needs the file no more
-    train(config(f"model.init_from={source}", "train.steps=2", "train.optimizer.lr=1e-12"), tmp_path / "b", resume=True)
+    train(config(f"model.init_from={source}", "train.steps=2", "train.optimizer.lr=1e-12"), tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"ema.safetensors: no such file; give a SiT checkpoint"):
         train(settings, tmp_path / "c")
     assert not (tmp_path / "c").exists()
@@ -248,7 +248,7 @@ def test_validation_changes_nothing_in_the_training(config, tmp_path):
 
 def test_the_picture_shows_the_true_views_below_the_generated_ones(config, tmp_path, tiny_dataset):
     with processes() as (accelerator, agreement):
-        opened = Trainer(config("train.validate_every=1"), tmp_path, False, accelerator, agreement)
+        opened = Trainer(config("train.validate_every=1"), tmp_path, accelerator, agreement)
         picture = opened.validation.measure(opened.ema.model).picture  # [3, 2 + 18 + 18, 2 + 18 + 18]
         opened.close()
     true = ShardReader(tiny_dataset, "val").images([0, 1])
@@ -264,11 +264,11 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_leaves_the_same_lines(config, tmp
     settings = ("train.schedule.kind=cosine", "train.log_every=1", "train.validate_every=3")
     train(config(*settings), tmp_path / "whole")
     signal_after(3)
-    with pytest.raises(RunInterrupted, match="stopped after step 4 of 6; go on with the same command and --resume"):
+    with pytest.raises(RunInterrupted, match="stopped after step 4 of 6; go on with the same command"):
         train(config(*settings), tmp_path / "stopped")
     monkeypatch.undo()
     assert [folder.name for folder in list_checkpoints(tmp_path / "stopped")] == ["step_00000004"]
-    train(config(*settings), tmp_path / "stopped", resume=True)
+    train(config(*settings), tmp_path / "stopped")
     assert tensor_bytes(tmp_path / "whole", 6) == tensor_bytes(tmp_path / "stopped", 6)
     timing = {"train/samples_per_second", "train/data_wait_share"}
     timing |= {"train_speed/checkpoint_share", "train_speed/memory_gb", "train_speed/tflops_per_device"}
@@ -286,10 +286,10 @@ def test_a_signal_is_exit_code_75_with_a_line_that_says_how_to_go_on(
     arguments = ["train", str(tiny_yaml), "--out", str(tmp_path)]
     signal_after(1, number)
     assert cli.run(arguments) == 75
-    assert "sitdist: stopped after step 2 of 6; go on with the same command and --resume" in capfd.readouterr().err
+    assert "sitdist: stopped after step 2 of 6; go on with the same command" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     monkeypatch.undo()
-    assert cli.run([*arguments, "--resume"]) == 0
+    assert cli.run(arguments) == 0
     assert read_newest(tmp_path).step == 6
 
 
@@ -304,7 +304,7 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint(config, tmp_path):
     expected = tensor_bytes(tmp_path, 6)
     for step in (4, 6):
         (folder_of(tmp_path, step) / "ema.safetensors").write_bytes(b"")
-    train(settings, tmp_path, resume=True)
+    train(settings, tmp_path)
     assert tensor_bytes(tmp_path, 6) == expected
 
 
@@ -313,37 +313,53 @@ def test_precision_auto_goes_on_elsewhere_and_says_what_differs(config, tmp_path
     train(config("train.precision=auto", "train.steps=1"), tmp_path / "run")
     assert read_newest(tmp_path / "run").state["precision"] == "no"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    train(config("train.precision=auto", "train.steps=2"), tmp_path / "run", resume=True)
+    train(config("train.precision=auto", "train.steps=2"), tmp_path / "run")
     assert "was trained in fp32 and this device goes on in bf16" in capsys.readouterr().err
 
 
-def test_resume_without_a_checkpoint_starts_and_a_finished_run_stays(config, tmp_path):
-    train(config(), tmp_path, resume=True)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
-    train(config(), tmp_path, resume=True)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
+def test_a_finished_run_says_so_and_stays(tiny_yaml, tmp_path, capfd):
+    arguments = ["train", str(tiny_yaml), "--out", str(tmp_path)]
+    assert cli.run(arguments) == 0
+    before = {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "tensorboard" not in path.parts
+    }
+    capfd.readouterr()
+    assert cli.run([*arguments, "--resume"]) == 0
+    assert f"{tmp_path}: finished, all 6 steps are trained; train.steps set higher goes on" in capfd.readouterr().err
+    assert {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "tensorboard" not in path.parts
+    } == before
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(config, tmp_path):
+    train(config(), tmp_path)
+    (folder_of(tmp_path, 6) / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint in it is whole; put one back, or start another run"):
+        train(config("train.steps=7"), tmp_path)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000006"]
 
 
 def test_a_run_is_not_overwritten_and_not_continued_as_another(config, tmp_path, tiny_dataset):
     run = tmp_path / "run"
     train(config(), run)
     written = (run / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="already holds checkpoints up to step_00000006; add --resume"):
-        train(config(), run)
-    with pytest.raises(ConfigError, match=r"train.optimizer.lr is 0.5 but .*step_00000006 was trained with 0.01"):
-        train(config("train.optimizer.lr=0.5"), run, resume=True)
+    remedy = "set it back, or start another run with another --out"
+    with pytest.raises(
+        ConfigError, match=rf"train.optimizer.lr is 0.5 but .*step_00000006 was trained with 0.01; {remedy}"
+    ):
+        train(config("train.optimizer.lr=0.5"), run)
     with pytest.raises(ConfigError, match=r"train.steps = 5: .*step_00000006 has already seen 6; set it higher"):
-        train(config("train.steps=5"), run, resume=True)
+        train(config("train.steps=5"), run)
     other = tmp_path / "other"
     shutil.copytree(tiny_dataset, other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"name": "other"}))
     with pytest.raises(CheckpointError, match=r"other/manifest.json: SHA-256 .* was trained on .*give the dataset it"):
-        train(config(f"data={other}"), run, resume=True)
+        train(config(f"data={other}"), run)
     assert (run / "config.yaml").read_text() == written
     moved = tmp_path / "moved"
     shutil.copytree(tiny_dataset, moved)
-    train(config("train.steps=7", f"data={moved}"), run, resume=True)
+    train(config("train.steps=7", f"data={moved}"), run)
     assert read_newest(run).step == 7
 
 
@@ -364,7 +380,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples_and_nothing_is_updated
 
     monkeypatch.setattr(trainer_module, "make_inputs", make_poisoned)
     with processes() as (accelerator, agreement):
-        opened = Trainer(settings, tmp_path, False, accelerator, agreement)
+        opened = Trainer(settings, tmp_path, accelerator, agreement)
         with pytest.raises(NonFiniteError) as error:
             opened.run_steps(StopSignal())
         opened.close()
