@@ -39,7 +39,7 @@ from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, pictured, save_arrays, thinned
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
-from sitdist.evaluate.work import Job, Producer, do_jobs, merge, prepare
+from sitdist.evaluate.work import Job, Producer, do_jobs, merge, plan_conflict, prepare
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics, standardize
@@ -97,6 +97,8 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
         with agreement.together():
             evaluation, producers = _open_all(Path(run), options, accelerator.device)
         with agreement.together():
+            if main:
+                _check_beside(evaluation)
             pending = [prepare(producer) for producer in producers] if main else []
         pending = agreement.of_main(pending)
         jobs = [len(producer.jobs()) for producer in producers]
@@ -126,6 +128,15 @@ def _open_all(run: Path, options: EvalOptions, device: torch.device) -> tuple[_E
         else:
             producers.append(_experiment(name, evaluation, options))
     return evaluation, producers
+
+
+def _check_beside(evaluation: _Evaluation) -> None:
+    """ConfigError if results that are there, of this or another experiment, cannot stand in one report with these."""
+    shared = evaluation.plan.keys() - {"units", "views", "calibration"}
+    for path in sorted(evaluation.out.glob("plan.json")) + sorted(evaluation.out.glob("*/plan.json")):
+        problem = plan_conflict(path.parent, evaluation.plan, shared)
+        if problem:
+            raise ConfigError(problem)
 
 
 def _why_not(name: str, flow: FlowConfig) -> str | None:

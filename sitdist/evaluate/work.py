@@ -77,13 +77,16 @@ def prepare(producer: Producer) -> list[str]:
     return [job.name for job in pending]
 
 
-def plan_conflict(out: Path, plan: dict[str, Any]) -> str | None:
-    """What to tell the user if the folder holds work of another plan: the first difference and the remedy."""
+def plan_conflict(out: Path, plan: dict[str, Any], names: Iterable[str] | None = None) -> str | None:
+    """What to tell the user if the folder holds work of another plan: the first difference and the remedy.
+
+    `names`: compare only these entries; None: all that either plan has.
+    """
     try:
         old = json.loads((out / "plan.json").read_text())
     except ValueError as error:
         return f"{out / 'plan.json'}: not readable ({error}); delete {out} or give another --out"
-    for name in sorted(plan.keys() | old.keys()):
+    for name in sorted(plan.keys() | old.keys() if names is None else names):
         if plan.get(name) != old.get(name):
             return (
                 f"{out}: holds an evaluation with {name} {old.get(name)}, not {plan.get(name)}; "

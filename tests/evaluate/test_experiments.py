@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from sitdist import cli
 from sitdist.config import Config, parse
+from sitdist.data.animation import has_ffmpeg
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.experiments.interpolation import between, spread
 from sitdist.evaluate.experiments.tables import NAMES, format_experiments
@@ -81,6 +84,20 @@ def test_the_turntable_is_a_closed_circle_and_a_loop_of_true_beside_rendered(eve
         assert gif.n_frames == 18
         assert gif.size == (32, 16)
         assert gif.info["loop"] == 0
+    assert (every / "turntable" / "turntable.mp4").is_file() == has_ffmpeg()
+    for row in records(every, "turntable"):
+        assert json.loads(row["estimated"]) != json.loads(row["rendered_estimated"])
+
+
+def test_the_turntable_is_written_as_mp4_where_ffmpeg_is_installed(run, tmp_path, monkeypatch):
+    """With a stand-in for ffmpeg that keeps the raw frames that it is given."""
+    program = tmp_path / "ffmpeg"
+    program.write_text('#!/bin/sh\nfor last; do :; done\nexec cat > "$last"\n')
+    program.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    folder = evaluate(run, EvalOptions(experiment="turntable", max_views=2, out=tmp_path / "out"))
+    assert (folder / "turntable" / "turntable.mp4").stat().st_size == 2 * 16 * 32 * 3
 
 
 def test_an_interpolation_goes_from_one_camera_to_the_other_by_both_ways(every):
@@ -163,6 +180,16 @@ def test_an_experiment_alone_is_started_again_where_it_stopped(run, tmp_path):
     evaluate(run, options)
     assert (tmp_path / "cycle" / "records.csv").read_text() == before
     assert (tmp_path / "cycle" / "units" / "cycle_00004.jsonl").stat().st_mtime_ns == kept
+
+
+def test_experiments_of_different_settings_do_not_share_a_folder(run, tmp_path, capsys):
+    evaluate(run, EvalOptions(experiment="turntable", max_views=2, out=tmp_path))
+    command = ["eval", str(run), "--out", str(tmp_path), "--max-views", "2", "--seed", "3"]
+    for experiment in ("cycle", "radii"):
+        assert cli.run([*command, "--experiment", experiment]) == 2
+        message = f"{tmp_path / 'turntable'}: holds an evaluation with seed 0, not 3; give another --out"
+        assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"turntable"}
 
 
 def test_what_a_regressor_cannot_do_is_left_out_or_refused(tiny_dataset, tmp_path, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sitdist.evaluate.experiments.tables import ExperimentTable
+from sitdist.evaluate.plots import METRICS
 from sitdist.evaluate.report.stored import Evaluation, Metrics, Row
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def write_tensorboard(folder: Path, evaluation: Evaluation, figures: dict[str, b
 
     Unit bins are curves, MEASURE/STATISTIC at the bin's lower edge; ranges and objects have tags of their own,
     radius_A-B/MEASURE/STATISTIC and object_NAME/MEASURE/STATISTIC, at the run's step. Experiments are
-    EXPERIMENT/MEASURE, at the turn or the number of function evaluations where there are several.
+    EXPERIMENT/MEASURE, at the turn or the number of function evaluations where there are several. Custom scalars draw
+    the metrics beside their baselines.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -39,6 +41,7 @@ def write_tensorboard(folder: Path, evaluation: Evaluation, figures: dict[str, b
     shutil.rmtree(unfinished, ignore_errors=True)
     with SummaryWriter(str(unfinished)) as board:
         _write_rows(board, metrics)
+        board.add_custom_scalars(_charts(metrics))
         for table in evaluation.experiments:
             for tag, value, step in _experiment_scalars(table, metrics.step):
                 board.add_scalar(tag, value, step)
@@ -66,6 +69,17 @@ def _write_rows(board: SummaryWriter, metrics: Metrics) -> None:
     if metrics.rows:
         for name, value in metrics.floors.items():
             board.add_scalar(f"noise_floor/{name}", value, metrics.step)
+
+
+def _charts(metrics: Metrics) -> dict[str, Any]:
+    """The tab of custom scalars: every metric by radius with its baselines, and its mean within its 95% interval."""
+    shown = [metric for metric in METRICS if metrics.measured(metric.field)]
+    lines, margins = {}, {}
+    for metric in shown:
+        fields = [metric.field, *(baseline.field for baseline in metric.baselines)]
+        lines[metric.title] = ["Multiline", [f"^{field}/mean$" for field in fields]]
+        margins[metric.title] = ["Margin", [f"{metric.field}/{end}" for end in ("mean", "low", "high")]]
+    return {"By radius, beside the baselines": lines, "By radius, 95% of the mean": margins} if shown else {}
 
 
 def _write_hyperparameters(board: SummaryWriter, evaluation: Evaluation) -> None:
@@ -113,7 +127,7 @@ def camera_mesh(
     """
     coloured = [(true, TRUE) for true, _ in cameras] + [(pose, ESTIMATED) for _, pose in cameras if pose]
     poses = np.array([pose for pose, _ in coloured], dtype=float).reshape(-1, 3, 4)
-    length = 0.12 * float(np.abs(poses[:, :, 3]).max())
+    length = 0.08 * float(np.abs(poses[:, :, 3]).max())
     vertices = length * CORNERS @ poses[:, :, :3].transpose(0, 2, 1) + poses[:, None, :, 3]  # [N, 5, 3]
     colours = np.repeat(np.array([colour for _, colour in coloured], np.uint8), len(CORNERS), axis=0)
     faces = TRIANGLES + len(CORNERS) * np.arange(len(poses))[:, None, None]

@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
 from sitdist.evaluate.experiments.tables import MEASURES, TITLES, ExperimentTable, measure_cell
-from sitdist.evaluate.report.page import Plot
+from sitdist.evaluate.report.page import Plot, experiment_pictures
 from sitdist.evaluate.report.stored import Evaluation, load_evaluation
 from sitdist.evaluate.report.tables import (
     FOCAL_COLUMNS,
@@ -61,7 +62,10 @@ def compare(folders: list[Path], out: Path) -> str:
         facts=facts,
         radii=radii,
         by_radius=_plots_by_radius(found) if radii else [],
-        experiments=[(block, _experiment_plots(found, name)) for name, block in experiments.items()],
+        experiments=[
+            (name, block, _experiment_plots(found, name), _experiment_pictures(found, name))
+            for name, block in experiments.items()
+        ],
         views=_shared_views(found),
     )
     out.write_text(page)
@@ -133,15 +137,21 @@ def _experiments(found: dict[str, Evaluation]) -> dict[str, Block]:
         tables = [_table(each, name) for each in found.values()]
         have = [table for table in tables if table is not None]
         if len(have) == len(found):
-            rows = [{" ".join(str(row[key]) for key in table.labels): row for row in table.rows} for table in have]
+            rows = [{_row_name(table, row): row for row in table.rows} for table in have]
             lines = [
-                [f"{label} {MEASURES[measure][0]}".strip(), *(measure_cell(each[label], measure) for each in rows)]
+                [f"{label}{MEASURES[measure][0]}", *(measure_cell(each[label], measure) for each in rows)]
                 for label in rows[0]
                 for measure in have[0].measures
                 if all(label in each for each in rows) and measure in rows[0][label]
             ]
             blocks[name] = Block(title, ["", *found], lines)
     return blocks
+
+
+def _row_name(table: ExperimentTable, row: dict[str, Any]) -> str:
+    """What tells the row of an experiment from its others, to stand before a measure's name."""
+    words = {"turn": "turn {}", "function_evaluations": "of {} evaluations"}
+    return " ".join(words.get(key, "{}").format(row[key]) for key in table.labels) + (": " if table.labels else "")
 
 
 def _plain(block: Block) -> str:
@@ -171,6 +181,19 @@ def _plots_by_radius(found: dict[str, Evaluation]) -> list[Plot]:
 def _experiment_plots(found: dict[str, Evaluation], name: str) -> list[Plot]:
     tables = {run: table.rows for run, each in found.items() if (table := _table(each, name)) is not None}
     return [Plot(data_uri(plots.to_png(figure)), "") for figure in plots.several_experiments(name, tables)]
+
+
+def _experiment_pictures(found: dict[str, Evaluation], name: str) -> dict[str, str]:
+    """The pictures that the experiment of every evaluation left, by caption, those of the same kind together."""
+    shown = [
+        (caption, run, uri)
+        for run, each in found.items()
+        if (table := _table(each, name)) is not None
+        for caption, uri in experiment_pictures(each.folder, table).items()
+    ]
+    captions = list(dict.fromkeys(caption for caption, _, _ in shown))
+    ordered = sorted(shown, key=lambda each: captions.index(each[0]))
+    return {f"{run}: {caption}": uri for caption, run, uri in ordered}
 
 
 # --------------------------------------------------------------------------------------------------------------- views

@@ -150,7 +150,12 @@ def _cameras(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _experiment(folder: Path, table: ExperimentTable, figures: dict[str, bytes]) -> ShownExperiment:
-    own = {name: png for name, png in figures.items() if name.startswith(f"{table.name}_")}
+    own = [Plot(data_uri(png), "") for name, png in figures.items() if name.startswith(f"{table.name}_")]
+    return ShownExperiment(table, own, experiment_pictures(folder, table))
+
+
+def experiment_pictures(folder: Path, table: ExperimentTable) -> dict[str, str]:
+    """The turntable's loop and the interpolation's strips (caption -> data URI)."""
     pictures = {}
     gif, strips = folder / table.name / "turntable.gif", folder / table.name / "strips.npz"
     if gif.is_file():
@@ -158,7 +163,7 @@ def _experiment(folder: Path, table: ExperimentTable, figures: dict[str, bytes])
     if strips.is_file():
         with np.load(strips, allow_pickle=False) as arrays:
             pictures |= {name.replace("_", ": "): picture_uri(arrays[name]) for name in arrays.files[:STRIPS_SHOWN]}
-    return ShownExperiment(table, [Plot(data_uri(png), "") for png in own.values()], pictures)
+    return pictures
 
 
 # --------------------------------------------------------------------------------------------------------------- words
