@@ -36,6 +36,14 @@ function cameras3d_pixels() { return document.getElementById("cameras3d").toData
 </script>"""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_plots():
+    """Plots of 400 by 328 pixels, which are drawn faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sitdist.evaluate.plots.style.DPI", 80)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")

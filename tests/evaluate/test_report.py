@@ -80,6 +80,14 @@ def write_evaluation(folder, records, size=16, **changes):
     save_arrays(folder / "images.npz", {"key": keys, "bin": bins, "true": true, "rendered": rendered})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_plots():
+    """Plots of 400 by 328 pixels, which are drawn faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sitdist.evaluate.plots.style.DPI", 80)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An evaluation with its report; never write into it."""

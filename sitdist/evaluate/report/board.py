@@ -50,11 +50,20 @@ def write_tensorboard(folder: Path, evaluation: Evaluation, figures: dict[str, b
             vertices, colours, faces = camera_mesh(cameras)
             board.add_mesh("cameras", vertices, colours, faces, global_step=metrics.step)
         _write_hyperparameters(board, evaluation)
+        writer: Any = board.file_writer
         for name, png in figures.items():
-            picture = np.array(Image.open(io.BytesIO(png)).convert("RGB"))
-            board.add_image(f"report/{name}", picture, metrics.step, dataformats="HWC")
+            writer.add_summary(_picture_summary(f"report/{name}", png), metrics.step)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _picture_summary(tag: str, png: bytes) -> Any:
+    """The PNG file as it is; add_image would decode and encode it again."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = Image.open(io.BytesIO(png)).size
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 def _write_rows(board: SummaryWriter, metrics: Metrics) -> None:
