@@ -11,6 +11,9 @@ import torch
 
 from sitdist.config import Config, Recipe, load_yaml, parse
 from sitdist.data.writer import build
+from sitdist.geometry.similarity import Similarity
+from sitdist.scene.grid import VoxelField
+from sitdist.scene.store import Scene, save_scene
 from sitdist.train.trainer import train
 
 torch.set_num_threads(1)
@@ -34,6 +37,20 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 training views of 16x16 pixels in three shards, 8 val and 12 test views; never write into it."""
     folder = tmp_path_factory.mktemp("data") / "tiny"
     build(parse(Recipe, TINY_RECIPE, "tiny"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ball_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fitted scene: a grey ball in an empty white box; never write into it."""
+    axis = torch.linspace(-1.0, 1.0, 12)
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    inside = (x**2 + y**2 + z**2 < 0.3).float()
+    values = torch.cat([(20.0 * inside - 10.0)[None], torch.zeros(3, 12, 12, 12)])
+    field = VoxelField(values, torch.tensor([[-1.0] * 3, [1.0] * 3]), torch.ones(3), 5.0)
+    field.find_empty()
+    folder = tmp_path_factory.mktemp("scene") / "ball"
+    save_scene(Scene(field, Similarity.identity()), folder)
     return folder
 
 

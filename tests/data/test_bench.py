@@ -12,10 +12,7 @@ from sitdist.data import bench
 from sitdist.data.bench import Measure, Way, format_table, measure
 from sitdist.data.bench_views import bench_views
 from sitdist.data.writer import build
-from sitdist.geometry.similarity import Similarity
 from sitdist.model.codec_fit import make_vae
-from sitdist.scene.grid import VoxelField
-from sitdist.scene.store import Scene, save_scene
 
 
 def test_ratios_are_to_the_fastest_baselines_of_one_process_and_of_any_number():
@@ -55,28 +52,14 @@ def test_the_best_of_all_rounds_counts_and_the_ways_take_turns():
     assert calls == ["a", "b"] * 3
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory):
-    """A fitted scene: a grey ball in an empty box."""
-    axis = torch.linspace(-1.0, 1.0, 12)
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    inside = (x**2 + y**2 + z**2 < 0.3).float()
-    values = torch.cat([(20.0 * inside - 10.0)[None], torch.zeros(3, 12, 12, 12)])
-    field = VoxelField(values, torch.tensor([[-1.0] * 3, [1.0] * 3]), torch.ones(3), 5.0)
-    field.find_empty()
-    folder = tmp_path_factory.mktemp("scene") / "ball"
-    save_scene(Scene(field, Similarity.identity()), folder)
-    return folder
-
-
-def test_everything_is_measured_in_one_run(tiny_dataset, scene, capsys):
-    arguments = ["--samples", "64", "--batch", "16", "--views", "8", "--scene", str(scene), "--synthetic", "1e5"]
+def test_everything_is_measured_in_one_run(tiny_dataset, ball_scene, capsys):
+    arguments = ["--samples", "64", "--batch", "16", "--views", "8", "--scene", str(ball_scene), "--synthetic", "1e5"]
     assert cli.run(["bench", "data", str(tiny_dataset), *arguments]) == 0
     printed = capsys.readouterr().out
     for title in (
         "reading .* samples/s",
         "rendering the built-in object, 16x16 .* views/s",
-        f"rendering {scene}, 16x16 .* views/s",
+        f"rendering {ball_scene}, 16x16 .* views/s",
         "encoding, 8 views at a time, one thread .* views/s",
         "building, pca codec, 1 thread .* MB/s",
     ):
@@ -105,10 +88,10 @@ def test_everything_is_measured_in_one_run(tiny_dataset, scene, capsys):
     assert float(rate) * float(size) / 1e3 == pytest.approx(megabytes, rel=0.1)
 
 
-def test_the_scene_and_the_vae_are_the_datasets_own(scene, tmp_path, monkeypatch):
+def test_the_scene_and_the_vae_are_the_datasets_own(ball_scene, tmp_path, monkeypatch):
     torch.manual_seed(0)
     make_vae(16, (4, 8)).save_pretrained(tmp_path / "vae")
-    moved = shutil.copytree(scene, tmp_path / "moved")
+    moved = shutil.copytree(ball_scene, tmp_path / "moved")
     source = {"kind": "scene", "views": 3, "scene": str(moved), "supersample": 1}
     recipe = {
         "name": "own",

@@ -18,6 +18,7 @@ from sitdist.cli import GENERATORS
 from sitdist.config import AdaptiveSolver, Config, EvaluateConfig, Recipe, parse
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
+from sitdist.data.scene import open_scene, render
 from sitdist.data.writer import build
 from sitdist.errors import CodecError, ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
@@ -28,6 +29,7 @@ from sitdist.evaluate.symmetry import Symmetry
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import ADAPTIVE, SOLVERS
+from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import check_rigid, rotation_error_deg
 from sitdist.model.codec import latent_mean
@@ -313,6 +315,34 @@ def test_the_noise_floor_is_that_of_sigma_over_the_gain(evaluated, on_split):
     floor = evaluated(gain=10.0, sigma=1.0, layout="interleaved")[0]["noise_floor"]
     plain = json.loads((on_split / "metrics.json").read_text())["noise_floor"]  # of sigma 0.1
     assert floor["translation"] == pytest.approx(plain["translation"], rel=0.05)
+
+
+def test_new_views_of_a_fitted_scene_are_rendered_where_the_dataset_came_from_one(ball_scene, tmp_path):
+    recipe = {
+        "name": "ball",
+        "image_size": 16,
+        "codec": {"kind": "pca", "fit_views": 8},
+        "val_views": 3,
+        "splits": {"train": {"kind": "scene", "scene": str(ball_scene), "views": 10, "supersample": 1}},
+    }
+    build(parse(Recipe, recipe, "ball"), tmp_path / "data")
+    train(config_on(tmp_path / "data"), tmp_path / "run")
+    options = {"radii": (2, 4), "views_per_radius": 1, "max_views": 2}
+    folder = evaluate(tmp_path / "run", EvalOptions(**options))
+    assert evaluate(tmp_path / "run", EvalOptions(**options, experiment="turntable")) == folder
+    scene = open_scene(str(ball_scene))
+    camera = Intrinsics.from_fov(40.0, 16, 16)
+    with np.load(folder / "images.npz") as pictures:
+        shown = dict(zip(pictures["key"].tolist(), pictures["true"], strict=True))
+    assert len(shown) == len(rows(folder)) == 2
+    for row in rows(folder):
+        pose = torch.eye(4, dtype=torch.float64)
+        pose[:3] = torch.tensor([[float(row[f"true_{i}{j}"]) for j in range(4)] for i in range(3)])
+        picture = 255.0 * render(scene, pose, camera, 1, None).permute(1, 2, 0).numpy()
+        assert np.ptp(picture[..., 0]) > 50  # a grey ball on white, and not the chair
+        np.testing.assert_allclose(picture[..., 0], picture[..., 1])
+        np.testing.assert_allclose(shown[row["key"]], picture, atol=0.51)
+    assert json.loads((folder / "turntable" / "results.json").read_text())["gif"] == "true | rendered"
 
 
 def test_the_focal_length_is_estimated_where_the_dataset_packs_it(tmp_path):

@@ -1,38 +1,43 @@
 """The report's page in a browser, its coverage, experiments and provenance; reports side by side."""
 
+import csv
+import html
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import make_records, metrics_of, write_evaluation
+from test_report import look_down, make_records, metrics_of, write_evaluation
 
 from sitdist import cli
+from sitdist.errors import DataError
 from sitdist.evaluate.coverage import AZIMUTHS, HEIGHTS, coverage_counts
 from sitdist.evaluate.plots import error_sphere_figure
 from sitdist.evaluate.report import write_report
+from sitdist.evaluate.report.compare import compare, short_names
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 PROBE = """
 <script>
-const before = cameras3d_pixels();
 const canvas = document.getElementById("cameras3d");
-canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
-const turned = cameras3d_pixels() !== before;
+const before = canvas && canvas.toDataURL();
+if (canvas) canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
+const turned = canvas && canvas.toDataURL() !== before;
 const resources = performance.getEntriesByType("resource").filter((entry) => !entry.name.startsWith("data:")).length;
 const wide = document.documentElement.scrollWidth > window.innerWidth;
-const cells = [...document.querySelectorAll("table.summary")][0].rows[2].cells;
-document.title = JSON.stringify({ turned, resources, wide, errors, cells: [...cells].map((cell) => cell.textContent) });
+const rows = [...document.querySelectorAll("table tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
+document.title = JSON.stringify({ turned, resources, wide, errors, rows });
 </script>
 """
 CATCH = """<script>
 const errors = [];
 window.addEventListener("error", (event) => errors.push(String(event.message)));
 console.error = (text) => errors.push(String(text));
-function cameras3d_pixels() { return document.getElementById("cameras3d").toDataURL(); }
 </script>"""
 
 
@@ -64,24 +69,79 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.fixture(scope="module")
+def circle(tmp_path_factory):
+    """The report of an evaluation of the turntable alone."""
+    folder = tmp_path_factory.mktemp("circle")
+    write_evaluation(folder, make_records(), rows=[], function_evaluations=None)
+    for name in ("records.csv", "images.npz"):
+        (folder / name).unlink()
+    (folder / "turntable").mkdir()
+    summary = {"mean": 4.25, "median": 2.0, "n": 2, "q25": 1.0, "q75": 3.0, "low": 2.0, "high": 3.0}
+    result = {"experiment": "turntable", "n": 2, "rotation_error_deg": summary, "psnr": summary | {"mean": 21.5}}
+    (folder / "turntable" / "results.json").write_text(json.dumps(result))
+    with (folder / "turntable" / "records.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["key", "rotation_error_deg", "psnr", "estimated", "rendered_estimated", "true"])
+        for i in range(2):
+            writer.writerow([f"t{i}", 4.0 + i, 21.0 + i, look_down(2.0 + i), "", look_down(2.5 + i)])
+    write_report(folder)
+    return folder
+
+
+def look_at_page(page, folder, width):
+    """What a browser of this width sees of a page: whether cameras turned, requests, errors, and rows of cells."""
+    text = page.read_text().replace("<head>", f"<head>{CATCH}", 1).replace("</body>", f"{PROBE}</body>")
+    (folder / "page.html").write_text(text)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    options += [f"--user-data-dir={folder / 'user'}", f"--window-size={width},2000", "--virtual-time-budget=3000"]
+    command = [str(BROWSER), *options, (folder / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+
+
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+
+
+@in_a_browser
 @pytest.mark.parametrize("width", [390, 1400])
 def test_in_a_browser_nothing_is_fetched_nothing_fails_and_the_cameras_turn(folder, tmp_path, width):
-    page = (folder / "report.html").read_text().replace("<head>", f"<head>{CATCH}", 1)
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"{PROBE}</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
-    options += [f"--user-data-dir={tmp_path / 'user'}", f"--window-size={width},2000", "--virtual-time-budget=3000"]
-    command = [str(BROWSER), *options, (tmp_path / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]
-    seen = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert seen["errors"] == []
-    assert seen["resources"] == 0
+    seen = look_at_page(folder / "report.html", tmp_path, width)
+    assert (seen["errors"], seen["resources"], seen["wide"]) == ([], 0, False)  # the page never scrolls sideways
     assert seen["turned"]
-    assert not seen["wide"]  # the page itself never scrolls sideways
-    row = metrics_of(folder)["rows"][0]
-    assert seen["cells"][0] == row["name"]
-    assert float(seen["cells"][2]) == pytest.approx(row["rotation_error_deg"]["mean"], abs=0.005)
+    for row in metrics_of(folder)["rows"]:
+        (pose, _, picture, _) = [cells for cells in seen["rows"] if cells[0] == row["name"]]
+        assert pose[2:4] == [f"{row['rotation_error_deg'][which]:.2f}" for which in ("mean", "median")]
+        assert picture[2:4] == [f"{row['psnr'][which]:.2f}" for which in ("mean", "median")]
+
+
+@in_a_browser
+def test_the_page_of_a_turntable_alone_shows_its_cameras_and_no_empty_tables(circle, tmp_path):
+    seen = look_at_page(circle / "report.html", tmp_path, 390)
+    assert (seen["errors"], seen["resources"], seen["wide"], seen["turned"]) == ([], 0, False, True)
+    assert seen["rows"] == [["rotation error (deg)", "PSNR (dB)"], ["4.25", "21.50"]]
+
+
+@in_a_browser
+def test_the_page_of_evaluations_side_by_side_fits_a_phone(folder, tmp_path):
+    other = tmp_path / "a folder of a very long name, which has to be broken"
+    write_evaluation(other, make_records(), step=900)
+    compare([folder, other], tmp_path / "both.html")
+    seen = look_at_page(tmp_path / "both.html", tmp_path, 390)
+    assert (seen["errors"], seen["resources"], seen["wide"]) == ([], 0, False)
+    assert ["step", "700", "900"] in seen["rows"]
+
+
+def test_a_report_of_experiments_alone_has_their_plots_and_numbers(circle):
+    text = (circle / "report.html").read_text()
+    for absent in ("By radius", "Worst views", "Error bars", "Coverage"):
+        assert absent not in text
+    plots = {path.stem for path in (circle / "plots").iterdir()}
+    assert plots == {"turntable_circle", "turntable_rotation_error_deg", "turntable_psnr"}
+    board = EventAccumulator(str(circle / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
+    (event,) = board.Scalars("turntable/rotation_error_deg")
+    assert (event.step, event.value) == (700, 4.25)
+    assert any("cameras" in tag for tag in board.Tags()["tensors"])
 
 
 def test_the_page_holds_coverage_experiments_provenance_and_config(folder):
@@ -110,6 +170,33 @@ def test_tensorboard_holds_the_cameras_and_the_hyperparameters(folder):
     (event,) = board.Scalars("hparam/rotation_error_deg/mean")
     whole = max(metrics_of(folder)["rows"], key=lambda row: row["n"])
     assert event.value == pytest.approx(whole["rotation_error_deg"]["mean"])
+
+
+def test_tensorboard_draws_the_metrics_beside_their_baselines_and_the_experiments_by_turn(folder):
+    board = EventAccumulator(str(folder / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
+    layout = str(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert "^nearest_rotation_error_deg/mean$" in layout
+    assert [(event.step, event.value) for event in board.Scalars("cycle/psnr")] == [(1, 2.5), (2, 5.0)]
+
+
+def test_names_of_evaluations_are_where_their_paths_differ():
+    assert short_names([Path("runs/a/eval/test"), Path("runs/b/c/eval/test")]) == ["a", "b/c"]
+    assert short_names([Path("x/run"), Path("x/run/eval")]) == ["run", "run/eval"]
+    assert short_names([Path("x"), Path("x")]) == ["x", "x"]
+
+
+def test_evaluations_with_nothing_in_common_do_not_stand_side_by_side(folder, circle, tmp_path):
+    with pytest.raises(DataError, match="no radii and no experiment in common"):
+        compare([folder, circle], tmp_path / "both.html")
+    assert not (tmp_path / "both.html").exists()
+
+
+def test_views_that_all_evaluations_keep_stand_side_by_side(folder, tmp_path):
+    write_evaluation(tmp_path / "other", [replace(each, rotation_error_deg=90.0) for each in make_records()])
+    compare([folder, tmp_path / "other"], tmp_path / "both.html")
+    page = (tmp_path / "both.html").read_text()
+    assert page.count('<div class="pair shared">') == 8  # two of every bin
+    assert page.count("90.00°") == 8
 
 
 def test_evaluations_stand_side_by_side(folder, tmp_path, capsys):
