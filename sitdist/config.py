@@ -500,6 +500,15 @@ class ProfileConfig(Schema):
     steps: Positive = 3
 
 
+class NonFiniteConfig(Schema):
+    """A step whose loss or gradient is not finite changes nothing. After `in_a_row` of them the run goes back to the
+    weights of its last checkpoint before them, and on with the next batches; after more than `budget` in all it stops.
+    """
+
+    in_a_row: Positive = 10
+    budget: NonNegative = 100
+
+
 class TrainConfig(Schema):
     """One training run. The world size is no part of it: accumulation follows from it and global_batch.
 
@@ -529,6 +538,7 @@ class TrainConfig(Schema):
     keep_checkpoints: Positive = 3
     keep_every: Positive | None = None
     layer_norms_every: Positive | None = None
+    non_finite: NonFiniteConfig = NonFiniteConfig()
     profile: ProfileConfig | None = None
     tracker: Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"] | None = None
 

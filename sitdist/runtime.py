@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -132,9 +133,7 @@ class Agreement:
         """Of the accelerator's processes; None: this one is alone."""
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world = 1 if accelerator is None else accelerator.num_processes
-        self._group: Any = None
-        if accelerator is not None and self.world > 1 and accelerator.device.type != "cpu":
-            self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo") if self.world > 1 else None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -151,9 +150,10 @@ class Agreement:
         except Exception as error:
             failure = error
         if self.any(failure is not None)[0]:
-            self._raise_first(failure)
+            self.raise_first(failure)
 
-    def _raise_first(self, failure: Exception | None) -> NoReturn:
+    def raise_first(self, failure: Exception | None) -> NoReturn:
+        """Raise on every process what one of them met; `failure` is what this one has met, if anything."""
         bug = failure is not None and not isinstance(failure, SitdistError)
         told = ProcessError(f"{type(failure).__name__}: {failure}") if bug else failure
         errors = [(rank, error) for rank, error in enumerate(self.gather(told)) if error is not None]
@@ -165,11 +165,20 @@ class Agreement:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set on at least one process."""
+        return self.begin_any(*flags)()
+
+    def begin_any(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
+        """Begin to ask what `any` asks; what is returned gives the answer, and waits for it if it has to."""
         if self.world == 1:
-            return flags
+            return lambda: flags
         raised = torch.tensor(flags, dtype=torch.int32)
-        self._meet(dist.all_reduce, raised, op=dist.ReduceOp.MAX)
-        return tuple(bool(flag) for flag in raised.tolist())
+        work = self._meet(dist.all_reduce, raised, op=dist.ReduceOp.MAX, async_op=True)
+
+        def answer() -> tuple[bool, ...]:
+            self._guarded(work.wait)
+            return tuple(bool(flag) for flag in raised.tolist())
+
+        return answer
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over processes of a small tensor, on the CPU."""
@@ -197,9 +206,12 @@ class Agreement:
         if self.world > 1:
             self._meet(dist.barrier)
 
-    def _meet(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    def _meet(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self._guarded(partial(collective, *arguments, group=self._group, **options))
+
+    def _guarded(self, wait: Callable[[], Any]) -> Any:
         try:
-            collective(*arguments, group=self._group, **options)
+            return wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ProcessError(
@@ -208,12 +220,12 @@ class Agreement:
 
 
 class StopSignal:
-    """Within `with`: SIGTERM and SIGINT set `requested` instead of ending the process.
+    """Within `with`: SIGTERM, SIGINT and SIGUSR1 set `requested` instead of ending the process.
 
     Launchers pass on what a terminal has already sent, so a signal often comes twice: the later ones change nothing.
     """
 
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None

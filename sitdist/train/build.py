@@ -88,10 +88,18 @@ def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoi
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters; its rate is set anew at every step."""
+    """The optimizer of the trained parameters; its rate is set anew at every step, and so is `found_inf`, a number on
+    the device: where it is 1, a fused optimizer leaves parameters and state as they are.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        sgd = torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+        if config.momentum:  # a first step that is left out would leave the buffer undefined
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 

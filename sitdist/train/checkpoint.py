@@ -46,7 +46,7 @@ TENSOR_FILES = ("model", "ema", "optimizer")
 # What may differ between a run and its continuation: where things are, how long and how closely it is watched.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
-    r"|checkpoint_every|keep_checkpoints|keep_every|compile|activation_checkpointing|layer_norms_every|profile(\..*)?|tracker)"
+    r"|checkpoint_every|keep_checkpoints|keep_every|compile|activation_checkpointing|layer_norms_every|non_finite\.budget|profile(\..*)?|tracker)"
     r"|evaluate\..*"
 )
 

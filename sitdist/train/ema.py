@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from sitdist.train.guard import lerp_unless_masked
+
 
 class Ema:
     """A copy of `model` whose parameters follow it: ema <- decay_s * ema + (1 - decay_s) * parameter.
@@ -23,7 +25,8 @@ class Ema:
         self._followed: list[Tensor] = [followed[name] for name in names]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the current parameters after update number `step` (from 0)."""
+    def update(self, step: int, ok: Tensor | None = None) -> None:
+        """Move towards the current parameters after update number `step` (from 0), where `ok` (0-d) is true."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averaged, [parameter.float() for parameter in self._followed], 1.0 - decay)
+        now = [parameter.float() for parameter in self._followed]
+        lerp_unless_masked(self._averaged, now, 1.0 - decay, ok)

@@ -7,6 +7,7 @@ import logging
 import math
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,6 +65,7 @@ class Monitor:
             self._peak = listed_peak(name, "fp32" if precision == "no" else precision)
         self._loss_sums = torch.zeros(len(BIN_NAMES), dtype=torch.float64, device=accelerator.device)
         self._loss_counts = torch.zeros_like(self._loss_sums)
+        self._norm_sum, self._norm_count = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         self._reset()
         self._lines: TextIO | None = None
         self._board: Any = None
@@ -84,8 +86,10 @@ class Monitor:
     def _reset(self) -> None:
         self._loss_sums.zero_()
         self._loss_counts.zero_()
-        self._gradient_norms: list[float] = []
-        self._seconds = self._waited = self._saving = 0.0
+        self._norm_sum.zero_()
+        self._norm_count.zero_()
+        self._begun = time.perf_counter()
+        self._waited = self._saving = self._validating = 0.0
         self._steps = 0
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
@@ -100,18 +104,18 @@ class Monitor:
             self._board.file_writer.add_summary(summary)
 
     def observe_losses(self, losses: Tensor, t: Tensor) -> None:
-        """Add the losses [B] of this process's samples at times `t` [B]."""
-        bins = time_bin(t)
-        self._loss_sums.index_add_(0, bins, losses.detach().double())
-        self._loss_counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float64))
+        """Add the losses [B] of this process's samples at times `t` [B]; those that are not finite do not count."""
+        bins, finite = time_bin(t), losses.isfinite()
+        self._loss_sums.index_add_(0, bins, torch.where(finite, losses.detach(), 0.0).double())
+        self._loss_counts.index_add_(0, bins, finite.double())
 
-    def observe_step(self, seconds: float, waited: float, gradient_norm: float) -> None:
-        """Add one step: its duration, the part of it spent waiting for data, and its gradient norm before clipping."""
-        self._seconds += seconds
+    def observe_step(self, waited: float, gradient_norm: Tensor) -> None:
+        """Add one step: the seconds spent waiting for data, and its gradient norm (0-d) before clipping."""
         self._waited += waited
         self._steps += 1
-        if math.isfinite(gradient_norm):  # under fp16 a step that overflowed is skipped
-            self._gradient_norms.append(gradient_norm)
+        finite = gradient_norm.isfinite()  # other steps are left out
+        self._norm_sum += torch.where(finite, gradient_norm, 0.0)
+        self._norm_count += finite
         if self._bar is not None:
             self._bar.update()
 
@@ -119,33 +123,41 @@ class Monitor:
         """Add what saving a checkpoint has taken off the training."""
         self._saving += seconds
 
-    def write_line(self, step: int, lr: float, loss_scale: float | None) -> None:
-        """Write the averages since the last line as those of `step` updates."""
+    def observe_validation(self, seconds: float) -> None:
+        """Add what a validation has taken off the training."""
+        self._validating += seconds
+
+    def write_line(self, step: int, lr: float, loss_scale: float | None, left_out: int = 0) -> None:
+        """Write the averages since the last line as those of `step` updates, and how many of all were left out."""
         sums, counts = self._agreement.sum(torch.stack([self._loss_sums, self._loss_counts]))
-        waited, seconds = self._agreement.sum(torch.tensor([self._waited, self._seconds], dtype=torch.float64)).tolist()
-        scalars = {"loss": float(sums.sum() / counts.sum()), "lr": lr}
+        norm_sum, norm_count = self._norm_sum.item(), self._norm_count.item()
+        own_seconds = time.perf_counter() - self._begun - self._saving - self._validating
+        waited, seconds = self._agreement.sum(torch.tensor([self._waited, own_seconds], dtype=torch.float64)).tolist()
+        scalars = {"loss": float(sums.sum() / counts.sum())} if counts.any() else {}
+        scalars |= {"lr": lr, "steps_left_out": float(left_out)}
         scalars |= {name: float(sums[i] / counts[i]) for i, name in enumerate(BIN_NAMES) if counts[i] > 0}
-        if self._gradient_norms:
-            scalars["gradient_norm"] = sum(self._gradient_norms) / len(self._gradient_norms)
+        if norm_count:
+            scalars["gradient_norm"] = norm_sum / norm_count
         if loss_scale is not None:
             scalars["loss_scale"] = loss_scale
-        scalars["samples_per_second"] = self._steps * self._global_batch / self._seconds
+        scalars["samples_per_second"] = self._steps * self._global_batch / own_seconds
         scalars["data_wait_share"] = waited / seconds
-        speed = self._speed(scalars["samples_per_second"])
+        speed = self._speed(scalars["samples_per_second"], own_seconds)
         self._write(step, {f"train/{name}": value for name, value in scalars.items()} | speed)
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+            loss = scalars.get("loss", math.nan)
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if self._bar.disable:
-                log.info("step %d: loss %.4f, %.0f samples/s", step, scalars["loss"], scalars["samples_per_second"])
+                log.info("step %d: loss %.4f, %.0f samples/s", step, loss, scalars["samples_per_second"])
         self._reset()
 
-    def _speed(self, samples_per_second: float) -> dict[str, float]:
+    def _speed(self, samples_per_second: float, seconds: float) -> dict[str, float]:
         """How well this machine is used; memory is the peak so far, and MFU is known for known GPUs only."""
         if self._device.type == "cuda":
             memory = float(torch.cuda.max_memory_allocated(self._device))
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
-        speed = {"checkpoint_share": self._saving / (self._seconds + self._saving), "memory_gb": memory / 1e9}
+        speed = {"checkpoint_share": self._saving / (seconds + self._saving), "memory_gb": memory / 1e9}
         if self._flops is not None:
             rate = samples_per_second * self._flops / self._agreement.world  # operations a second of one device
             speed |= {"tflops_per_device": rate / 1e12} | ({} if self._peak is None else {"mfu": rate / self._peak})

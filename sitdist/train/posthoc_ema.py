@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sitdist.errors import CheckpointError, ConfigError
 from sitdist.flow.predict import VelocityModel
+from sitdist.train.guard import lerp_unless_masked
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,13 @@ class Averages:
         }
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the current parameters after update number `step` (from 0)."""
+    def update(self, step: int, ok: Tensor | None = None) -> None:
+        """Move towards the current parameters after update number `step` (from 0), where `ok` (0-d) is true."""
         if not self.averages:
             return
         now = [parameter.float() for parameter in self._followed]
         for averaged, kept in zip(self.averages.values(), self._kept, strict=True):
-            torch._foreach_lerp_(averaged, now, 1.0 - kept(step))
+            lerp_unless_masked(averaged, now, 1.0 - kept(step), ok)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by NAME/PARAMETER."""

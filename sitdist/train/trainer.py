@@ -7,15 +7,17 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import sitdist
 from sitdist.config import Config, dump_yaml
@@ -24,7 +26,7 @@ from sitdist.data.prefetch import Prefetch
 from sitdist.data.reader import Batch, BatchReader, ShardReader
 from sitdist.data.resident import ResidentSamples
 from sitdist.data.store import Store, open_store
-from sitdist.errors import CheckpointError, ConfigError, NonFiniteError, RunInterrupted
+from sitdist.errors import CheckpointError, ConfigError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
 from sitdist.flow.loss import flow_loss, training_interval, weigh_times
@@ -37,6 +39,7 @@ from sitdist.train import checkpoint as checkpoints
 from sitdist.train import posthoc_ema
 from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
+from sitdist.train.guard import Guard, poison
 from sitdist.train.monitor import Monitor
 from sitdist.train.schedule import learning_rate
 from sitdist.train.speed import ScheduledCollection, compile_model, recompute_activations
@@ -45,13 +48,11 @@ from sitdist.train.watch import LayerNorms, StepProfile
 
 log = logging.getLogger(__name__)
 
-SMALLEST_LOSS_SCALE = 2.0**-10  # an fp16 scale below it means that every gradient overflows
-
 
 def train(config: Config, run: Path) -> None:
     """Train `config` in the folder `run`, from its newest whole checkpoint if it has one; every process calls it.
 
-    RunInterrupted after SIGTERM or SIGINT, with a checkpoint of the last step done.
+    RunInterrupted after SIGTERM, SIGINT or SIGUSR1, with a checkpoint of the last step done.
     """
     settings = config.train
     with processes(settings.precision, settings.deterministic) as (accelerator, agreement), StopSignal() as stop:
@@ -132,6 +133,7 @@ class Trainer:
         self.step = 0
         self.saved_step: int | None = None
         self.buckets_settled = False
+        self.guard = Guard(agreement, config.train.non_finite, accelerator.scaler is not None)
         device, world = accelerator.device, accelerator.num_processes
 
         # ---- data and model: the same weights on every process, because every process seeds its CPU generator alike
@@ -208,13 +210,16 @@ class Trainer:
     def run_steps(self, stop: StopSignal, until: int | None = None) -> None:
         """Train until the last step, or up to step `until`, or until a process is asked to stop."""
         settings = self.config.train
-        while self.step < (settings.steps if until is None else until):
-            begun = time.perf_counter()
+        end = settings.steps if until is None else until
+        if self.step < end:
+            ahead = self._read_ahead(stop)
+        while self.step < end:
             step = self.step
+            batch, waited, stopping = ahead()
+            if stopping:
+                self._stop()
             self.profile.before(step)
             self.layer_norms.begin(step)
-            with self.agreement.together():
-                batch, waited = self.prefetch.batch(step)
             inputs = make_inputs(batch, self.config, self.accelerator.device)
             if not self.buckets_settled:
                 self._settle_buckets(inputs)
@@ -222,31 +227,31 @@ class Trainer:
             # ---- gradients of the mean loss over the global batch
             losses = self._accumulate_gradients(inputs)
             scaler = self.accelerator.scaler
-            layers = self.layer_norms.end(1.0 if scaler is None else scaler.get_scale())
+            layers = self.layer_norms.end(scaler)
             norm = self._clip_gradients()
 
-            # ---- all processes agree before anything changes
-            stopping, diverged = self.agreement.any(stop.requested is not None, self._diverged(losses, norm))
-            if diverged:
-                self._raise_non_finite(batch, losses, norm)
-
-            # ---- update
+            # ---- update, which changes nothing where something is not finite; nobody waits to know
+            ok = norm.isfinite()
             lr = self._learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            self.raw_optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.ema.update(step)
+            self.ema.update(step, ok)
             if self.averages is not None:
-                self.averages.update(step)
+                self.averages.update(step, ok)
+            self.guard.observe(step, batch.keys, losses, ok)
             self.step = step + 1
+            if self.step < end:
+                ahead = self._read_ahead(stop)
 
             # ---- tell, validate, save
             self.monitor.observe_losses(losses, inputs.t)
-            self.monitor.observe_step(time.perf_counter() - begun, waited, norm)
+            self.monitor.observe_step(waited, norm)
             last = self.step == settings.steps
             if self.step % settings.log_every == 0 or last:
-                self.monitor.write_line(self.step, lr, None if scaler is None else scaler.get_scale())
+                self._review(lr)
             if layers:
                 self.monitor.write_scalars(self.step, layers, "train_layers")
             self.profile.after(step)
@@ -255,10 +260,79 @@ class Trainer:
                 self._validate()
             if self._is_snapshot():
                 self._save_averages()
-            if last or stopping or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
+            if last or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
                 self._save()
-            if stopping and not last:
-                raise RunInterrupted(f"stopped after step {self.step} of {settings.steps}; go on with the same command")
+
+    def _read_ahead(self, stop: StopSignal) -> Callable[[], tuple[Batch, float, bool]]:
+        """Get the next batch, and begin to ask whether all have theirs and whether one is asked to stop.
+
+        What is returned gives this process's batch, the seconds it took and whether to stop; it raises what one of the
+        processes met. The device computes meanwhile.
+        """
+        failure, read = None, None
+        try:
+            read = self.prefetch.batch(self.step)
+        except Exception as error:
+            failure = error
+        answer = self.agreement.begin_any(failure is not None, stop.requested is not None)
+
+        def finish() -> tuple[Batch, float, bool]:
+            failed, stopping = answer()
+            if failed or read is None:
+                self.agreement.raise_first(failure)
+            return *read, stopping
+
+        return finish
+
+    def _stop(self) -> NoReturn:
+        """Save, and raise RunInterrupted."""
+        if self.step == 0:
+            raise RunInterrupted("stopped before the first step; the same command starts again")
+        self._save()
+        raise RunInterrupted(
+            f"stopped after step {self.step} of {self.config.train.steps}; go on with the same command"
+        )
+
+    def _review(self, lr: float) -> None:
+        """The one place where the host waits for the device: look at what the steps came to, and tell."""
+        scaler = self.accelerator.scaler
+        loss_scale = None if scaler is None else scaler.get_scale()
+        self.guard.read()
+        self.monitor.write_line(self.step, lr, loss_scale, self.guard.total)
+        self.guard.check_budget(self.step, loss_scale)
+        if self.guard.too_many_in_a_row():
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Take the weights of the last checkpoint before the steps that were left out, and go on with the next batch.
+
+        Only a checkpoint that every run of this config has counts, so that one that was stopped ends like one that was
+        not.
+        """
+        since, every = self.step - self.guard.in_a_row, self.config.train.checkpoint_every
+        found = None
+        with self.agreement.together():
+            if self.accelerator.is_main_process and every is not None:
+                for folder in reversed(checkpoints.list_checkpoints(self.run)):
+                    step = checkpoints.step_of(folder)
+                    if step < since and step % every == 0:
+                        found = step
+                        break
+        target = self.agreement.of_main(found)
+        if target is None:
+            self.guard.give_up(
+                self.step, f"{self.guard.in_a_row} steps in a row were left out, and there is no checkpoint before them"
+            )
+        with self.agreement.together():
+            self._load_weights(checkpoints.read_checkpoint(checkpoints.folder_of(self.run, target)))
+            if self.averages is not None:
+                self.averages.load(posthoc_ema.path_of(self.run, target))
+        if self.accelerator.is_main_process:
+            log.warning(
+                "%d steps in a row were left out: back to the weights after step %d, and on with step %d",
+                *(self.guard.in_a_row, target, self.step),
+            )
+        self.guard.rolled_back()
 
     def _accumulate_gradients(self, inputs: Inputs) -> Tensor:
         """Backward over the micro-batches; returns the losses [local batch].
@@ -287,7 +361,7 @@ class Trainer:
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
                 weighed = weigh_times(loss, inputs.t[part], self.config.flow.weight_at_one)
-                self.accelerator.backward(weighed.sum() * share)
+                self.accelerator.backward((weighed * poison(loss)).sum() * share)
             losses.append(loss.detach())
         return torch.cat(losses)
 
@@ -301,13 +375,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.buckets_settled = True
 
-    def _clip_gradients(self) -> float:
-        """Clip to `clip_norm`; returns the norm before, which is the same on every process."""
+    def _clip_gradients(self) -> Tensor:
+        """Clip to `clip_norm`; returns the norm before (0-d, on the device), which is the same on every process."""
         limit = self.config.train.optimizer.clip_norm
         parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
         norm = self.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
         assert norm is not None
-        return float(norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.train
@@ -319,27 +393,6 @@ class Trainer:
             warmup_steps=settings.schedule.warmup_steps,
             final_ratio=settings.schedule.final_ratio,
         )
-
-    # ----------------------------------------------------------------------------------------------------- divergence
-
-    def _diverged(self, losses: Tensor, norm: float) -> bool:
-        """Whether a loss or the gradient is not finite; fp16 gradients may overflow while their scale adapts."""
-        scaler = self.accelerator.scaler
-        if scaler is None:
-            return not (math.isfinite(norm) and bool(losses.isfinite().all()))
-        return scaler.get_scale() < SMALLEST_LOSS_SCALE or not bool(losses.isfinite().all())
-
-    def _raise_non_finite(self, batch: Batch, losses: Tensor, norm: float) -> None:
-        keys = [key for key, finite in zip(batch.keys, losses.isfinite().tolist(), strict=True) if not finite]
-        found = [key for of_process in self.agreement.gather(keys) for key in of_process]
-        where = f"samples {', '.join(found[:8])}{' ...' if len(found) > 8 else ''}" if found else "no single sample"
-        last = f"step {self.saved_step}" if self.saved_step is not None else "none yet"
-        with self.agreement.together():
-            raise NonFiniteError(
-                f"step {self.step}: the loss is not finite for {where} (gradient norm {norm:g}); nothing was updated, "
-                f"last checkpoint: {last}; look at these samples, or lower train.optimizer.lr = "
-                f"{self.config.train.optimizer.lr:g}"
-            )
 
     # ------------------------------------------------------------------------------------------------------- the run
 
@@ -362,11 +415,8 @@ class Trainer:
                 f"train.steps = {self.config.train.steps}: {loaded.folder} has already seen {loaded.step}; "
                 "set it higher"
             )
-        checkpoints.load_tensors(self.raw_model, loaded.tensors["model"], loaded.folder / "model.safetensors")
-        checkpoints.load_tensors(self.ema.model, loaded.tensors["ema"], loaded.folder / "ema.safetensors")
-        checkpoints.load_optimizer(
-            self.raw_model, self.raw_optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
-        )
+        self._load_weights(loaded)
+        self.guard.load(loaded.state.get("left_out", self.guard.state()))
         before, now = loaded.state.get("precision"), self.accelerator.mixed_precision
         if before not in (None, now):
             log.warning(
@@ -380,6 +430,14 @@ class Trainer:
             log.info("%s: finished, all %d steps are trained; train.steps set higher goes on", self.run, self.step)
         else:
             log.info("going on from %s", loaded.folder)
+
+    def _load_weights(self, loaded: checkpoints.Checkpoint) -> None:
+        """Weights, their average and the optimizer's state."""
+        checkpoints.load_tensors(self.raw_model, loaded.tensors["model"], loaded.folder / "model.safetensors")
+        checkpoints.load_tensors(self.ema.model, loaded.tensors["ema"], loaded.folder / "ema.safetensors")
+        checkpoints.load_optimizer(
+            self.raw_model, self.raw_optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
+        )
 
     def _write_run(self) -> None:
         """The files that make the run usable without the dataset's folder: config, manifest and codec."""
@@ -396,6 +454,7 @@ class Trainer:
         if self.saved_step == self.step:
             return
         begun = time.perf_counter()
+        self.guard.read()
         with self.agreement.together():
             if self.accelerator.is_main_process:
                 if self.averages is not None and not self._is_snapshot():
@@ -428,6 +487,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
+            "left_out": self.guard.state(),
             "config": self.config.model_dump(mode="json"),
             "dataset": self.fingerprint,
             "world_size": self.accelerator.num_processes,
@@ -442,6 +502,7 @@ class Trainer:
         }
 
     def _validate(self) -> None:
+        begun = time.perf_counter()
         with self.agreement.together():
             if self.validation is not None:
                 result = self.validation.measure(self.ema.model)
@@ -450,6 +511,7 @@ class Trainer:
                     self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
                 if result.rotation_errors_deg is not None:
                     self.monitor.write_error_curve(self.step, "validation/rotation_errors", result.rotation_errors_deg)
+        self.monitor.observe_validation(time.perf_counter() - begun)
 
     def close(self) -> None:
         """Stop reading ahead and write out what is buffered."""

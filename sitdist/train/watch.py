@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from sitdist.errors import ConfigError
 from sitdist.model.sit import SiT
@@ -46,10 +47,11 @@ class LayerNorms:
         """Before the forward pass of step number `step` (from 0)."""
         self._wanted = self._every is not None and (step + 1) % self._every == 0
 
-    def end(self, loss_scale: float = 1.0) -> dict[str, float]:
-        """After the backward pass: the norms, none where this step is not one to look at."""
+    def end(self, scaler: GradScaler | None = None) -> dict[str, float]:
+        """After the backward pass: the norms, none where this step is not one to look at; `scaler` is that of fp16."""
         if not self._wanted:
             return {}
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._wanted = False
         norms = {
             f"gradient/{name}": torch.stack(torch._foreach_norm(gradients)).norm() / loss_scale

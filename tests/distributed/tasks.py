@@ -24,6 +24,7 @@ from sitdist.runtime import make_accelerator, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train import codec_fit
 from sitdist.train import trainer as trainer_module
+from sitdist.train.ema import Ema
 from sitdist.train.trainer import Trainer
 
 
@@ -101,6 +102,22 @@ def train_with_nan_on(own: int, *arguments: str) -> None:
         return inputs
 
     trainer_module.make_inputs = make_poisoned
+    cli.main(arguments)
+
+
+def train_leaving_out(step: int, *arguments: str) -> None:
+    """Train, and call nothing that changes weights, optimizer and their average in one step."""
+    clip, update, average = Trainer._clip_gradients, torch.optim.AdamW.step, Ema.update
+    now = -1
+
+    def clip_and_remember(self):
+        nonlocal now
+        now = self.step
+        return clip(self)
+
+    Trainer._clip_gradients = clip_and_remember
+    torch.optim.AdamW.step = lambda *given, **named: None if now == step else update(*given, **named)
+    Ema.update = lambda *given: None if now == step else average(*given)
     cli.main(arguments)
 
 

@@ -35,21 +35,38 @@ def test_times_fall_into_quarters_and_the_two_ends_are_bins_of_their_own():
     assert names == ["0", "0-0.25", "0-0.25", "0.25-0.5", "0.5-0.75", "0.5-0.75", "0.75-1", "0.75-1", "1"]
 
 
-def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tmp_path):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time as the monitor sees it."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr("sitdist.train.monitor.time.perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tmp_path, clock):
     monitor = open_monitor(0)
     monitor.observe_losses(torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0.0, 0.1, 0.2, 1.0]))
-    monitor.observe_step(seconds=1.0, waited=0.5, gradient_norm=2.0)
+    monitor.observe_step(waited=0.5, gradient_norm=torch.tensor(2.0))
     monitor.observe_losses(torch.tensor([3.0, 3.0, 3.0, 3.0]), torch.tensor([0.0, 0.9, 0.9, 0.9]))
-    monitor.observe_step(seconds=3.0, waited=0.5, gradient_norm=4.0)
-    monitor.observe_checkpoint(seconds=4.0)
+    clock.now += 8.0
+    monitor.observe_step(waited=0.5, gradient_norm=torch.tensor(4.0))
+    monitor.observe_checkpoint(seconds=3.0)
+    monitor.observe_validation(seconds=1.0)
     monitor.write_line(2, lr=0.1, loss_scale=None)
     monitor.observe_losses(torch.full((4,), 7.0), torch.full((4,), 0.3))
-    monitor.observe_step(seconds=1.0, waited=0.0, gradient_norm=float("inf"))  # a step skipped under fp16
-    monitor.write_line(3, lr=0.2, loss_scale=1024.0)
+    monitor.observe_losses(torch.tensor([torch.nan, torch.inf]), torch.full((2,), 0.3))
+    monitor.observe_step(waited=0.0, gradient_norm=torch.tensor(torch.inf))  # a step that is left out
+    clock.now += 1.0
+    monitor.write_line(3, lr=0.2, loss_scale=1024.0, left_out=1)
     monitor.close()
     first, second = lines(tmp_path / "metrics.jsonl")
     assert 0.05 < first.pop("train_speed/memory_gb") < 100.0
-    assert first.pop("train_speed/checkpoint_share") == 0.5  # 4 seconds beside 4 of steps
+    assert first.pop("train_speed/checkpoint_share") == pytest.approx(
+        3 / 7
+    )  # beside 4 seconds of steps, 1 of validation
     assert second["train_speed/checkpoint_share"] == 0.0
     assert first == {
         "step": 2,
@@ -60,11 +77,13 @@ def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tm
         "train/loss_by_t/0.75-1": 3.0,
         "train/loss_by_t/1": 6.0,
         "train/gradient_norm": 3.0,
+        "train/steps_left_out": 0.0,
         "train/samples_per_second": 2.0,
         "train/data_wait_share": 0.25,
     }
     assert second["train/loss"] == second["train/loss_by_t/0.25-0.5"] == 7.0
     assert second["train/loss_scale"] == 1024.0
+    assert second["train/steps_left_out"] == 1.0
     assert "train/gradient_norm" not in second
 
 

@@ -137,7 +137,7 @@ def test_layer_norms_are_those_of_the_gradients_and_of_what_blocks_give():
     made.blocks[1].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
     norms.begin(1)
     gradients = run(made)
-    found = norms.end(loss_scale=4.0)
+    found = norms.end(torch.amp.GradScaler("cpu", init_scale=4.0))
     of_block = [gradient.flatten() for name, gradient in gradients.items() if name.startswith("blocks.1.")]
     assert found["gradient/block_01"] == pytest.approx(float(torch.cat(of_block).norm()) / 4.0, rel=1e-5)
     assert found["activation/block_01"] == pytest.approx(float(seen[0].square().mean().sqrt()), rel=1e-5)

@@ -1,0 +1,123 @@
+"""Steps that are not finite: left out on the device, told and counted at the logging step, given up at some point."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sitdist.config import NonFiniteConfig
+from sitdist.errors import NonFiniteError
+from sitdist.runtime import Agreement
+
+log = logging.getLogger(__name__)
+
+SMALLEST_LOSS_SCALE = 2.0**-10  # an fp16 scale below it means that every gradient overflows
+KEYS_TOLD = 8
+
+
+@torch.no_grad()
+def poison(losses: Tensor) -> Tensor:
+    """Factors [B] for losses [B]: 1, but NaN where a loss is not finite.
+
+    It makes the whole gradient NaN, so that every process sees it in the summed gradient's norm and needs no word from
+    the others.
+    """
+    return torch.where(losses.isfinite(), 1.0, torch.nan)
+
+
+def lerp_unless_masked(averaged: list[Tensor], now: list[Tensor], weight: float, ok: Tensor | None) -> None:
+    """averaged <- averaged + weight (now - averaged), where `ok` (0-d, on their device) is true; all else stays."""
+    if ok is None:
+        torch._foreach_lerp_(averaged, now, weight)
+    else:
+        torch._foreach_lerp_(averaged, now, [ok * weight] * len(now))
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """What is kept of a step until the logging step: nothing of it has been waited for."""
+
+    step: int
+    keys: list[str]
+    losses: Tensor  # [local batch], on the device
+    ok: Tensor  # bool, 0-d, on the device, the same on every process
+
+
+class Guard:
+    """Counts the steps that were left out and says when it is too much; every process calls every method.
+
+    Under fp16 a gradient that overflows while its scale adapts is no fault: there only the losses count.
+    """
+
+    def __init__(self, agreement: Agreement, limits: NonFiniteConfig, fp16: bool) -> None:
+        self._agreement, self._limits, self._fp16 = agreement, limits, fp16
+        self._seen: list[SeenStep] = []
+        self.total = self.in_a_row = self.rollbacks = 0
+
+    def state(self) -> dict[str, int]:
+        """What a run that goes on has to know, after `read`."""
+        return {"total": self.total, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
+
+    def load(self, state: dict[str, int]) -> None:
+        """The inverse of `state`."""
+        self.total, self.in_a_row, self.rollbacks = (state[name] for name in ("total", "in_a_row", "rollbacks"))
+
+    def observe(self, step: int, keys: list[str], losses: Tensor, ok: Tensor) -> None:
+        """Keep what step number `step` (from 0) came to; waits for nothing."""
+        self._seen.append(SeenStep(step, keys, losses.detach(), ok))
+
+    def read(self) -> None:
+        """Count what was seen since the last call, and name the samples; waits for the device."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        finite = torch.stack([each.losses.isfinite().all() for each in seen]) if self._fp16 else None
+        masked = [not ok for ok in (torch.stack([each.ok for each in seen]) if finite is None else finite).tolist()]
+        if finite is not None:
+            masked = list(self._agreement.any(*masked))
+        for each, bad in zip(seen, masked, strict=True):
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            self.total += bad
+            if bad:
+                self._tell(each)
+
+    def _tell(self, seen: SeenStep) -> None:
+        own = [key for key, fine in zip(seen.keys, seen.losses.isfinite().tolist(), strict=True) if not fine]
+        keys = [key for of_process in self._agreement.gather(own) for key in of_process]
+        if self._agreement.rank == 0:
+            log.warning("step %d left out: the %s", seen.step, _where(keys))
+
+    def too_many_in_a_row(self) -> bool:
+        """Whether the weights themselves must be at fault."""
+        return self.in_a_row >= self._limits.in_a_row
+
+    def rolled_back(self) -> None:
+        """Begin to count anew: the weights are earlier ones."""
+        self.in_a_row = 0
+        self.rollbacks += 1
+
+    def check_budget(self, step: int, loss_scale: float | None) -> None:
+        """NonFiniteError, on every process, once more steps were left out than the run is allowed."""
+        if self.total > self._limits.budget:
+            self.give_up(
+                step, f"{self.total} steps were left out, and train.non_finite.budget is {self._limits.budget}"
+            )
+        if loss_scale is not None and loss_scale < SMALLEST_LOSS_SCALE:
+            self.give_up(step, f"fp16 gradients overflow at any loss scale ({loss_scale:g})")
+
+    def give_up(self, step: int, reason: str) -> None:
+        """Raise NonFiniteError on every process."""
+        with self._agreement.together():
+            raise NonFiniteError(
+                f"step {step}: {reason}; look at the samples named above, or lower train.optimizer.lr, and start "
+                "another run with another --out"
+            )
+
+
+def _where(keys: list[str]) -> str:
+    if not keys:
+        return "gradient is not finite, of no single sample"
+    return f"loss is not finite for samples {', '.join(keys[:KEYS_TOLD])}{' ...' if len(keys) > KEYS_TOLD else ''}"
