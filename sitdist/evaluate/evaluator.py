@@ -38,7 +38,7 @@ from sitdist.evaluate.poses import OF_PICTURES, PoseReader
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, pictured, save_arrays, thinned
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
 from sitdist.evaluate.work import Job, Producer, do_jobs, merge, plan_conflict, prepare
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
@@ -280,7 +280,7 @@ class _Evaluation:
         columns |= {name: value if isinstance(value, list) else value.tolist() for name, value in values.items()}
         columns |= {name: [getattr(view, name) for view in unit.views] for name in ("key", "radius", "bin")}
         records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
-        return records, _to_uint8(images), None if rendered is None else _to_uint8(rendered)
+        return records, to_uint8(images), None if rendered is None else to_uint8(rendered)
 
     def _estimate(
         self, unit: Unit, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor
@@ -426,11 +426,6 @@ class _Evaluation:
         shape, endpoint = self.loaded.manifest.latent, self.loaded.endpoint
         latent, sigma = (shape.channels, shape.height, shape.width), endpoint.sigma / endpoint.gain
         return noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, self.settings.seed)
-
-
-def _to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8."""
-    return (images * 255.0).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------ opening

@@ -27,11 +27,15 @@ from sitdist.evaluate.units import save_arrays
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work: its name, the keys of the records that it leaves, and how many views it looks at."""
+    """A piece of work: its name, the keys of the records that it leaves, and how many views it looks at.
+
+    `effort`: what a view of it takes beside a view of the producer's other jobs.
+    """
 
     name: str
     keys: tuple[str, ...]
     views: int
+    effort: float = 1.0
 
 
 class Producer(Protocol):
@@ -118,7 +122,7 @@ def do_jobs(producers: list[Producer], pending: list[list[str]], accelerator: Ac
         if job.name in names
     ]
     total = sum(job.views for _, job in work)
-    seconds: dict[int, tuple[float, int]] = {}  # spent and views done, by producer
+    seconds: dict[int, tuple[float, float]] = {}  # spent, and views times effort done, by producer
     left = list(work)
     with tqdm(total=total, desc="evaluate", unit="view", disable=not accelerator.is_main_process) as bar:
         while left:
@@ -128,19 +132,19 @@ def do_jobs(producers: list[Producer], pending: list[list[str]], accelerator: Ac
                 continue
             begun = time.monotonic()
             write_result(producer.out, job, *producer.measure(job))
-            spent, views = seconds.get(id(producer), (0.0, 0))
-            seconds[id(producer)] = (spent + time.monotonic() - begun, views + job.views)
+            spent, done = seconds.get(id(producer), (0.0, 0.0))
+            seconds[id(producer)] = (spent + time.monotonic() - begun, done + job.views * job.effort)
             if not bar.disable:
                 bar.update(sum(each.views for owner, each in work if result_path(owner.out, each).is_file()) - bar.n)
 
 
-def _expected(work: tuple[Producer, Job], seconds: dict[int, tuple[float, int]]) -> float:
+def _expected(work: tuple[Producer, Job], seconds: dict[int, tuple[float, float]]) -> float:
     """Seconds that a job will take, by those of its producer so far; where there are none, it goes first."""
     producer, job = work
     if id(producer) not in seconds:
         return float("inf")
-    spent, views = seconds[id(producer)]
-    return job.views * spent / views
+    spent, done = seconds[id(producer)]
+    return job.views * job.effort * spent / done
 
 
 def write_result(out: Path, job: Job, records: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:

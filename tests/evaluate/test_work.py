@@ -1,6 +1,8 @@
 """Jobs that processes share: claimed by one, left whole, merged exactly once."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +29,10 @@ class Alone:
     is_main_process = False
 
 
+class Main:
+    is_main_process = True
+
+
 def finish(*producers):
     pending = [prepare(producer) for producer in producers]
     do_jobs(list(producers), pending, Alone())
@@ -47,6 +53,21 @@ def test_the_dearest_jobs_come_first_once_a_cost_is_known(tmp_path):
     numbers = Numbers(tmp_path)
     finish(numbers)
     assert numbers.done == ["job_0", "job_5", "job_4", "job_3", "job_2", "job_1"]
+
+
+def test_the_dearest_jobs_are_told_by_their_effort_too(tmp_path):
+    numbers = Numbers(tmp_path)
+    efforts = (1.0, 8.0, 1.0, 1.0, 1.0, 1.0)  # job_1 looks at 3 views, job_5 at 7
+    jobs = [replace(job, effort=effort) for job, effort in zip(numbers.jobs(), efforts, strict=True)]
+    numbers.jobs = lambda: jobs
+    finish(numbers)
+    assert numbers.done == ["job_0", "job_1", "job_5", "job_4", "job_3", "job_2"]
+
+
+def test_the_main_process_shows_views_a_second_and_the_time_left(tmp_path, capsys):
+    numbers = Numbers(tmp_path)
+    do_jobs([numbers], [prepare(numbers)], Main())
+    assert re.search(r"27/27 \[00:0\d<00:00, .*view/s\]", capsys.readouterr().err)
 
 
 def test_a_job_that_another_process_has_taken_is_left_to_it(tmp_path):

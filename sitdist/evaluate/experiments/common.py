@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,11 +127,6 @@ class Tools:
 def row_major(poses: Tensor) -> list[list[float]]:
     """The upper three rows of poses [B, 4, 4], row by row."""
     return poses[:, :3].flatten(1).tolist()
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8."""
-    return (images * 255.0).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def write_results(folder: Path, result: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -10,8 +10,9 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
-from sitdist.evaluate.experiments.common import Tools, row_major, summaries, to_uint8, write_results
+from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
 from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.views import to_uint8
 from sitdist.evaluate.work import Job
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize

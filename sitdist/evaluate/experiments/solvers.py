@@ -41,8 +41,12 @@ class Solvers:
         self.plan = plan | {"experiment": self.name, "views": len(self._views), "of": len(self._settings)}
 
     def jobs(self) -> list[Job]:
-        names = [f"{task}_{solver}_{steps:03d}" for task, solver, steps in self._settings]
-        return [Job(name, tuple(f"{name}_{view.key}" for view in self._views), len(self._views)) for name in names]
+        jobs = []
+        for task, solver, steps in self._settings:
+            name = f"{task}_{solver}_{steps:03d}"
+            keys = tuple(f"{name}_{view.key}" for view in self._views)
+            jobs.append(Job(name, keys, len(self._views), _evaluations(solver, steps)))
+        return jobs
 
     def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools = self._tools
@@ -66,8 +70,8 @@ class Solvers:
             rendered = tools.render(true, intrinsics, labels, "eval", positions, **changes)
             spent = _now(tools.device) - begun
             columns["psnr"] = psnr(rendered, images).tolist()
-        evaluations = 1 if solver == "one_step" else function_evaluations(solver, steps)
-        same = {"task": task, "solver": solver, "steps": steps, "function_evaluations": evaluations}
+        same = {"task": task, "solver": solver, "steps": steps}
+        same |= {"function_evaluations": _evaluations(solver, steps)}
         blank = dict.fromkeys(MEASURES[:-1]) | {"ms": 1000.0 * spent / len(self._views)}
         records = [
             {"key": key, **same, **blank, **{name: column[i] for name, column in columns.items()}}
@@ -92,6 +96,10 @@ class Solvers:
             names = ("task", "solver", "steps", "function_evaluations")
             rows.append({name: inside[0][name] for name in names} | summaries(inside, MEASURES))
         write_results(self.out, {"experiment": self.name, "n": len(self._views), "rows": rows}, records)
+
+
+def _evaluations(solver: str, steps: int) -> int:
+    return 1 if solver == "one_step" else function_evaluations(solver, steps)
 
 
 def _now(device: torch.device) -> float:
