@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -24,6 +24,7 @@ from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistErr
 log = logging.getLogger("sitdist")
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+BACKEND_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -33,8 +34,9 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
     `precision`: auto, fp32, bf16 or fp16; `accelerator.mixed_precision` tells what it came to (no for fp32).
 
     Without a GPU, or with ACCELERATE_USE_CPU=true, everything runs on the CPU over gloo. ConfigError where the
-    launcher's settings cannot be honoured: fp16 on a CPU, a framework other than data parallelism, or processes that
-    do not see each other.
+    launcher's settings cannot be honoured: fp16 on a CPU, a backend that there is not (see `backend_of_launcher`), or
+    processes that do not see each other. Accelerate is not told of the backend: the trainer shares out what is to be
+    shared, and on a CPU too, where Accelerate would silently leave it.
     """
     use_cpu = _use_cpu()
     if precision == "auto":
@@ -43,16 +45,14 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
         raise ConfigError("train.precision = 'fp16': there is no fp16 training on a CPU; use fp32 or bf16")
     if precision == "bf16" and not use_cpu and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"train.precision = 'bf16': {torch.cuda.get_device_name()} has no bf16; use fp32 or fp16")
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
-        if os.environ.get(variable, "").lower() == "true":
-            raise ConfigError(f"{variable}=true: not supported; start plain data parallelism (see launch/README.md)")
+    backend_of_launcher(os.environ)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
     # Accelerate keeps one state per process; a second command in the same process starts from a clean one.
     AcceleratorState._reset_state(reset_partial_state=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _hidden(*BACKEND_VARIABLES):
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
         accelerator = Accelerator(cpu=use_cpu, mixed_precision=MIXED_PRECISION[precision])
     if accelerator.distributed_type not in SUPPORTED:
@@ -72,6 +72,55 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
             "start them as launch/README.md says"
         )
     return accelerator
+
+
+def backend_of_launcher(variables: Mapping[str, str]) -> str:
+    """ddp, fsdp2, zero1 or zero2, as `accelerate launch` says it in the environment; ConfigError for all else."""
+
+    def says(name: str) -> str:
+        return variables.get(name, "").lower()
+
+    def refuse(name: str, remedy: str) -> NoReturn:
+        raise ConfigError(f"{name} = {variables[name]}: not supported; {remedy} (see launch/README.md)")
+
+    if says("ACCELERATE_USE_MEGATRON_LM") == "true":
+        refuse("ACCELERATE_USE_MEGATRON_LM", "start with launch/ddp.yaml or launch/fsdp2.yaml")
+    if says("ACCELERATE_USE_FSDP") == "true":
+        if says("FSDP_VERSION") != "2":
+            raise ConfigError(
+                f"FSDP_VERSION = {variables.get('FSDP_VERSION', '1')}: not supported; set fsdp_version: 2 as "
+                "launch/fsdp2.yaml does"
+            )
+        if says("FSDP_OFFLOAD_PARAMS") == "true":
+            refuse("FSDP_OFFLOAD_PARAMS", "weights stay on their device; use more of them")
+        return "fsdp2"
+    if says("ACCELERATE_USE_DEEPSPEED") == "true":
+        if says("ACCELERATE_DEEPSPEED_CONFIG_FILE") not in ("", "none"):
+            raise ConfigError(
+                "deepspeed_config_file: not supported; give zero_stage alone, as launch/zero2.yaml does: all else is "
+                "the experiment's, or follows from it"
+            )
+        for name in ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"):
+            if says(name) not in ("", "none"):
+                refuse(name, "nothing is kept on another device; use launch/fsdp2.yaml on more of them")
+        stage = says("ACCELERATE_DEEPSPEED_ZERO_STAGE") or "2"
+        if stage not in ("1", "2"):
+            raise ConfigError(
+                f"ZeRO stage {stage}: not supported; stages 1 and 2 are, and launch/fsdp2.yaml shares out weights too, "
+                "as stage 3 would"
+            )
+        return f"zero{stage}"
+    return "ddp"
+
+
+@contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Within `with`: the environment without these variables."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _use_cpu() -> bool:

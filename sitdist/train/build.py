@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,10 @@ def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoi
     )
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters; its rate is set anew at every step, and so is `found_inf`, a number on
+def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of these parameters; its rate is set anew at every step, and so is `found_inf`, a number on
     the device: where it is 1, a fused optimizer leaves parameters and state as they are.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.kind == "sgd":
         sgd = torch.optim.SGD(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True

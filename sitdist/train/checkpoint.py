@@ -282,6 +282,12 @@ def check_same_dataset(checkpoint: Checkpoint, dataset: Path, fingerprint: str) 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Copy `tensors` into `model`; CheckpointError naming the first tensor that does not fit."""
+    check_tensors(model, tensors, where)
+    model.load_state_dict(dict(tensors))
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """CheckpointError naming the first of `tensors` that is not as `model` has it."""
     expected = model.state_dict()
     for name in [*expected, *tensors]:
         ours = tuple(expected[name].shape) if name in expected else "absent"
@@ -291,7 +297,6 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
                 f"{where}: tensor {name} is {theirs} but the model of the config has {ours}; "
                 "it is a checkpoint of another model, give the config it was trained with"
             )
-    model.load_state_dict(dict(tensors))
 
 
 def dataset_fingerprint(dataset: Path) -> str:
@@ -309,33 +314,39 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- optimizer state
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, such as `blocks.0.attn.qkv.weight/exp_avg`."""
+OptimizerState = dict[str, dict[str, Tensor]]  # by parameter name, then by kind, such as exp_avg
+
+
+def optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state of named parameters by name and kind, such as `blocks.0.attn.qkv.weight/exp_avg`."""
     return {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: Path
-) -> None:
-    """The inverse of `optimizer_tensors`; CheckpointError naming a state that fits no parameter of the model."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    places = {names[parameter]: place for place, parameter in enumerate(trained)}
-    state: dict[int, dict[str, Tensor]] = {}
+def check_optimizer(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> OptimizerState:
+    """What `optimizer_tensors` gave, by name; CheckpointError naming a state that fits none of the parameters."""
+    state: OptimizerState = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
-        if name not in places:
+        if name not in parameters:
             raise CheckpointError(f"{where}: optimizer state {key} belongs to no trained parameter of the model")
-        ours, theirs = tuple(trained[places[name]].shape), tuple(tensor.shape)
+        ours, theirs = tuple(parameters[name].shape), tuple(tensor.shape)
         if theirs not in (ours, ()):  # a scalar counts steps
             raise CheckpointError(f"{where}: optimizer state {key} is {theirs} but the parameter is {ours}")
-        state.setdefault(places[name], {})[kind] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(name, {})[kind] = tensor
+    return state
+
+
+def load_optimizer(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
+    """Give the optimizer of named parameters its state, which fits them."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    trained = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    places = {place: state[name] for place, name in enumerate(trained) if name in state}
+    optimizer.load_state_dict({"state": places, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ------------------------------------------------------------------------------------------------- for the evaluation

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sitdist.train.guard import lerp_unless_masked
+from sitdist.train.parts import local_part, own_parts
 
 
 class Ema:
@@ -19,14 +20,17 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
-        averaged, followed = dict(self.model.named_parameters()), dict(model.named_parameters())
-        names = [name for name, parameter in followed.items() if parameter.requires_grad]
-        self._averaged: list[Tensor] = [averaged[name] for name in names]
-        self._followed: list[Tensor] = [followed[name] for name in names]
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Follow `model`, which may by now be shared out over processes, as this one's then is."""
+        self._followed = own_parts(model)
+        averaged = {name: local_part(parameter) for name, parameter in self.model.named_parameters()}
+        self._averaged: list[Tensor] = [averaged[name] for name in self._followed]
 
     @torch.no_grad()
     def update(self, step: int, ok: Tensor | None = None) -> None:
         """Move towards the current parameters after update number `step` (from 0), where `ok` (0-d) is true."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        now = [parameter.float() for parameter in self._followed]
+        now = [part.float() for part in self._followed.values()]
         lerp_unless_masked(self._averaged, now, 1.0 - decay, ok)

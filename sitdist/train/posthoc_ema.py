@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sitdist.errors import CheckpointError, ConfigError
 from sitdist.flow.predict import VelocityModel
 from sitdist.train.guard import lerp_unless_masked
+from sitdist.train.parts import own_parts, part_of, whole_of
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,12 @@ class Averages:
     """Several averages of the trained parameters of `model`, in float32 on its device."""
 
     def __init__(self, model: nn.Module, decays: Sequence[float], sigma_rels: Sequence[float]) -> None:
-        followed = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        followed = own_parts(model)
         self._names, self._followed = list(followed), list(followed.values())
+        self._shared_like = [dict(model.named_parameters())[name] for name in self._names]
         self._kept: list[Callable[[int], float]] = [*map(_decaying, decays), *map(_power, sigma_rels)]
         self.averages: dict[str, list[Tensor]] = {
-            name: [each.detach().float().clone() for each in self._followed] for name in names_of(decays, sigma_rels)
+            name: [each.float().clone() for each in self._followed] for name in names_of(decays, sigma_rels)
         }
 
     @torch.no_grad()
@@ -125,11 +127,11 @@ class Averages:
             lerp_unless_masked(averaged, now, 1.0 - kept(step), ok)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them by NAME/PARAMETER."""
+        """All of them by NAME/PARAMETER, whole; every process calls it."""
         return {
-            f"{average}/{name}": tensor.cpu()
+            f"{average}/{name}": whole_of(tensor, like).cpu()
             for average, tensors in self.averages.items()
-            for name, tensor in zip(self._names, tensors, strict=True)
+            for name, tensor, like in zip(self._names, tensors, self._shared_like, strict=True)
         }
 
     @torch.no_grad()
@@ -143,8 +145,8 @@ class Averages:
                 f"{path}: holds {', '.join(kept)}, but train.averages asks for {', '.join(self.averages)}; set it back"
             )
         for average, tensors in self.averages.items():
-            for name, tensor in zip(self._names, tensors, strict=True):
-                tensor.copy_(stored[f"{average}/{name}"])
+            for name, tensor, like in zip(self._names, tensors, self._shared_like, strict=True):
+                tensor.copy_(part_of(stored[f"{average}/{name}"], like))
 
 
 # -------------------------------------------------------------------------------------------------------------- on disk

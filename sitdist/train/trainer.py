@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 import sitdist
 from sitdist.config import Config, dump_yaml
@@ -34,9 +34,10 @@ from sitdist.flow.path import get_path
 from sitdist.model.codec import draw_latent
 from sitdist.model.flops import training_flops
 from sitdist.model.pretrained import initialize_from
-from sitdist.runtime import Agreement, StopSignal, count_nodes, processes
+from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, count_nodes, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train import posthoc_ema
+from sitdist.train.backend import make_backend
 from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
 from sitdist.train.guard import Guard, poison
@@ -133,6 +134,7 @@ class Trainer:
         self.step = 0
         self.saved_step: int | None = None
         self.buckets_settled = False
+        self.backend = make_backend(backend_of_launcher(os.environ), accelerator)
         self.guard = Guard(agreement, config.train.non_finite, accelerator.scaler is not None)
         device, world = accelerator.device, accelerator.num_processes
 
@@ -140,7 +142,7 @@ class Trainer:
         with agreement.together():
             store = open_store(config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
             self.dataset = store.folder
-            manifest = load_manifest(self.dataset)
+            self.manifest = manifest = load_manifest(self.dataset)
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
             reader = self._open_reader(store)
@@ -149,7 +151,6 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.raw_model = build_model(config.model, manifest, self.endpoint).to(device)
             self.ema = Ema(self.raw_model, config.train.ema_decay)
-            self.raw_optimizer = build_optimizer(self.raw_model, config.train.optimizer)
 
         # ---- where it goes on
         newest: checkpoints.Checkpoint | None = None
@@ -158,21 +159,27 @@ class Trainer:
                 newest = self._find_newest()
         start = agreement.of_main(None if newest is None else newest.step)
         with agreement.together():
-            if start is not None:
-                self._go_on_from(newest or checkpoints.read_checkpoint(checkpoints.folder_of(run, start)))
-            elif config.model.init_from is not None:
+            if start is None and config.model.init_from is not None:
                 log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
                 self.ema = Ema(self.raw_model, config.train.ema_decay)
-        self.averages: posthoc_ema.Averages | None = None
-        with agreement.together():
-            if config.train.averages is not None:
-                wanted = config.train.averages
-                self.averages = posthoc_ema.Averages(self.raw_model, wanted.decays, wanted.sigma_rels)
-                if start is not None:
-                    self.averages.load(posthoc_ema.path_of(run, start))
         recompute_activations(self.raw_model, config.train.activation_checkpointing)
         compile_model(self.raw_model, config.train.compile)
-        self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
+        self.backend.set_up(
+            self.raw_model,
+            self.ema.model,
+            partial(build_optimizer, config=config.train.optimizer),
+            config.train.optimizer.clip_norm,
+        )
+        self.ema.follow(self.raw_model)
+        self.averages: posthoc_ema.Averages | None = None
+        if config.train.averages is not None:
+            wanted = config.train.averages
+            self.averages = posthoc_ema.Averages(self.raw_model, wanted.decays, wanted.sigma_rels)
+        with agreement.together():
+            if start is not None:
+                self._go_on_from(newest or checkpoints.read_checkpoint(checkpoints.folder_of(run, start)))
+                if self.averages is not None:
+                    self.averages.load(posthoc_ema.path_of(run, start))
 
         # ---- what watches it
         self.validation: Validation | None = None
@@ -233,11 +240,7 @@ class Trainer:
             # ---- update, which changes nothing where something is not finite; nobody waits to know
             ok = norm.isfinite()
             lr = self._learning_rate(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.raw_optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.backend.update(lr, ok)
             self.ema.update(step, ok)
             if self.averages is not None:
                 self.averages.update(step, ok)
@@ -337,17 +340,16 @@ class Trainer:
     def _accumulate_gradients(self, inputs: Inputs) -> Tensor:
         """Backward over the micro-batches; returns the losses [local batch].
 
-        DDP averages gradients over processes, so each process's share of the global mean is scaled by their number.
-        Gradients are summed over processes with the last micro-batch only.
+        Gradients are averaged over processes, so each process's share of the global mean is scaled by their number.
+        That is done with the last micro-batch only.
         """
         losses = []
         starts = range(0, self.split.local, self.split.micro)
         for start in starts:
             part = slice(start, start + self.split.micro)
             drop_labels = None if inputs.drop_labels is None else inputs.drop_labels[part]
-            is_last = start == starts[-1]
-            model = self.endpoint.conditioned(self.model, inputs.packed_pose[part])
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            model = self.endpoint.conditioned(self.backend.model, inputs.packed_pose[part])
+            with self.backend.accumulating(is_last=start == starts[-1]):
                 loss = flow_loss(
                     model,
                     self.path,
@@ -361,7 +363,7 @@ class Trainer:
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
                 weighed = weigh_times(loss, inputs.t[part], self.config.flow.weight_at_one)
-                self.accelerator.backward((weighed * poison(loss)).sum() * share)
+                self.backend.backward((weighed * poison(loss)).sum() * share)
             losses.append(loss.detach())
         return torch.cat(losses)
 
@@ -370,18 +372,14 @@ class Trainer:
 
         It sums in that order, and finds it in its first backward pass; a resumed run must not differ there.
         """
-        if self.accelerator.num_processes > 1:
+        if self.backend.settles_buckets:
             self._accumulate_gradients(inputs)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.backend.forget_gradients()
         self.buckets_settled = True
 
     def _clip_gradients(self) -> Tensor:
         """Clip to `clip_norm`; returns the norm before (0-d, on the device), which is the same on every process."""
-        limit = self.config.train.optimizer.clip_norm
-        parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-        assert norm is not None
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self.backend.clip_gradients()
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.train
@@ -433,11 +431,14 @@ class Trainer:
 
     def _load_weights(self, loaded: checkpoints.Checkpoint) -> None:
         """Weights, their average and the optimizer's state."""
-        checkpoints.load_tensors(self.raw_model, loaded.tensors["model"], loaded.folder / "model.safetensors")
-        checkpoints.load_tensors(self.ema.model, loaded.tensors["ema"], loaded.folder / "ema.safetensors")
-        checkpoints.load_optimizer(
-            self.raw_model, self.raw_optimizer, loaded.tensors["optimizer"], loaded.folder / "optimizer.safetensors"
-        )
+        tensors, of_file = loaded.tensors, loaded.folder.joinpath
+        checkpoints.check_tensors(self.raw_model, tensors["model"], of_file("model.safetensors"))
+        checkpoints.check_tensors(self.ema.model, tensors["ema"], of_file("ema.safetensors"))
+        parameters = {name: each for name, each in self.raw_model.named_parameters() if each.requires_grad}
+        state = checkpoints.check_optimizer(parameters, tensors["optimizer"], of_file("optimizer.safetensors"))
+        self.backend.load(self.raw_model, tensors["model"])
+        self.backend.load(self.ema.model, tensors["ema"])
+        self.backend.load_optimizer(state)
 
     def _write_run(self) -> None:
         """The files that make the run usable without the dataset's folder: config, manifest and codec."""
@@ -455,15 +456,16 @@ class Trainer:
             return
         begun = time.perf_counter()
         self.guard.read()
+        tensors = {
+            "model": self.backend.whole(self.raw_model),
+            "ema": self.backend.whole(self.ema.model),
+            "optimizer": self.backend.whole_optimizer(),
+        }
+        averages = None if self.averages is None or self._is_snapshot() else self.averages.tensors()
         with self.agreement.together():
             if self.accelerator.is_main_process:
-                if self.averages is not None and not self._is_snapshot():
-                    posthoc_ema.save(self.run, self.step, self.averages.tensors())
-                tensors = {
-                    "model": self.raw_model.state_dict(),
-                    "ema": self.ema.model.state_dict(),
-                    "optimizer": checkpoints.optimizer_tensors(self.raw_model, self.raw_optimizer),
-                }
+                if averages is not None:
+                    posthoc_ema.save(self.run, self.step, averages)
                 keep, milestones = self.config.train.keep_checkpoints, self.config.train.keep_every
                 folder = checkpoints.save_checkpoint(self.run, self._state(), tensors, keep, milestones)
                 log.info("saved %s", folder)
@@ -479,9 +481,10 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _save_averages(self) -> None:
+        averages = None if self.averages is None else self.averages.tensors()
         with self.agreement.together():
-            if self.averages is not None and self.accelerator.is_main_process:
-                posthoc_ema.save(self.run, self.step, self.averages.tensors())
+            if averages is not None and self.accelerator.is_main_process:
+                posthoc_ema.save(self.run, self.step, averages)
 
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -491,6 +494,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "dataset": self.fingerprint,
             "world_size": self.accelerator.num_processes,
+            "backend": self.backend.name,
             "precision": self.accelerator.mixed_precision,
             "scaler": None if scaler is None else scaler.state_dict(),
             "versions": {
@@ -503,15 +507,27 @@ class Trainer:
 
     def _validate(self) -> None:
         begun = time.perf_counter()
+        averaged = self._whole_average()
         with self.agreement.together():
             if self.validation is not None:
-                result = self.validation.measure(self.ema.model)
+                result = self.validation.measure(averaged)
                 self.monitor.write_scalars(self.step, result.scalars, "validation")
                 if result.picture is not None:
                     self.monitor.write_picture(self.step, "validation/generated_above_true", result.picture)
                 if result.rotation_errors_deg is not None:
                     self.monitor.write_error_curve(self.step, "validation/rotation_errors", result.rotation_errors_deg)
         self.monitor.observe_validation(time.perf_counter() - begun)
+
+    def _whole_average(self) -> nn.Module:
+        """The averaged weights in one piece; every process calls it."""
+        if not self.backend.shares_weights:
+            return self.ema.model
+        tensors = self.backend.whole(self.ema.model)
+        if not self.accelerator.is_main_process:
+            return self.ema.model
+        model = build_model(self.config.model, self.manifest, self.endpoint).to(self.accelerator.device)
+        model.load_state_dict(tensors)
+        return model.requires_grad_(False).eval()
 
     def close(self) -> None:
         """Stop reading ahead and write out what is buffered."""

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 
 from sitdist.errors import ConfigError
 from sitdist.model.sit import SiT
+from sitdist.train.parts import local_part
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +23,8 @@ log = logging.getLogger(__name__)
 class LayerNorms:
     """Every `every` steps: the norm of each layer's gradient, and the root mean square of what each block gives.
 
-    Those of the gradient are of all processes' samples, before clipping; those of the blocks are of this process's
-    last micro-batch.
+    Those of the gradient are of all processes' samples, before clipping, and not to be had under DeepSpeed, which takes
+    them away; those of the blocks are of this process's last micro-batch.
     """
 
     def __init__(self, model: SiT, every: int | None) -> None:
@@ -48,17 +51,27 @@ class LayerNorms:
         self._wanted = self._every is not None and (step + 1) % self._every == 0
 
     def end(self, scaler: GradScaler | None = None) -> dict[str, float]:
-        """After the backward pass: the norms, none where this step is not one to look at; `scaler` is that of fp16."""
+        """After the backward pass: the norms, none where this step is not one to look at; `scaler` is that of fp16.
+
+        Every process calls it.
+        """
         if not self._wanted:
             return {}
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._wanted = False
-        norms = {
-            f"gradient/{name}": torch.stack(torch._foreach_norm(gradients)).norm() / loss_scale
+        gradients = {
+            name: [each.grad for each in parameters if each.grad is not None]
             for name, parameters in self._layers.items()
-            if (gradients := [each.grad for each in parameters if each.grad is not None])
         }
-        norms |= {f"activation/{name}": value for name, value in self._outputs.items()}
+        gradients = {name: of_layer for name, of_layer in gradients.items() if of_layer}
+        norms = {f"activation/{name}": value for name, value in self._outputs.items()}
+        if gradients:
+            own = [torch._foreach_norm([local_part(each) for each in of_layer]) for of_layer in gradients.values()]
+            squares = torch.stack([torch.stack(each).norm() for each in own]).square()
+            if any(isinstance(each[0], DTensor) for each in gradients.values()):
+                dist.all_reduce(squares)
+            whole = squares.sqrt() / loss_scale
+            norms |= {f"gradient/{name}": norm for name, norm in zip(gradients, whole, strict=True)}
         return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
 

@@ -21,8 +21,9 @@ from sitdist import cli
 
 PRELOADED = [
     *("torch", "torch._dynamo", "torch.utils.tensorboard", "accelerate", "torchmetrics.functional.image"),
-    *("torchvision.utils", "matplotlib.pyplot", "sitdist.train.trainer", "sitdist.evaluate.evaluator"),
-    *("sitdist.data.writer", "sitdist.train.codec_fit", "diffusers.models.autoencoders.autoencoder_kl"),
+    *("deepspeed", "torch.distributed.fsdp", "torchvision.utils", "matplotlib.pyplot", "sitdist.train.trainer"),
+    *("sitdist.evaluate.evaluator", "sitdist.data.writer", "sitdist.train.codec_fit"),
+    "diffusers.models.autoencoders.autoencoder_kl",
 ]
 
 _context = multiprocessing.get_context("forkserver")

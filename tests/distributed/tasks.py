@@ -24,6 +24,7 @@ from sitdist.runtime import make_accelerator, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train import codec_fit
 from sitdist.train import trainer as trainer_module
+from sitdist.train.backend import Replicas
 from sitdist.train.ema import Ema
 from sitdist.train.trainer import Trainer
 
@@ -49,13 +50,8 @@ def train_and_record(folder: Path, *arguments: str) -> None:
 
 def train_without_sync(*arguments: str) -> None:
     """Train while no process tells the others its gradients."""
-    accumulate = Trainer._accumulate_gradients
-
-    def accumulate_alone(self, inputs):
-        with self.accelerator.no_sync(self.model):
-            return accumulate(self, inputs)
-
-    Trainer._accumulate_gradients = accumulate_alone
+    accumulating = Replicas.accumulating
+    Replicas.accumulating = lambda self, is_last: accumulating(self, is_last=False)
     cli.main(arguments)
 
 

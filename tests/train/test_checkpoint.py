@@ -16,6 +16,7 @@ from sitdist.errors import CheckpointError, ConfigError
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.checkpoint import (
     TENSOR_FILES,
+    check_optimizer,
     check_same_config,
     describe_checkpoints,
     folder_of,
@@ -233,7 +234,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     stepped(model, optimizer)
-    tensors = {name: model.state_dict() for name in TENSOR_FILES} | {"optimizer": optimizer_tensors(model, optimizer)}
+    tensors = all_tensors(model, optimizer)
     folder = save_checkpoint(tmp_path, {"step": 1}, tensors, keep=1)
     for content in contents(folder).values():
         assert not content.startswith((b"PK", b"\x80"))  # a zip of torch.save, a pickle
@@ -245,7 +246,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, refuse)
     loaded = read_newest(tmp_path)
     load_tensors(model, loaded.tensors["model"], folder)
-    load_optimizer(model, optimizer, loaded.tensors["optimizer"], folder)
+    load_optimizer(named(model), optimizer, check_optimizer(named(model), loaded.tensors["optimizer"], folder))
 
 
 # ----------------------------------------------------------------------------------------------- does it belong here?
@@ -263,11 +264,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_first_tensor_that_does_
 
 def test_optimizer_state_of_another_model_is_refused(tmp_path):
     model = nn.Linear(3, 2, bias=False)
-    optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="optimizer state bias/exp_avg belongs to no trained parameter"):
-        load_optimizer(model, optimizer, {"bias/exp_avg": torch.zeros(2)}, tmp_path)
+        check_optimizer(named(model), {"bias/exp_avg": torch.zeros(2)}, tmp_path)
     with pytest.raises(CheckpointError, match=r"weight/exp_avg is \(2,\) but the parameter is \(2, 3\)"):
-        load_optimizer(model, optimizer, {"weight/exp_avg": torch.zeros(2)}, tmp_path)
+        check_optimizer(named(model), {"weight/exp_avg": torch.zeros(2)}, tmp_path)
 
 
 def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny_yaml):
@@ -306,6 +306,15 @@ def test_a_key_that_did_not_exist_when_the_run_began_had_its_default(tmp_path, t
 # ---------------------------------------------------------------------------------------------------- optimizer state
 
 
+def named(model):
+    return dict(model.named_parameters())
+
+
+def all_tensors(model, optimizer):
+    optimizer_state = optimizer_tensors(named(model), optimizer)
+    return {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": optimizer_state}
+
+
 def stepped(model, optimizer):
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -328,12 +337,12 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_tensors(tmp_path, make):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     optimizer = make(model.parameters())
     stepped(model, optimizer)
-    tensors = {name: model.state_dict() for name in TENSOR_FILES} | {"optimizer": optimizer_tensors(model, optimizer)}
+    tensors = all_tensors(model, optimizer)
     loaded = read_checkpoint(save_checkpoint(tmp_path, {"step": 3}, tensors, keep=1))
     again = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     optimizer_again = make(again.parameters())
     load_tensors(again, loaded.tensors["model"], tmp_path)
-    load_optimizer(again, optimizer_again, loaded.tensors["optimizer"], tmp_path)
+    load_optimizer(named(again), optimizer_again, check_optimizer(named(again), loaded.tensors["optimizer"], tmp_path))
     for expected, found in zip(stepped(model, optimizer), stepped(again, optimizer_again), strict=True):
         assert torch.equal(expected, found)
 
