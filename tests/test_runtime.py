@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sitdist.runtime import computes_in_bf16, make_accelerator, processes
+from sitdist.errors import ConfigError
+from sitdist.runtime import backend_of_launcher, computes_in_bf16, make_accelerator, processes
 
 
 @pytest.fixture
@@ -37,3 +38,44 @@ def test_emulated_bf16_is_warned_of(cpu, capsys):
 
     assert "this CPU emulates it" in told("bf16")
     assert told("auto") == told("bf16", avx512_bf16=True) == ""
+
+
+def fsdp(**more):
+    return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **more}
+
+
+def deepspeed(**more):
+    names = {"stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE", "file": "ACCELERATE_DEEPSPEED_CONFIG_FILE"}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", **{names.get(name, name): value for name, value in more.items()}}
+
+
+@pytest.mark.parametrize(
+    ("variables", "backend"),
+    [({}, "ddp"), (fsdp(), "fsdp2"), (deepspeed(stage="1"), "zero1"), (deepspeed(stage="2"), "zero2")],
+)
+def test_the_launcher_says_the_backend(variables, backend):
+    assert backend_of_launcher(variables) == backend
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (fsdp(FSDP_VERSION="1"), "FSDP_VERSION = 1: not supported; set fsdp_version: 2"),
+        (fsdp(FSDP_OFFLOAD_PARAMS="true"), "FSDP_OFFLOAD_PARAMS = true: not supported"),
+        (deepspeed(stage="3"), "ZeRO stage 3: not supported; .* launch/fsdp2.yaml shares out weights too"),
+        (deepspeed(stage="0"), "ZeRO stage 0: not supported"),
+        (deepspeed(file="ds.json"), "deepspeed_config_file: not supported; give zero_stage alone"),
+        (
+            deepspeed(ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu"),
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE = cpu: not supported",
+        ),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM = true: not supported"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_the_remedy(variables, message, monkeypatch):
+    with pytest.raises(ConfigError, match=message):
+        backend_of_launcher(variables)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        make_accelerator()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -111,6 +112,7 @@ class ShardedWeights(Replicas):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # none is changed in place
         mesh = init_device_mesh(self._accelerator.device.type, (self._accelerator.num_processes,))
         for each in (model, ema):
             for block in each.blocks:  # type: ignore[union-attr]

@@ -25,15 +25,14 @@ from sitdist.data.store import open_store
 from sitdist.errors import SitdistError
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
-from sitdist.runtime import Agreement, StopSignal, processes
+from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, processes
 from sitdist.train.bench import memory_of_step
 from sitdist.train.build import build_endpoint, build_model, load_matching_codec
+from sitdist.train.memory import checkpoint_bytes, memory_estimate, more_averages, parameters
 from sitdist.train.trainer import Trainer, split_batch
 from sitdist.train.watch import check_tracker
 
 TIMED_STEPS = 3
-ACTIVATION_BYTES = 34  # a token, channel and block in 16 bits (Korthikanti et al. 2022, eq. 2, without the scores)
-KEPT = {"off": 1.0, "selective": 0.7, "all": 0.06}  # of the activations; roughly
 
 
 @dataclass
@@ -71,12 +70,12 @@ def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> 
     model = None if manifest is None else _check_model(config, manifest, found)
     try:
         with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
-            world = _check_launch(launch, accelerator, found)
+            world, backend = _check_launch(launch, accelerator, found)
             _check_split(config, world, found)
             _check_software(config, accelerator.device, found)
             if model is not None:
                 _check_disk(config, model, out, found)
-                _check_memory(config, model, world, accelerator, found)
+                _check_memory(config, model, backend, world, accelerator, found)
             wrong = agreement.any(bool(found.wrong))[0]
             if accelerator.num_processes > 1:
                 _measure_bandwidth(accelerator, found)
@@ -115,30 +114,43 @@ def _check_model(config: Config, manifest: DatasetManifest, found: Diagnosis) ->
         found.problem("model", str(error))
         return None
     flops = training_flops(model) * config.train.global_batch
-    found.fact("model", f"{_parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP a step")
+    found.fact("model", f"{parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP a step")
     return model
 
 
-def _parameters(model: SiT) -> int:
-    return sum(each.numel() for each in model.parameters())
-
-
-def _check_launch(launch: Path | None, accelerator: Accelerator, found: Diagnosis) -> int:
-    """How many processes the run will have: those of the launch file, else those that run now."""
-    world = accelerator.num_processes
+def _check_launch(launch: Path | None, accelerator: Accelerator, found: Diagnosis) -> tuple[int, str]:
+    """How many processes the run will have and their backend: as the launch file says, else as those that run now."""
+    world, backend = accelerator.num_processes, backend_of_launcher(os.environ)
     if launch is not None:
         try:
             values: Any = yaml.safe_load(launch.read_text())
             world = int(values["num_processes"])
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             found.problem("launch", f"{launch}: no accelerate config with num_processes; give one of launch/")
-            return world
+            return world, backend
+        try:
+            backend = backend_of_file(values)
+        except SitdistError as error:
+            found.problem("launch", f"{launch}: {error}")
         gpus = torch.cuda.device_count()
         machines = int(values.get("num_machines", 1))
         if accelerator.device.type == "cuda" and world > gpus * machines:
             found.problem("launch", f"{launch}: {world} processes on {machines} machines with {gpus} GPUs; start fewer")
-    found.fact("processes", f"{world} on {accelerator.device.type}, {accelerator.num_processes} of them looking now")
-    return world
+    looking = accelerator.num_processes
+    found.fact("processes", f"{world} on {accelerator.device.type} by {backend}, {looking} of them looking now")
+    return world, backend
+
+
+def backend_of_file(values: dict[str, Any]) -> str:
+    """The backend that `accelerate launch` asks for with a config file of these values; ConfigError as at the start."""
+    variables: dict[str, str] = {}
+    kind = str(values.get("distributed_type", "NO"))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        variables[f"ACCELERATE_USE_{kind}"] = "true"
+    for prefix, section in (("", "fsdp_config"), ("ACCELERATE_DEEPSPEED_", "deepspeed_config")):
+        for name, value in (values.get(section) or {}).items():
+            variables[prefix + name.removeprefix("deepspeed_").upper()] = str(value)
+    return backend_of_launcher(variables)
 
 
 def _check_split(config: Config, world: int, found: Diagnosis) -> None:
@@ -176,23 +188,12 @@ def _check_software(config: Config, device: torch.device, found: Diagnosis) -> N
             found.problem("tracker", str(error))
 
 
-def checkpoint_bytes(config: Config, model: SiT) -> int:
-    """Of one checkpoint: weights, their average, the optimizer's state, and further averages."""
-    optimizer = 2 if config.train.optimizer.kind == "adamw" else int(config.train.optimizer.momentum > 0)
-    return 4 * _parameters(model) * (2 + optimizer + _more_averages(config))
-
-
-def _more_averages(config: Config) -> int:
-    averages = config.train.averages
-    return 0 if averages is None else len(averages.decays) + len(averages.sigma_rels)
-
-
 def _check_disk(config: Config, model: SiT, out: Path, found: Diagnosis) -> None:
     settings, each = config.train, checkpoint_bytes(config, model)
     count = settings.keep_checkpoints if settings.checkpoint_every else 1
     need = each * (count + 1)  # a new one is written before an old one goes
     if settings.averages is not None and settings.averages.snapshot_every is not None:
-        need += 4 * _parameters(model) * _more_averages(config) * (settings.steps // settings.averages.snapshot_every)
+        need += 4 * parameters(model) * more_averages(config) * (settings.steps // settings.averages.snapshot_every)
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     text = f"{need / 1e9:.2f} GB for {count} checkpoints of {each / 1e9:.2f} GB and what is kept; {free / 1e9:.1f} free"
@@ -202,22 +203,15 @@ def _check_disk(config: Config, model: SiT, out: Path, found: Diagnosis) -> None
         found.fact("disk", text)
 
 
-def memory_estimate(config: Config, model: SiT, micro: int) -> int:
-    """Bytes on a device: weights, average, gradients and optimizer, and what a micro-batch keeps; a rough number."""
-    tokens, width = model.pos_embed.shape[1:]
-    bytes_a_number = 2.0 if config.train.precision == "fp32" else 1.0  # in units of 16 bits
-    kept = KEPT[config.train.activation_checkpointing] * ACTIVATION_BYTES * bytes_a_number
-    state = checkpoint_bytes(config, model) + 4 * _parameters(model)
-    return state + int(micro * tokens * width * len(model.blocks) * kept)
-
-
-def _check_memory(config: Config, model: SiT, world: int, accelerator: Accelerator, found: Diagnosis) -> None:
+def _check_memory(
+    config: Config, model: SiT, backend: str, world: int, accelerator: Accelerator, found: Diagnosis
+) -> None:
     device = accelerator.device
     try:
         micro = split_batch(config.train.global_batch, world, config.train.max_batch_per_device).micro
     except SitdistError:
         return  # told already
-    need = memory_estimate(config, model, micro)
+    need = memory_estimate(config, model, micro, backend, world)
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from sitdist.cli import _parser as make_parser
 from sitdist.config import Config
 from sitdist.train.checkpoint import folder_of, list_checkpoints, read_checkpoint, read_newest
+from sitdist.train.doctor import backend_of_file
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -125,14 +127,43 @@ def test_slurm_gives_every_task_its_place_and_requeues_what_wants_to_be_resumed(
     assert sorted(tasks[:2]) == [f"0 0 {expected}", f"1 0 {expected}"]
 
 
-@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)
+BACKENDS = {"fsdp2.yaml": "fsdp2", "zero1.yaml": "zero1", "zero2.yaml": "zero2"}  # others: ddp
+OF_ACCELERATE = sorted(path for path in LAUNCH.glob("*.yaml") if path.name != "kubernetes.yaml")
+
+
+@pytest.mark.parametrize("path", OF_ACCELERATE, ids=lambda path: path.name)
 def test_a_launch_file_says_where_and_nothing_about_the_experiment(path):
     settings = load_config_from_file(str(path))
-    assert settings.distributed_type == "MULTI_GPU"
     assert settings.mixed_precision == "no"
-    keys = yaml.safe_load(path.read_text()).keys()
-    assert not keys & Config.model_fields.keys()
-    assert not [key for key in keys if "accumulation" in key or "deepspeed" in key or "fsdp" in key]
+    values = yaml.safe_load(path.read_text())
+    assert not values.keys() & Config.model_fields.keys()
+    assert not [key for key in values if "accumulation" in key]
+    assert backend_of_file(values) == BACKENDS.get(path.name, "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS)
+def test_accelerate_starts_every_backend(start, tiny_yaml, tmp_path, name):
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launcher = [accelerate, "launch", "--config_file", LAUNCH / name, "--num_processes", "2", "-m", "sitdist"]
+    options = ["--out", tmp_path / "run", "--set", "train.steps=2"]
+    process = start(*launcher, "train", tiny_yaml, *options, ACCELERATE_USE_CPU="true")
+    assert process.wait(200) == 0, (tmp_path / "output").read_text()
+    state = read_checkpoint(folder_of(tmp_path / "run", 2), []).state
+    assert (state["world_size"], state["backend"]) == (2, BACKENDS[name])
+
+
+def test_the_kubernetes_job_starts_this_command_and_asks_for_as_many_gpus_as_processes():
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    trainer = job["spec"]["trainer"]
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"]
+    words = [*trainer["command"], *trainer["args"]]
+    assert words[:3] == ["torchrun", "-m", "sitdist"]
+    options = make_parser().parse_args(words[3:])
+    assert (ROOT / options.config).is_file()
+    (pods,) = job["spec"]["podTemplateOverrides"]
+    mounted = {mount["name"] for mount in pods["spec"]["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pods["spec"]["volumes"]}
 
 
 def test_every_launch_file_that_is_named_exists():

@@ -12,7 +12,8 @@ from sitdist.data.format import load_manifest
 from sitdist.train import doctor as doctor_module
 from sitdist.train.build import build_model
 from sitdist.train.checkpoint import folder_of
-from sitdist.train.doctor import checkpoint_bytes, doctor, memory_estimate
+from sitdist.train.doctor import doctor
+from sitdist.train.memory import checkpoint_bytes, memory_estimate
 from sitdist.train.trainer import train
 
 
