@@ -1,4 +1,4 @@
-"""How much memory a run needs on each device, and its checkpoints on disk: counted from the sizes, before anything runs.
+"""How much memory a run needs on each device, and its checkpoints on disk, counted from the sizes before it starts.
 
 What is counted: weights, gradients, the optimizer's state and averages in float32, and the activations that the
 backward pass needs. What is not: the codec, workspaces, what the allocator cannot use (leave a fifth).
