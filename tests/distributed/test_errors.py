@@ -106,14 +106,6 @@ def test_processes_that_do_not_see_each_other_are_noticed(tmp_path):
     assert_one_line(started, message)
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
-def test_other_kinds_of_parallelism_are_refused(monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
-    message = rf"{variable}=true: not supported; start plain data parallelism \(see launch/README.md\)"
-    with pytest.raises(ConfigError, match=message):
-        make_accelerator()
-
-
 def test_accumulation_by_the_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ConfigError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS = 4: accumulation follows from"):
