@@ -513,7 +513,8 @@ class TrainConfig(Schema):
     """One training run. The world size is no part of it: accumulation follows from it and global_batch.
 
     `precision` auto: bf16 where the device computes in it, else fp32. The newest `keep_checkpoints` stay, and
-    those of every `keep_every`-th step (null: no others). `compile`: every block by itself, or the model in full.
+    those of every `keep_every`-th step (null: no others); `checkpoint_async`: they are written while training goes on,
+    from a copy on the host. `compile`: every block by itself, or the model in full.
     `activation_checkpointing`: what blocks compute again in the backward pass and do not keep, all but the results
     of matrix products (selective), or all. `layer_norms_every`: steps between norms of every layer. `tracker`: one of
     Accelerate's, such as wandb, beside TensorBoard.
@@ -537,6 +538,7 @@ class TrainConfig(Schema):
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 3
     keep_every: Positive | None = None
+    checkpoint_async: bool = True
     layer_norms_every: Positive | None = None
     non_finite: NonFiniteConfig = NonFiniteConfig()
     profile: ProfileConfig | None = None

@@ -79,13 +79,14 @@ class Replicas:
         """Before the next backward pass."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights of `model`, that of the run or its average, as a state dict; every process calls it."""
-        return {name: whole_of(local_part(tensor), tensor) for name, tensor in model.state_dict().items()}
+    def whole(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The state dict of `model`, that of the run or its average, one by one; every process goes through it."""
+        for name, tensor in model.state_dict().items():
+            yield name, whole_of(local_part(tensor), tensor)
 
-    def whole_optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's state by parameter name, such as `blocks.0.attn.qkv.weight/exp_avg`; every process calls."""
-        return optimizer_tensors(_named(self.raw), self.raw_optimizer)
+    def whole_optimizer(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state by parameter name, such as `blocks.0.attn.qkv.weight/exp_avg`, as `whole` does it."""
+        yield from optimizer_tensors(_named(self.raw), self.raw_optimizer).items()
 
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `whole`: tensors that fit."""
@@ -143,11 +144,10 @@ class ShardedWeights(Replicas):
         self.optimizer.zero_grad(set_to_none=True)
         self.raw.zero_grad(set_to_none=True)
 
-    def whole_optimizer(self) -> dict[str, Tensor]:
-        parameters, whole = _named(self.raw), {}
+    def whole_optimizer(self) -> Iterator[tuple[str, Tensor]]:
+        parameters = _named(self.raw)
         for key, value in optimizer_tensors(self._shares, self.raw_optimizer).items():
-            whole[key] = value if value.ndim == 0 else whole_of(value, parameters[key.rpartition("/")[0]])
-        return whole
+            yield key, value if value.ndim == 0 else whole_of(value, parameters[key.rpartition("/")[0]])
 
     def load_optimizer(self, state: OptimizerState) -> None:
         parameters = _named(self.raw)
@@ -217,16 +217,15 @@ class SharedOptimizer(Replicas):
         with _quiet():
             self._engine.step()
 
-    def whole_optimizer(self) -> dict[str, Tensor]:
+    def whole_optimizer(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         (share,) = self._zero.single_partition_of_fp32_groups
         kinds = {kind: value for kind, value in self.raw_optimizer.state[share].items() if isinstance(value, Tensor)}
-        return {
-            f"{name}/{kind}": value.clone() if value.ndim == 0 else safe_get_full_optimizer_state(parameter, kind)
-            for name, parameter in _named(self.raw).items()
-            for kind, value in sorted(kinds.items())
-        }
+        for name, parameter in _named(self.raw).items():
+            for kind, value in sorted(kinds.items()):
+                whole = value if value.ndim == 0 else safe_get_full_optimizer_state(parameter, kind)
+                yield f"{name}/{kind}", whole
 
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         super().load(model, tensors)

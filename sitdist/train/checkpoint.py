@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sitdist.config import Config, load_yaml
@@ -41,12 +42,13 @@ from sitdist.train.build import build_endpoint, build_model, load_matching_codec
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+Content = bytes | Mapping[str, Tensor]
 TENSOR_FILES = ("model", "ema", "optimizer")
 
 # What may differ between a run and its continuation: where things are, how long and how closely it is watched.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
-    r"|checkpoint_every|keep_checkpoints|keep_every|compile|activation_checkpointing|layer_norms_every|non_finite\.budget|profile(\..*)?|tracker)"
+    r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|non_finite\.budget|profile(\..*)?|tracker)"
     r"|evaluate\..*"
 )
 
@@ -95,20 +97,22 @@ def save_checkpoint(
     unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        contents = {f"{name}.safetensors": _to_bytes(tensors[name]) for name in TENSOR_FILES}
+        contents: dict[str, Content] = {f"{name}.safetensors": tensors[name] for name in TENSOR_FILES}
         contents["state.json"] = _json({"format_version": FORMAT_VERSION, **state})
-        entries = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in contents.items()}
+        entries = {}
         for name, content in contents.items():
             _write(unfinished / name, content)
+            entries[name] = _entry(unfinished / name)
         _write(unfinished / "manifest.json", _json({"format_version": FORMAT_VERSION, "files": entries}))
         _flush_folder(unfinished)
         if folder.exists():  # a damaged one that the run has gone back behind
             os.rename(folder, folder.with_name(f".{folder.name}.damaged-{os.getpid()}"))
         os.rename(unfinished, folder)
         _flush_folder(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; free space and start again") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder}: cannot be written: {reason}; free space and start again") from None
     _remove_old(run, folder, keep, keep_every)
     return folder
 
@@ -131,10 +135,6 @@ def remove_unfinished(run: Path) -> None:
         shutil.rmtree(left)
 
 
-def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
@@ -143,11 +143,19 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
+def _write(path: Path, content: Content) -> None:
+    """Bytes, or tensors as .safetensors, flushed to disk; other threads go on meanwhile."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}, path)
+    with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _flush_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,13 +126,11 @@ class Averages:
         for averaged, kept in zip(self.averages.values(), self._kept, strict=True):
             lerp_unless_masked(averaged, now, 1.0 - kept(step), ok)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them by NAME/PARAMETER, whole; every process calls it."""
-        return {
-            f"{average}/{name}": whole_of(tensor, like).cpu()
-            for average, tensors in self.averages.items()
-            for name, tensor, like in zip(self._names, tensors, self._shared_like, strict=True)
-        }
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of them by NAME/PARAMETER, whole, one by one; every process goes through it."""
+        for average, tensors in self.averages.items():
+            for name, tensor, like in zip(self._names, tensors, self._shared_like, strict=True):
+                yield f"{average}/{name}", whole_of(tensor, like)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

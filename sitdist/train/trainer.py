@@ -42,6 +42,7 @@ from sitdist.train.build import build_endpoint, build_model, build_optimizer, lo
 from sitdist.train.ema import Ema
 from sitdist.train.guard import Guard, poison
 from sitdist.train.monitor import Monitor
+from sitdist.train.saving import HostCopy, Writer
 from sitdist.train.schedule import learning_rate
 from sitdist.train.speed import ScheduledCollection, compile_model, recompute_activations
 from sitdist.train.validation import Validation
@@ -134,6 +135,7 @@ class Trainer:
         self.step = 0
         self.saved_step: int | None = None
         self.buckets_settled = False
+        self.host_copy, self.writer = HostCopy(), Writer(config.train.checkpoint_async)
         self.backend = make_backend(backend_of_launcher(os.environ), accelerator)
         self.guard = Guard(agreement, config.train.non_finite, accelerator.scaler is not None)
         device, world = accelerator.device, accelerator.num_processes
@@ -265,6 +267,7 @@ class Trainer:
                 self._save_averages()
             if last or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
                 self._save()
+        self._finish_writing()
 
     def _read_ahead(self, stop: StopSignal) -> Callable[[], tuple[Batch, float, bool]]:
         """Get the next batch, and begin to ask whether all have theirs and whether one is asked to stop.
@@ -274,6 +277,7 @@ class Trainer:
         """
         failure, read = None, None
         try:
+            self.writer.check()
             read = self.prefetch.batch(self.step)
         except Exception as error:
             failure = error
@@ -292,6 +296,7 @@ class Trainer:
         if self.step == 0:
             raise RunInterrupted("stopped before the first step; the same command starts again")
         self._save()
+        self._finish_writing()
         raise RunInterrupted(
             f"stopped after step {self.step} of {self.config.train.steps}; go on with the same command"
         )
@@ -315,6 +320,7 @@ class Trainer:
         since, every = self.step - self.guard.in_a_row, self.config.train.checkpoint_every
         found = None
         with self.agreement.together():
+            self.writer.wait()
             if self.accelerator.is_main_process and every is not None:
                 for folder in reversed(checkpoints.list_checkpoints(self.run)):
                     step = checkpoints.step_of(folder)
@@ -456,24 +462,55 @@ class Trainer:
             return
         begun = time.perf_counter()
         self.guard.read()
+        averages = None if self.averages is None or self._is_snapshot() else self.averages.tensors()
         tensors = {
             "model": self.backend.whole(self.raw_model),
             "ema": self.backend.whole(self.ema.model),
             "optimizer": self.backend.whole_optimizer(),
         }
-        averages = None if self.averages is None or self._is_snapshot() else self.averages.tensors()
-        with self.agreement.together():
-            if self.accelerator.is_main_process:
-                if averages is not None:
-                    posthoc_ema.save(self.run, self.step, averages)
-                keep, milestones = self.config.train.keep_checkpoints, self.config.train.keep_every
-                folder = checkpoints.save_checkpoint(self.run, self._state(), tensors, keep, milestones)
-                log.info("saved %s", folder)
-                if self.averages is not None and self.config.train.averages is not None:
-                    kept = [posthoc_ema.step_of(folder) for folder in checkpoints.list_checkpoints(self.run)]
-                    posthoc_ema.prune(self.run, kept, self.config.train.averages.snapshot_every)
+        self._write(partial(self._write_checkpoint, self._state()), tensors, averages)
         self.saved_step = self.step
         self.monitor.observe_checkpoint(time.perf_counter() - begun)
+
+    def _write(self, job: Callable[..., None], *tensors: Any) -> None:
+        """Begin job(*tensors) on the main process, with copies of what is given; every process calls it.
+
+        Each of `tensors` is None, pairs of names and tensors, or a dictionary of such pairs.
+        """
+        with self.agreement.together():
+            self.writer.wait()  # for the one before, whose copies are written over now
+        copies = [self._on_host(each, str(place)) for place, each in enumerate(tensors)]
+        with self.agreement.together():
+            if self.accelerator.is_main_process:
+                self.writer.begin(partial(job, *copies))
+
+    def _on_host(self, tensors: Any, place: str) -> Any:
+        if tensors is None:
+            return None
+        if isinstance(tensors, dict):
+            return {name: self._on_host(each, f"{place}/{name}") for name, each in tensors.items()}
+        if self.accelerator.is_main_process:
+            return self.host_copy(place, tensors)
+        for _ in tensors:  # what the main process needs of this one
+            pass
+        return None
+
+    def _write_checkpoint(
+        self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], averages: dict[str, Tensor] | None
+    ) -> None:
+        step, settings = state["step"], self.config.train
+        if averages is not None:
+            posthoc_ema.save(self.run, step, averages)
+        folder = checkpoints.save_checkpoint(self.run, state, tensors, settings.keep_checkpoints, settings.keep_every)
+        log.info("saved %s", folder)
+        if settings.averages is not None:
+            kept = [checkpoints.step_of(folder) for folder in checkpoints.list_checkpoints(self.run)]
+            posthoc_ema.prune(self.run, kept, settings.averages.snapshot_every)
+
+    def _finish_writing(self) -> None:
+        """Wait until what was saved is on disk."""
+        with self.agreement.together():
+            self.writer.wait()
 
     def _is_snapshot(self) -> bool:
         """Whether the averages of this step are kept for good."""
@@ -481,10 +518,8 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _save_averages(self) -> None:
-        averages = None if self.averages is None else self.averages.tensors()
-        with self.agreement.together():
-            if averages is not None and self.accelerator.is_main_process:
-                posthoc_ema.save(self.run, self.step, averages)
+        if self.averages is not None:
+            self._write(partial(posthoc_ema.save, self.run, self.step), self.averages.tensors())
 
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -522,7 +557,7 @@ class Trainer:
         """The averaged weights in one piece; every process calls it."""
         if not self.backend.shares_weights:
             return self.ema.model
-        tensors = self.backend.whole(self.ema.model)
+        tensors = dict(self.backend.whole(self.ema.model))
         if not self.accelerator.is_main_process:
             return self.ema.model
         model = build_model(self.config.model, self.manifest, self.endpoint).to(self.accelerator.device)
@@ -531,6 +566,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop reading ahead and write out what is buffered."""
+        self.writer.close()
         self.prefetch.close()
         self.profile.close()
         self.collection.close()

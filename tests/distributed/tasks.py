@@ -59,11 +59,12 @@ def train_and_die(checkpoint: int, file: str, *arguments: str) -> None:
     """Train, and get SIGKILL in the middle of writing a file of the n-th checkpoint (from 0) of this process."""
     write, checkpoints_begun = checkpoints._write, -1
 
-    def write_and_die(path: Path, content: bytes) -> None:
+    def write_and_die(path: Path, content: checkpoints.Content) -> None:
         nonlocal checkpoints_begun
         checkpoints_begun += path.name == "model.safetensors"
         if checkpoints_begun == checkpoint and path.name == file:
-            write(path, content[: len(content) // 2])
+            write(path, content)
+            os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
 
@@ -74,7 +75,7 @@ def train_and_die(checkpoint: int, file: str, *arguments: str) -> None:
 def train_on_a_full_disk(*arguments: str) -> None:
     """Train where no checkpoint can be written."""
 
-    def refuse(path: Path, content: bytes) -> NoReturn:
+    def refuse(path: Path, content: checkpoints.Content) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpoints._write = refuse
