@@ -294,6 +294,14 @@ def _parser() -> _Parser:
     command.add_argument("--steps", type=_positive, default=1, help="steps of either side of a pair (default: 1)")
     command.set_defaults(command=_bench_train)
 
+    command = bench.add_parser("checkpoint", help="what saving costs the steps, beside a save that they wait for")
+    command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
+    command.add_argument("--latent", type=_positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
+    command.add_argument("--batch", type=_positive, default=32, help="samples a step (default: 32)")
+    command.add_argument("--backend", default="fp32", help="such as bf16-full (default: fp32)")
+    command.add_argument("--pairs", type=_positive, default=5, help="(default: 5)")
+    command.set_defaults(command=_bench_checkpoint)
+
     for module in (pose, render, view, export):
         module.add(commands)
 
@@ -540,6 +548,14 @@ def _ema_reconstruct(options: argparse.Namespace) -> None:
     from sitdist.train.posthoc_ema import reconstruct_to_file
 
     print(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out))
+
+
+def _bench_checkpoint(options: argparse.Namespace) -> None:
+    from sitdist.train.bench import BenchOptions
+    from sitdist.train.bench_checkpoint import bench_checkpoint
+
+    named = {name: getattr(options, name) for name in ("model", "latent", "batch", "pairs")}
+    print(bench_checkpoint(BenchOptions(backends=(options.backend,), **named)))
 
 
 def _bench_pose(options: argparse.Namespace) -> None:

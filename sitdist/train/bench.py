@@ -75,7 +75,7 @@ def bench_train(options: BenchOptions) -> str:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         configs = [make_config(options, backend, place) for backend in options.backends]
-        build(parse(Recipe, _recipe(options), "bench"), place / "data")
+        build(parse(Recipe, make_recipe(options), "bench"), place / "data")
         plain = _plain_loop(configs[0], options)
         baseline_memory = memory_of_step(plain.step, _state_bytes(plain.model, 4), plain.device)
         named = zip(options.backends, configs, strict=True)
@@ -129,7 +129,7 @@ def make_config(options: BenchOptions, backend: str, place: Path) -> Config:
     return parse(Config, values, f"--model {options.model}, backend {backend}")
 
 
-def _recipe(options: BenchOptions) -> dict[str, Any]:
+def make_recipe(options: BenchOptions) -> dict[str, Any]:
     """Views of the built-in object, whose latents have the size asked for; what is on them does not matter."""
     return {
         "name": "bench",
@@ -171,12 +171,13 @@ def _time_backend(name: str, config: Config, options: BenchOptions, plain: Plain
 
 def _pair(step: Callable[[int], None], plain: PlainLoop, steps: int) -> tuple[float, float]:
     """Seconds a step of ours, then of the baseline."""
-    ours = _seconds(lambda: step(steps), plain.device)
-    theirs = _seconds(lambda: [plain.step() for _ in range(steps)], plain.device)
+    ours = seconds_of(lambda: step(steps), plain.device)
+    theirs = seconds_of(lambda: [plain.step() for _ in range(steps)], plain.device)
     return ours / steps, theirs / steps
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, and what it leaves the device to do."""
     _finish(device)
     begun = time.perf_counter()
     work()
@@ -233,5 +234,5 @@ def peak_flops(device: torch.device, precision: str) -> float:
     size = 4096 if device.type == "cuda" else 1024
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a = torch.randn(size, size, device=device, dtype=dtype)
-    times = [_seconds(lambda: a @ a, device) for _ in range(8)]
+    times = [seconds_of(lambda: a @ a, device) for _ in range(8)]
     return 2 * size**3 / min(times)

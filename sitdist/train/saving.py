@@ -40,6 +40,11 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
         self._running: Future[None] | None = None
 
+    @property
+    def runs(self) -> bool:
+        """Whether a job runs."""
+        return self._running is not None and not self._running.done()
+
     def wait(self) -> None:
         """Until the job that runs is done."""
         running, self._running = self._running, None

@@ -266,7 +266,7 @@ class Trainer:
             if self._is_snapshot():
                 self._save_averages()
             if last or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
-                self._save()
+                self.save()
         self._finish_writing()
 
     def _read_ahead(self, stop: StopSignal) -> Callable[[], tuple[Batch, float, bool]]:
@@ -295,7 +295,7 @@ class Trainer:
         """Save, and raise RunInterrupted."""
         if self.step == 0:
             raise RunInterrupted("stopped before the first step; the same command starts again")
-        self._save()
+        self.save()
         self._finish_writing()
         raise RunInterrupted(
             f"stopped after step {self.step} of {self.config.train.steps}; go on with the same command"
@@ -457,7 +457,8 @@ class Trainer:
             raise CheckpointError(f"{self.run}: cannot be written: {error.strerror}; choose another --out") from None
         checkpoints.remove_unfinished(self.run)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Take a copy of all that a checkpoint holds, and begin to write it; every process calls it."""
         if self.saved_step == self.step:
             return
         begun = time.perf_counter()

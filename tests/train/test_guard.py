@@ -197,7 +197,7 @@ def test_no_step_waits_for_the_device_but_at_the_logging_steps(config, tmp_path,
 
     monkeypatch.setattr(trainer_module, "make_inputs", begin_to_count)
     monkeypatch.setattr(Trainer, "_review", mark_review)
-    monkeypatch.setattr(Trainer, "_save", lambda self: None)
+    monkeypatch.setattr(Trainer, "save", lambda self: None)
     settings = ("train.steps=9", "train.log_every=4", "train.optimizer.clip_norm=0.1", *ADAMW)
     train(config(*settings), tmp_path)
     assert [name for name, in_review in waits if not in_review] == []

@@ -9,7 +9,10 @@ import torch
 
 from sitdist.config import Config, load_yaml
 from sitdist.errors import CheckpointError
+from sitdist.train import bench_checkpoint as bench_module
 from sitdist.train import checkpoint as checkpoints
+from sitdist.train.bench import BenchOptions
+from sitdist.train.bench_checkpoint import SaveCost, bench_checkpoint, measure_saves
 from sitdist.train.checkpoint import folder_of, list_checkpoints
 from sitdist.train.saving import HostCopy, Writer
 from sitdist.train.trainer import Trainer, train
@@ -115,3 +118,15 @@ def test_a_disk_that_is_full_stops_the_run_at_one_of_the_next_steps(config, tmp_
         train(config(*settings), tmp_path)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000002"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) <= 6
+
+
+def test_the_benchmark_tells_what_it_measured(tmp_path, monkeypatch):
+    cost = measure_saves(BenchOptions("SiT-S/8", batch=2, pairs=2, backends=("fp32",)), tmp_path)
+    assert [len(values) for values in (cost.at_once, cost.beside, cost.step, cost.slowdown)] == [2, 2, 2, 2]
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    assert cost.bytes == sum(path.stat().st_size for path in newest.iterdir())
+    monkeypatch.setattr(bench_module, "measure_saves", lambda *_: SaveCost([2.0], [0.5], [1.0], [0.75], 10**9))
+    said = bench_checkpoint(BenchOptions("SiT-S/8", backends=("fp32",)))
+    assert "checkpoints of 1,000 MB" in said
+    assert "0.500 s stall, 25.0% of it" in said
+    assert "0.750 s in all, 62.5% with the stall" in said
