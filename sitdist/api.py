@@ -28,8 +28,10 @@ from torch import Tensor
 from sitdist.data.framing import Framing, Picture, check_intrinsics, framed, framing_of, resampled, to_pixels
 from sitdist.errors import ConfigError, DataError, PoseError
 from sitdist.evaluate.calibrate import RunCalibration, load_calibration
+from sitdist.evaluate.poses import PoseReader, check_reading
+from sitdist.evaluate.refinement import SceneRefiner
 from sitdist.export import is_exported, load_exported
-from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.flow.sample import SampleOptions, sample_latents
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.geometry.packing import PoseStatistics, standardize
@@ -109,6 +111,7 @@ class Flow:
     ) -> None:
         self.run, self.framing, self.device, self.folder = run, framing, torch.device(device), folder
         self._calibrations: dict[EstimateOptions, RunCalibration | None] = {}
+        self._refiners: dict[str, SceneRefiner] = {}
         self._statistics = PoseStatistics.from_dict(run.manifest.statistics)
 
     @property
@@ -134,7 +137,14 @@ class Flow:
     @property
     def estimate_options(self) -> EstimateOptions:
         """How the run's config reads poses; `dataclasses.replace` changes a part of it."""
-        return build_estimate(self.run.config.evaluate)
+        config = self.run.config.evaluate
+        of_one = {"estimator": "one_step"} if config.estimator == "multi_zoom" else {}
+        return build_estimate(config.model_copy(update=of_one))
+
+    @property
+    def zooms(self) -> tuple[float, ...]:
+        """The zooms that `multi_zoom` of the run's config reads every picture at."""
+        return tuple(self.run.config.evaluate.zooms)
 
     @property
     def sample_options(self) -> SampleOptions:
@@ -273,6 +283,8 @@ class Flow:
         *,
         frame: Frame = "dataset",
         options: EstimateOptions | None = None,
+        zooms: Sequence[float] | None = None,
+        scene: str | Path | None = None,
         batch: int = 64,
     ) -> PoseEstimate:
         """The poses [N, 4, 4] of N pictures of the object, with what tells how far each is to be trusted.
@@ -285,33 +297,66 @@ class Flow:
         training picture shows. mask: like `images`, one channel: the object's share of every pixel; the rest becomes
         background. label: of the object. frame: the one of the poses that are returned, and of error bars;
         `packed_pose` and `spread` are the dataset's in any case. options: how to read poses, by default
-        `estimate_options`. DataError for what is no picture; ConfigError for a model that reads no poses.
+        `estimate_options`. zooms: read every picture at each of these zooms about its centre, such as `flow.zooms`, and
+        average. scene: the folder of a scene in the dataset's frame (or "built-in"), by which the poses are refined:
+        error bars are then left out, and `converged` is False where the scene does not explain a picture.
+        DataError for what is no picture or no scene; ConfigError for a model that reads no poses, or not so.
         """
         pictures = _as_list(images)
         masks = [None] * len(pictures) if mask is None else _as_list(mask, channels=False)
         if len(masks) != len(pictures):
             raise DataError(f"{len(masks)} masks for {len(pictures)} pictures; give one for each")
         cameras = _per_view(intrinsics, len(pictures))
-        self.check_estimates(label, options)
+        reader = self._reader(label, options, zooms, scene)
         parts = [
             self._estimate_batch(
-                pictures, masks, range(start, min(start + batch, len(pictures))), cameras, label, options
+                pictures, masks, range(start, min(start + batch, len(pictures))), cameras, label, reader
             )
             for start in range(0, len(pictures), batch)
         ]
         return self._to_frame(_joined(parts), label, frame)
 
-    def check_estimates(self, label: int = 0, options: EstimateOptions | None = None) -> None:
+    def check_estimates(
+        self,
+        label: int = 0,
+        options: EstimateOptions | None = None,
+        zooms: Sequence[float] | None = None,
+        scene: str | Path | None = None,
+    ) -> None:
         """ConfigError or DataError unless the model reads poses of this object in this way."""
+        self._reader(label, options, zooms, scene)
+
+    def _reader(
+        self, label: int, options: EstimateOptions | None, zooms: Sequence[float] | None, scene: str | Path | None
+    ) -> PoseReader:
         why_not = self.run.config.flow.why_no_pose()
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: reads no poses: {why_not}")
-        why_no_picture = self.run.config.flow.why_no_picture()
-        if why_no_picture and options is not None and options.estimator != "one_step":
-            raise ConfigError(
-                f"estimator '{options.estimator}': {why_no_picture}, and knows no other times; use one_step"
-            )
+        options = options or self.estimate_options
         self._check_label(label)
+        check_reading(self.run, options, zooms)
+        known = label in self.framing.backgrounds
+        if zooms is not None and (not zooms or min(zooms) <= 0.0 or (min(zooms) < 1.0 and not known)):
+            raise ConfigError(
+                f"zooms {list(zooms)}: give one or more above 0; below 1, the colour around the picture must be known"
+            )
+        return PoseReader(
+            self.run,
+            options,
+            None if zooms is None else tuple(zooms),
+            self.framing.background(label) if known else None,
+            None if scene is None else self._refiner(str(scene)),
+        )
+
+    def _refiner(self, scene: str) -> SceneRefiner:
+        if scene not in self._refiners:
+            self._refiners[scene] = SceneRefiner.open(scene, self.run.manifest, self.device)
+        if self.camera is None and not self._statistics.has_intrinsics:
+            raise ConfigError(
+                f"scene {scene}: the training pictures' intrinsics are not known here, as the dataset is not at hand; "
+                "load an export that was made beside the dataset"
+            )
+        return self._refiners[scene]
 
     def _estimate_batch(
         self,
@@ -320,7 +365,7 @@ class Flow:
         rows: range,
         intrinsics: list[Intrinsics | list[float] | None],
         label: int,
-        options: EstimateOptions | None,
+        reader: PoseReader,
     ) -> PoseEstimate:
         views = []
         for row in rows:
@@ -332,18 +377,20 @@ class Flow:
             background = self.framing.background(label) if known else None
             pixels = colour if alpha is None else torch.cat([colour, alpha[None]])
             views.append(framed(pixels, self.framing, name, camera, masks[row], background))
-        return self.estimate_framed(torch.stack(views), label, options)
+        return self._read(torch.stack(views), label, reader)
 
-    @torch.no_grad()
-    def estimate_framed(self, images: Tensor, label: int = 0, options: EstimateOptions | None = None) -> PoseEstimate:
-        """The poses of pictures [B, 3, S, S] in [0, 1] that are already like the training pictures, in their frame."""
-        latents = latent_mean(self.run.codec.encode_moments(images.to(self.device)))
-        labels, options = torch.full((len(images),), label, device=self.device), options or self.estimate_options
-        estimate = estimate_pose(
-            self.run.model, self.run.path, latents, labels, self._statistics, options, self.run.endpoint
-        )
-        calibration = self.calibration(options)
-        return _joined([calibration.fill(self.run, estimate, latents, labels) if calibration else estimate])
+    def _read(self, images: Tensor, label: int, reader: PoseReader) -> PoseEstimate:
+        """The poses of pictures [B, 3, S, S] that are like the training pictures, in the dataset's frame."""
+        images = images.to(self.device)
+        moments, labels = self.run.codec.encode_moments(images), torch.full((len(images),), label, device=self.device)
+        positions = torch.arange(len(images), device=self.device)
+        camera = [0.0, 0.0, 0.5, 0.5] if self.camera is None else self.camera.normalized()
+        intrinsics = torch.tensor(camera).expand(len(images), 4)
+        estimate = reader.read(images, moments, labels, positions, intrinsics)
+        calibration = None if reader.zooms is not None else self.calibration(reader.options)
+        if calibration is not None:
+            estimate = calibration.fill(self.run, estimate, latent_mean(moments), labels)
+        return _joined([reader.refined(estimate, images, intrinsics)])
 
     def calibration(self, options: EstimateOptions | None = None) -> RunCalibration | None:
         """The error bars and the trust that `sitdist calibrate` fitted for poses read so; None where it did not."""

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from sitdist import __version__
 from sitdist.commands import export, pose, render, view
+from sitdist.commands.arguments import ESTIMATORS, READOUTS
 from sitdist.commands.arguments import count as _count
 from sitdist.commands.arguments import elevation as _elevation
 from sitdist.commands.arguments import names as _names
@@ -30,8 +31,6 @@ from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
-ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom")
-READOUTS = ("svd", "weighted", "look_at")
 FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers", "all")
@@ -156,6 +155,7 @@ def _parser() -> _Parser:
     command.add_argument(
         "--background", type=_share, nargs=3, metavar=("R", "G", "B"), help="colour behind the object, 0 to 1 each"
     )
+    command.add_argument("--max-views", type=_positive, metavar="N", help="fit N photos, evenly spaced (default: all)")
     command.add_argument("--keep-frame", action="store_true", help="give the scene's poses in the capture's own frame")
     command.add_argument("--no-view-dependence", action="store_true", help="one colour from all sides: 3 times smaller")
     command.add_argument("--resolutions", type=_positive, nargs="+", metavar="N", help="N^3 voxels at every level")
@@ -221,6 +221,7 @@ def _parser() -> _Parser:
     command.add_argument("--estimator", choices=ESTIMATORS)
     command.add_argument("--estimator-steps", type=_positive)
     command.add_argument("--readout", choices=READOUTS, help="how a pose is fitted to its sixteen numbers")
+    command.add_argument("--refine", metavar="SCENE", help="move poses to where this scene (or built-in) shows them")
     command.add_argument("--generator", choices=GENERATORS)
     command.add_argument("--generator-steps", type=_positive)
     command.add_argument("--batch", type=_positive)
@@ -437,7 +438,7 @@ def _scene_fit(options: argparse.Namespace) -> None:
 
     check_free(options.out)
     background = (options.background[0], options.background[1], options.background[2]) if options.background else None
-    photos = read_photos(options.photos, background, options.images)
+    photos = read_photos(options.photos, background, options.images).thinned(options.max_views)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     measures = {"psnr": metrics.psnr}
     if min(photos.images.shape[-2:]) >= metrics.SSIM_WINDOW:

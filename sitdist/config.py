@@ -571,7 +571,8 @@ class EvaluateConfig(Schema):
     explicit Euler steps; exact, which undoes the generator; renoised, the mean over `estimator_draws` copies at
     `estimator_time`; draws, over as many draws of a vae's latent; multi_zoom, the weighted mean over the picture in
     all `zooms` about its centre (`background` around it, by default the recipe's). `readout`:
-    svd, weighted, or look_at where all training cameras look at the origin upright.
+    svd, weighted, or look_at where all training cameras look at the origin upright. `refine`: the folder of a scene in
+    the dataset's frame, fitted from training views alone, or built-in; poses are moved to where it shows the picture.
     """
 
     estimator: Literal[
@@ -583,6 +584,7 @@ class EvaluateConfig(Schema):
     readout: Literal["svd", "weighted", "look_at"] = "svd"
     zooms: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.75, 0.9, 1.0, 1.1, 1.25]
     background: Colour | None = None
+    refine: Word | None = None
     generator: Literal[FixedSolver, AdaptiveSolver, StochasticSolver] = "heun"
     generator_steps: Positive = 10
     tolerance: Annotated[float, Field(gt=0)] = 1e-6

@@ -198,7 +198,8 @@ def test_what_pose_cannot_use_is_one_line_and_nothing_is_written(refused, tiny_r
         ([tmp_path / "none.png"], "none.png: no such file or folder"),
         ([folder, "--label", 2], "label 2: the model knows no such object"),
         ([folder, "--masks", tmp_path], "0.png: no mask for"),
-        ([folder, "--estimator", "best"], "estimator 'best': unknown; choose one of one_step"),
+        ([folder, "--estimator", "best"], "unknown 'best'; did you mean 'one_step'?"),
+        ([folder, "--refine", tmp_path], "scene.json: no such file; make a scene with"),
         ([folder, "--intrinsics", 0, 1, 1, 1], "expected focal lengths above 0"),
     ):
         assert message in refused("pose", tiny_run, *arguments, "--out", out)

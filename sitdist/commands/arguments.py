@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom")
+READOUTS = ("svd", "weighted", "look_at")
 
 if TYPE_CHECKING:
     from sitdist.api import Flow
-    from sitdist.flow.estimate import EstimateOptions
     from sitdist.flow.sample import SampleOptions
 
 
@@ -84,17 +86,31 @@ def radii(text: str) -> tuple[int, int]:
 
 
 def add_estimator(command: argparse.ArgumentParser) -> None:
-    """How poses are read off pictures; `estimate_options` reads it."""
-    command.add_argument("--estimator", metavar="NAME", help="(default: as the run's config says)")
+    """How poses are read off pictures; `estimate_arguments` reads it."""
+    command.add_argument("--estimator", choices=ESTIMATORS, help="(default: as the run's config says)")
     command.add_argument("--estimator-steps", type=positive, metavar="N", help="(default: as the run's config says)")
+    command.add_argument("--readout", choices=READOUTS, help="(default: as the run's config says)")
+    command.add_argument("--refine", metavar="SCENE", help="move poses to where this scene (or built-in) shows them")
 
 
-def estimate_options(options: argparse.Namespace, flow: Flow) -> EstimateOptions:
-    """As the command line says, and otherwise as the run's config does."""
+def estimate_arguments(options: argparse.Namespace, flow: Flow) -> dict[str, Any]:
+    """The arguments of `Flow.estimate` by the command line, and otherwise by the run's config."""
     from dataclasses import replace
 
-    given = {"estimator": options.estimator, "steps": options.estimator_steps}
-    return replace(flow.estimate_options, **{name: value for name, value in given.items() if value is not None})
+    estimator = options.estimator or flow.run.config.evaluate.estimator
+    many = estimator == "multi_zoom"
+    given = {
+        "estimator": None if many else options.estimator,
+        "steps": options.estimator_steps,
+        "readout": options.readout,
+    }
+    return {
+        "options": replace(
+            flow.estimate_options, **{name: value for name, value in given.items() if value is not None}
+        ),
+        "zooms": flow.zooms if many else None,
+        "scene": options.refine,
+    }
 
 
 def add_generator(command: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sitdist.commands.arguments import add_estimator, estimate_options, positive
+from sitdist.commands.arguments import add_estimator, estimate_arguments, positive
 from sitdist.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def pose_files(
     """What is estimated for every file, with the intrinsics of its own pixels."""
     from tqdm import tqdm
 
-    how = estimate_options(options, flow)
-    flow.check_estimates(options.label, how)
+    how = estimate_arguments(options, flow)
+    flow.check_estimates(options.label, **how)
     posed: list[PosedPicture] = []
     starts: Iterable[int] = range(0, len(files), options.batch)
     for start in tqdm(starts, "pictures", disable=len(files) <= options.batch):
@@ -99,7 +99,7 @@ def pose_files(
             None if masks is None else list(masks[start : start + options.batch]),
             options.label,
             frame=options.frame,
-            options=how,
+            **how,
         )
         posed += [_posed(flow, file, row, estimate, options.intrinsics) for row, file in enumerate(some)]
     return posed
@@ -123,7 +123,7 @@ def _posed(flow: Flow, file: Path, row: int, estimate: Any, given: Sequence[floa
         "so3_residual": float(estimate.so3_residual[row]),
         "converged": bool(estimate.converged[row]),
     }
-    for name in ("rotation_std_deg", "translation_std", "trust"):
+    for name in ("rotation_std_deg", "translation_std", "trust", "picture_error"):
         column = getattr(estimate, name)
         if column is not None:
             facts[name] = float(column[row])

@@ -65,13 +65,13 @@ def _in_unit_ball(uniforms: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def open_scene(folder: str | None) -> Solids | Scene:
-    """The built-in object, or the scene in a folder; DataError if there is none."""
+def open_scene(folder: str | None, device: torch.device | str = "cpu") -> Solids | Scene:
+    """The built-in object, or the scene in a folder, on a device; DataError if there is none."""
     if folder is None:
         return chair()
     from sitdist.scene.store import load_scene
 
-    return load_scene(Path(folder))
+    return load_scene(Path(folder), device)
 
 
 def scene_background(folder: str | None) -> Tensor:

@@ -126,11 +126,12 @@ def bench_pose(runs: Sequence[Path], split: str, views: int | None, batch: int, 
         count = len(picked.labels)
         for way in WAYS:
             try:
-                reader = PoseReader.open(loaded, _settings(loaded, way))
+                settings = _settings(loaded, way)
+                reader = PoseReader.open(loaded, settings)
             except ConfigError as error:
                 skipped.append(f"{run}: {error}")
                 continue
-            rows.append(_row(run, loaded, reader, picked, batch))
+            rows.append(_row(run, loaded, reader, settings, picked, batch))
             log.info("%s %s %s", run, rows[-1].estimator, rows[-1].readout)
         if loaded.config.flow.why_no_picture() is None:
             protocols.append(_protocols(run, loaded, picked, batch))
@@ -149,8 +150,10 @@ def _load(loaded: LoadedRun, split: str, views: int | None, device: str) -> View
     return ViewBatch(**{name: value.to(device) for name, value in vars(batch).items()})
 
 
-def _row(run: Path, loaded: LoadedRun, reader: PoseReader, views: ViewBatch, batch: int) -> Row:
-    count, settings = len(views.labels), reader.settings
+def _row(
+    run: Path, loaded: LoadedRun, reader: PoseReader, settings: EvaluateConfig, views: ViewBatch, batch: int
+) -> Row:
+    count = len(views.labels)
     positions = torch.arange(count, device=views.labels.device)
     columns = (views.images, views.moments, views.labels, positions, views.intrinsics)
     reader.estimate(*(column[:2] for column in columns))  # whatever happens only once

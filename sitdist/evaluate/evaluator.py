@@ -75,6 +75,7 @@ class EvalOptions:
     estimator: str | None = None
     estimator_steps: int | None = None
     readout: str | None = None
+    refine: str | None = None
     generator: str | None = None
     generator_steps: int | None = None
     batch: int | None = None
@@ -374,6 +375,7 @@ class _Evaluation:
             "split": self.title,
             "estimator": settings.estimator,
             "readout": settings.readout,
+            "refine": settings.refine,
             "function_evaluations": max((record.function_evaluations or 0 for record in records), default=None),
             "not_converged": sum(record.converged is False for record in records),
             "generator": settings.generator,
@@ -439,6 +441,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     data = Path(options.data or loaded.config.data)
     manifest = load_manifest(data)
     _check_codec(data, manifest, loaded)
+    poses = PoseReader.open(loaded, settings)
     views, title = _choose_views(data, manifest, loaded, options, settings, device)
     units = make_units(thinned(views.references(), options.max_views), settings.batch)
     lpips = metrics.Lpips(settings.lpips_backbone, device) if settings.lpips_backbone else None
@@ -453,14 +456,17 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
         why_uncalibrated=why_uncalibrated,
         settings=settings,
         statistics=PoseStatistics.from_dict(loaded.manifest.statistics),
-        poses=PoseReader.open(loaded, settings),
+        poses=poses,
         views=views,
         units=units,
         training=ShardReader(_training_folder(loaded, data), "train"),
         lpips=lpips,
         background=views.background(),
         plan=_plan(loaded, settings, title, data, units, lpips)
-        | {"calibration": None if calibration is None else calibration.sha256()},
+        | {
+            "calibration": None if calibration is None else calibration.sha256(),
+            "refine": None if poses.refiner is None else poses.refiner.fingerprint(),
+        },
         device=device,
     )
 
@@ -486,6 +492,8 @@ def _calibration(
     """The run's calibration, or None and why not; ConfigError if it was fitted on the views to evaluate."""
     if options.uncalibrated or loaded.config.flow.why_no_pose():
         return None, "--uncalibrated" if options.uncalibrated else ""
+    if settings.refine is not None:
+        return None, "they are of the estimate before it is refined"
     if settings.estimator in OF_PICTURES:
         return None, f"error bars are for estimators that read one latent, and {settings.estimator} reads several"
     calibration, why_not = calibrate.load_calibration(run, loaded, build_estimate(settings))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from sitdist.config import EvaluateConfig
 from sitdist.data.format import DatasetManifest
 from sitdist.data.zoom import zoomed
 from sitdist.errors import ConfigError
+from sitdist.evaluate.refinement import SceneRefiner
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.predict import guided
 from sitdist.flow.readout import read_camera
@@ -28,38 +31,68 @@ AT_ONE = ("one_step", "draws", "multi_zoom")  # estimators that look at t = 1 on
 
 @dataclass(frozen=True)
 class PoseReader:
-    """Reads poses off pictures with a run's model; `open` says what cannot be done."""
+    """Reads poses off pictures with a run's model; `open` says what cannot be done.
+
+    options: how a latent is read. zooms: read every picture at all of them, with `background` [3] around one that is
+    made smaller; None reads its latent. refiner: of the scene by which poses are refined. guidance: scale and channels
+    of the one that `exact` undoes.
+    """
 
     loaded: LoadedRun
-    settings: EvaluateConfig
-    statistics: PoseStatistics
     options: EstimateOptions
-    background: Tensor | None
+    zooms: tuple[float, ...] | None = None
+    background: Tensor | None = None
+    refiner: SceneRefiner | None = None
+    guidance: tuple[float, str] | None = None
 
     @classmethod
     def open(cls, loaded: LoadedRun, settings: EvaluateConfig) -> PoseReader:
-        """ConfigError where the estimator or the read-out does not fit the run."""
-        _check(loaded, settings)
-        statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
-        of_one = {"estimator": "one_step"} if settings.estimator == "multi_zoom" else {}
+        """ConfigError where the estimator, the read-out or the refinement does not fit the run."""
+        zooms = tuple(settings.zooms) if settings.estimator == "multi_zoom" else None
+        of_one = {} if zooms is None else {"estimator": "one_step"}
         options = build_estimate(settings.model_copy(update=of_one))
-        return cls(loaded, settings, statistics, options, _background(loaded.manifest, settings))
+        check_reading(loaded, options, zooms)
+        device = next(loaded.model.parameters()).device
+        return cls(
+            loaded,
+            options,
+            zooms,
+            _background(loaded.manifest, settings),
+            None if settings.refine is None else SceneRefiner.open(settings.refine, loaded.manifest, device),
+            None if settings.guidance is None else (settings.guidance, settings.guidance_channels),
+        )
+
+    @cached_property
+    def statistics(self) -> PoseStatistics:
+        """Of the dataset's packing."""
+        return PoseStatistics.from_dict(self.loaded.manifest.statistics)
 
     def estimate(
+        self, images: Tensor, moments: Tensor, labels: Tensor, positions: Tensor, intrinsics: Tensor
+    ) -> PoseEstimate:
+        """What `read` and then `refined` give."""
+        estimate = self.read(images, moments, labels, positions, intrinsics)
+        return self.refined(estimate, images, intrinsics)
+
+    def refined(self, estimate: PoseEstimate, images: Tensor, intrinsics: Tensor) -> PoseEstimate:
+        """The estimate after the scene has moved it; the same where there is no scene."""
+        return estimate if self.refiner is None else self.refiner.refine(estimate, images, intrinsics)
+
+    def read(
         self, images: Tensor, moments: Tensor, labels: Tensor, positions: Tensor, intrinsics: Tensor
     ) -> PoseEstimate:
         """Poses of pictures [B, 3, H, W] with latent moments [B, 2C, h, w], labels and positions [B] (of the noise).
 
         `intrinsics` [B, 4] are normalized. All are on the model's device.
         """
-        if self.settings.estimator == "multi_zoom":
-            return self._multi_zoom(images, labels, intrinsics)
-        return self._of_moments(moments, labels, positions)
+        if self.zooms is None:
+            return self._of_moments(moments, labels, positions)
+        return self._multi_zoom(self.zooms, images, labels, intrinsics)
 
     def _of_moments(self, moments: Tensor, labels: Tensor, positions: Tensor | None = None) -> PoseEstimate:
-        model, settings = self.loaded.model, self.settings
-        if settings.estimator == "exact" and settings.guidance is not None:
-            model = guided(model, settings.guidance, settings.guidance_channels)  # type: ignore[assignment]
+        model = self.loaded.model
+        if self.options.estimator == "exact" and self.guidance is not None:
+            model = guided(model, *self.guidance)  # type: ignore[assignment]
         latent, log_variance = moments.chunk(2, dim=1)
         known = bool((log_variance > NO_VARIANCE).any())
         return estimate_pose(
@@ -74,7 +107,7 @@ class PoseReader:
             log_variance if known else None,
         )
 
-    def _multi_zoom(self, images: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
+    def _multi_zoom(self, zooms: tuple[float, ...], images: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """The mean over several zooms of every picture, each moved back to the true distance.
 
         Zoomed by z, a picture is that of a camera at radius r / z, so that its estimate's position counts z times. A
@@ -82,12 +115,12 @@ class PoseReader:
         does not.
         """
         estimates = []
-        for zoom in self.settings.zooms:
+        for zoom in zooms:
             estimate = self._of_moments(self._encoded(images, zoom, intrinsics), labels)
             camera_to_world = estimate.camera_to_world.clone()
             camera_to_world[:, :3, 3] *= zoom
             estimates.append(replace(estimate, camera_to_world=camera_to_world))
-        return combined(estimates, self.statistics, self.settings.readout)
+        return combined(estimates, self.statistics, self.options.readout)
 
     def _encoded(self, images: Tensor, zoom: float, intrinsics: Tensor) -> Tensor:
         if zoom != 1.0:
@@ -130,34 +163,33 @@ def combined(estimates: list[PoseEstimate], statistics: PoseStatistics, readout:
     )
 
 
-def _check(loaded: LoadedRun, settings: EvaluateConfig) -> None:
-    estimator, why_no_picture = settings.estimator, loaded.config.flow.why_no_picture()
+def check_reading(loaded: LoadedRun, options: EstimateOptions, zooms: Sequence[float] | None) -> None:
+    """ConfigError where the run's poses cannot be read in this way."""
+    estimator, why_no_picture = options.estimator, loaded.config.flow.why_no_picture()
     if why_no_picture and estimator not in AT_ONE:
+        raise ConfigError(f"estimator '{estimator}': {why_no_picture}, and knows no other times; use one_step")
+    if estimator == "exact" and options.generator not in FIXED_STEP:
         raise ConfigError(
-            f"evaluate.estimator = '{estimator}': {why_no_picture}, and knows no other times; use one_step"
-        )
-    if estimator == "exact" and settings.generator not in FIXED_STEP:
-        raise ConfigError(
-            f"evaluate.estimator = 'exact' undoes the generator step by step, and evaluate.generator "
-            f"{settings.generator} has no steps of its own; set it to one of {', '.join(FIXED_STEP)}"
+            f"estimator 'exact' undoes the generator step by step, and {options.generator} has no steps of its own; "
+            f"set evaluate.generator to one of {', '.join(FIXED_STEP)}"
         )
     if estimator == "draws" and loaded.codec.identity()["kind"] != "vae":
         raise ConfigError(
-            "evaluate.estimator = 'draws': the dataset's codec is in closed form and has no variance to draw from; "
+            "estimator 'draws': the dataset's codec is in closed form and has no variance to draw from; "
             "encode with a vae codec, or use renoised"
         )
     cameras = loaded.manifest.splits["train"].cameras
-    if settings.readout == "look_at" and not (cameras and cameras.looks_at_origin and cameras.upright):
+    if options.readout == "look_at" and not (cameras and cameras.looks_at_origin and cameras.upright):
         raise ConfigError(
-            "evaluate.readout = 'look_at': not all training cameras look at the origin upright, as the manifest says; "
+            "readout 'look_at': not all training cameras look at the origin upright, as the manifest says; "
             "use svd or weighted"
             if cameras
-            else "evaluate.readout = 'look_at': the manifest, of an older format, does not say whether all training "
+            else "readout 'look_at': the manifest, of an older format, does not say whether all training "
             "cameras look at the origin upright; build the dataset again, or use svd"
         )
-    if estimator == "multi_zoom" and not (cameras and cameras.looks_at_origin):
+    if zooms is not None and not (cameras and cameras.looks_at_origin):
         raise ConfigError(
-            "evaluate.estimator = 'multi_zoom': a zoom is a camera moved towards the origin only where all training "
+            "estimator 'multi_zoom': a zoom is a camera moved towards the origin only where all training "
             "cameras look at it, and the manifest does not say so; use one_step"
         )
 

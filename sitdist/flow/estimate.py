@@ -73,12 +73,13 @@ class PoseEstimate:
     spread: [B, 4, 4], the standard error of every entry of packed_pose, in its units: the deviation over the places of
         the latent that hold the entry, over the root of their number.
     so3_residual: [B], the Frobenius distance of the unprojected rotation to the nearest one; 0 for a perfect flow.
-    converged: [B] bool; False where an iteration stopped short of its tolerance.
+    converged: [B] bool; False where an iteration stopped short of its tolerance, or a scene does not explain a picture.
     intrinsics: fx / width, fy / height, cx / width, cy / height, [B, 4] float64, where the dataset packs them.
     rotation_std_deg, translation_std, trust: [B], where a calibration fills them: root mean square errors, in degrees
         and in the dataset's units, of pictures like this one; and how usual the picture and its estimate are, from 0 to
         1: the share of held-out training-like views that look at least as odd.
     rotation_bars_deg, translation_bars: [B, 2], with these: radii that hold the error with 50% and 90%.
+    picture_error: [B], of poses refined by a scene: the root mean square difference of the picture to the scene's.
     """
 
     camera_to_world: Tensor
@@ -93,6 +94,7 @@ class PoseEstimate:
     trust: Tensor | None = None
     rotation_bars_deg: Tensor | None = None
     translation_bars: Tensor | None = None
+    picture_error: Tensor | None = None
 
 
 def posterior_mean_x0(model: Model, path: Path, x1: Tensor, y: Tensor) -> Tensor:

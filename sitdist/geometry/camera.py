@@ -48,6 +48,11 @@ class Intrinsics:
             factor * self.height,
         )
 
+    def shrunk(self, factor: int) -> Intrinsics:
+        """The camera of the same picture with factor^2 pixels made one; what is left at the right and below is cut."""
+        width, height = self.width // factor, self.height // factor
+        return Intrinsics(self.fx / factor, self.fy / factor, self.cx / factor, self.cy / factor, width, height)
+
     def normalized(self) -> list[float]:
         """[fx / width, fy / height, cx / width, cy / height], the same for a picture of any size."""
         return [self.fx / self.width, self.fy / self.height, self.cx / self.width, self.cy / self.height]

@@ -58,6 +58,16 @@ class Photos:
         """These photos as float32 [B, 3, H, W] in [0, 1]."""
         return _unit_range(self.images[list(indices)])
 
+    def thinned(self, count: int | None) -> Photos:
+        """`count` of them, evenly spaced; all of them for None, or where there are no more."""
+        if count is None or count >= len(self):
+            return self
+        kept = [index * len(self) // count for index in range(count)]
+        cameras = [self.intrinsics[index] for index in kept]
+        return Photos(
+            self.images[kept], self.camera_to_world[kept], cameras, f"{self.fingerprint}, {count} of {len(self)}"
+        )
+
 
 @dataclass(frozen=True)
 class FitOptions:

@@ -48,8 +48,7 @@ def build_estimate(config: EvaluateConfig) -> EstimateOptions:
     match config.estimator:
         case "multi_zoom":
             raise ConfigError(
-                "evaluate.estimator = 'multi_zoom' reads pictures in `sitdist eval` and `sitdist bench pose` only; use "
-                "one_step here"
+                "evaluate.estimator = 'multi_zoom' reads pictures, and there are only latents here; use one_step"
             )
         case "euler" | "heun" | "midpoint":
             values |= {"steps": config.estimator_steps}

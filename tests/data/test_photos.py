@@ -46,6 +46,16 @@ def test_npz_photos_need_not_be_square(tmp_path):
     assert floats.fingerprint != photos.fingerprint
 
 
+def test_evenly_spaced_photos_are_as_good_a_capture(tmp_path):
+    photos = read_photos(write_npz(tmp_path / "a.npz"))
+    two = photos.thinned(2)
+    assert torch.equal(two.images, photos.images[[0, 1]])
+    assert torch.equal(two.camera_to_world, POSES[[0, 1]])
+    assert len(two.intrinsics) == 2
+    assert two.fingerprint != photos.fingerprint
+    assert photos.thinned(None) is photos.thinned(3) is photos
+
+
 def test_transparent_photos_lie_on_the_background(tmp_path):
     folder = write_transforms(tmp_path / "photos")
     white, blue = read_photos(folder), read_photos(folder / "transforms.json", (0.0, 0.0, 1.0))

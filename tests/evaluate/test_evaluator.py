@@ -281,9 +281,7 @@ def test_a_regressor_has_pose_errors_and_no_pictures_and_the_table_says_why(eval
 
 def test_a_regressor_is_not_integrated(run, evaluated, tmp_path):
     evaluated(share_at_one=1.0, share_at_zero=0.0)
-    with pytest.raises(
-        ConfigError, match=r"evaluate.estimator = 'euler': the model was trained at t = 1 alone.*one_step"
-    ):
+    with pytest.raises(ConfigError, match=r"estimator 'euler': the model was trained at t = 1 alone.*one_step"):
         evaluate(tmp_path / "run", EvalOptions(split="test", estimator="euler", out=tmp_path / "out"))
 
 

@@ -11,8 +11,8 @@ from sitdist.scene.volume import render_views
 INTRINSICS = Intrinsics.from_fov(36.0, 24, 24)
 
 
-def render(camera_to_world):
-    return render_views(camera_to_world, INTRINSICS, 1)
+def render(camera_to_world, rows=None, shrink=1):
+    return render_views(camera_to_world, INTRINSICS.shrunk(shrink), min(shrink, 2))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_an_orbit_is_a_camera_and_back(orbits):
 def test_refinement_finds_the_cameras_of_pictures_of_the_scene(orbits):
     true = camera_of(orbits)
     start = camera_of(orbits + torch.tensor([0.03, 0.04, -0.03], dtype=torch.float64))
-    refined = refine_look_at(render, render(true), start)
+    refined = refine_look_at(render, render(true), start, enough=0.02)
     before = rotation_error_deg(start[:, :3, :3], true[:, :3, :3])
     after = rotation_error_deg(refined.camera_to_world[:, :3, :3], true[:, :3, :3])
     assert float(before.min()) > 2.0
@@ -39,14 +39,42 @@ def test_refinement_finds_the_cameras_of_pictures_of_the_scene(orbits):
 
 def test_each_picture_is_refined_by_itself(orbits):
     true, start = camera_of(orbits), camera_of(orbits + 0.02)
-    together = refine_look_at(render, render(true), start).camera_to_world
-    alone = refine_look_at(render, render(true[1:2]), start[1:2]).camera_to_world
+    together = refine_look_at(render, render(true), start, enough=0.02).camera_to_world
+    alone = refine_look_at(render, render(true[1:2]), start[1:2], enough=0.02).camera_to_world
     torch.testing.assert_close(alone, together[1:2], rtol=0, atol=1e-6)
 
 
 def test_a_picture_that_no_step_brings_nearer_keeps_its_orbit(orbits):
     start = camera_of(orbits)
     grey = torch.full((3, 3, 24, 24), 0.5)
-    unmoved = refine_look_at(lambda cameras: torch.zeros(len(cameras), 3, 24, 24), grey, start, [Stage(1, 2, 0.01)])
+
+    def black(cameras, rows, shrink):
+        return torch.zeros(len(cameras), 3, 24 // shrink, 24 // shrink)
+
+    unmoved = refine_look_at(black, grey, start, [Stage(24, 2, 0.01)])
     torch.testing.assert_close(unmoved.camera_to_world, start)
     torch.testing.assert_close(unmoved.residual, torch.full((3,), 0.5, dtype=torch.float64))
+    assert not unmoved.settled.any()
+
+
+def test_what_is_not_near_enough_is_tried_from_elsewhere(orbits):
+    true, start = camera_of(orbits), camera_of(orbits + torch.tensor([0.0, -0.35, 0.1], dtype=torch.float64))
+    once = refine_look_at(render, render(true), start, enough=1.0)
+    again = refine_look_at(render, render(true), start, enough=0.02)
+    errors = [rotation_error_deg(each.camera_to_world[:, :3, :3], true[:, :3, :3]) for each in (once, again)]
+    assert float(errors[0].min()) > 5.0
+    assert float(errors[1].max()) < 0.5
+
+
+def test_views_that_are_done_are_not_rendered_again(orbits):
+    rendered = []
+
+    def counted(cameras, rows, shrink):
+        rendered.append(rows.tolist())
+        return render(cameras, rows, shrink)
+
+    true = camera_of(orbits)
+    start = camera_of(orbits + torch.tensor([[0.0] * 3, [0.05] * 3, [0.05] * 3], dtype=torch.float64))
+    refine_look_at(counted, render(true), start, [Stage(24, 12, 0.005)], enough=1.0)
+    of_first, of_second = (sum(view in rows for rows in rendered) for view in (0, 1))
+    assert of_first < of_second

@@ -93,6 +93,7 @@ class Metrics(BaseModel):
     estimator: str
     function_evaluations: int | None
     readout: str = "svd"
+    refine: str | None = None
     not_converged: int = 0
     generator: str
     generator_steps: int

@@ -272,6 +272,7 @@ def estimator_text(metrics: Metrics) -> str:
 def how(metrics: Metrics) -> str:
     poses = f"poses by {estimator_text(metrics)}"
     poses += f", read out by {metrics.readout}" if metrics.readout != "svd" else ""
+    poses += f", refined by the scene {metrics.refine}" if metrics.refine else ""
     poses += f", {metrics.not_converged} of them not converged" if metrics.not_converged else ""
     pictures = f"pictures by {generator_text(metrics)}"
     parts = [*([] if metrics.no_pose else [poses]), *([] if metrics.no_picture else [pictures])]
