@@ -126,7 +126,7 @@ def test_of_several_estimates_the_one_of_a_small_spread_counts_most_and_disagree
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"estimator": "exact", "generator": "dopri5"}, "evaluate.generator dopri5 has no steps of its own"),
+        ({"estimator": "exact", "generator": "dopri5"}, "dopri5 has no steps of its own"),
         ({"estimator": "draws"}, "'draws': the dataset's codec is in closed form and has no variance"),
     ],
 )
