@@ -209,6 +209,13 @@ def _parser() -> _Parser:
         command.add_argument("run", type=Path, help="folder of the run")
         command.set_defaults(command=_checkpoint, verify=name == "verify")
 
+    command = checkpoint.add_parser("convert", help="write a run's weights as one file that other code loads")
+    command.add_argument("source", type=Path, metavar="RUN", help="folder of the run, or a file of weights")
+    command.add_argument("out", type=Path, metavar="FILE", help="file to write: .safetensors, or .pt for torch.load")
+    command.add_argument("--step", type=_positive, metavar="N", help="checkpoint (default: the newest whole one)")
+    command.add_argument("--weights", choices=("ema", "model"), default="ema", help="average or not (default: ema)")
+    command.set_defaults(command=_checkpoint_convert)
+
     command = commands.add_parser("eval", help="measure a run on views it has not seen, and write the report")
     command.add_argument("run", type=Path, help="folder of the run")
     command.add_argument("--split", help="evaluate a split of the dataset (default: test)")
@@ -484,6 +491,12 @@ def _checkpoint(options: argparse.Namespace) -> int:
     text, whole = describe_checkpoints(options.run, options.verify)
     print(text)
     return 0 if whole else EXIT_USAGE
+
+
+def _checkpoint_convert(options: argparse.Namespace) -> None:
+    from sitdist.train.convert import convert
+
+    print(convert(options.source, options.out, options.step, options.weights))
 
 
 def _eval(options: argparse.Namespace) -> None:

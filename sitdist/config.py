@@ -517,7 +517,8 @@ class TrainConfig(Schema):
     from a copy on the host. `compile`: every block by itself, or the model in full.
     `activation_checkpointing`: what blocks compute again in the backward pass and do not keep, all but the results
     of matrix products (selective), or all. `layer_norms_every`: steps between norms of every layer. `tracker`: one of
-    Accelerate's, such as wandb, beside TensorBoard.
+    Accelerate's, such as wandb, beside TensorBoard. `loss_spike`: a loss that many times the median of the last lines
+    is told (null: none is).
     """
 
     steps: Positive
@@ -540,6 +541,7 @@ class TrainConfig(Schema):
     keep_every: Positive | None = None
     checkpoint_async: bool = True
     layer_norms_every: Positive | None = None
+    loss_spike: Annotated[float, Field(gt=1)] | None = 3.0
     non_finite: NonFiniteConfig = NonFiniteConfig()
     profile: ProfileConfig | None = None
     tracker: Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -20,11 +21,13 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError
+from sitdist.heartbeat import Heartbeat
 
 log = logging.getLogger("sitdist")
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 BACKEND_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+OF_A_COLLECTIVE = re.compile(r"gloo|NCCL|c10d|[Cc]onnection (closed|reset)|Broken pipe|[Tt]imed out")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -157,17 +160,23 @@ def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[
     log_on_main(accelerator)
     if precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16(cpu=True):
         log.warning("train.precision = 'bf16': this CPU emulates it, many times slower than fp32; auto would take fp32")
+    agreement = Agreement(accelerator)
     try:
-        yield accelerator, Agreement(accelerator)
+        yield accelerator, agreement
     except (SitdistError, RunInterrupted) as error:
         if isinstance(error, RunInterrupted) or (error.of_rank is not None and not isinstance(error, ProcessError)):
-            _leave(accelerator)
+            _leave(accelerator, agreement)
         raise
-    _leave(accelerator)
+    except RuntimeError as error:
+        if OF_A_COLLECTIVE.search(str(error)):
+            agreement.blame_the_dead(error)
+        raise
+    _leave(accelerator, agreement)
 
 
-def _leave(accelerator: Accelerator) -> None:
+def _leave(accelerator: Accelerator, agreement: Agreement) -> None:
     accelerator.wait_for_everyone()
+    agreement.close()
     accelerator.end_training()
 
 
@@ -183,6 +192,7 @@ class Agreement:
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world = 1 if accelerator is None else accelerator.num_processes
         self._group: Any = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._heartbeat = Heartbeat(self.rank, self.world) if self.world > 1 else None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -262,10 +272,28 @@ class Agreement:
         try:
             return wait()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            self.blame_the_dead(error)
             raise ProcessError(
-                f"another process has ended or does not answer ({reason}); what it printed says why"
+                f"another process does not answer ({_first_line(error)}); what it printed says why"
             ) from None
+
+    def blame_the_dead(self, error: RuntimeError) -> None:
+        """ProcessError that names the processes that have ended, if there are such; `error` is what came of it."""
+        dead = self._heartbeat.silent() if self._heartbeat is not None else []
+        if dead:
+            raise ProcessError(
+                f"{', '.join(dead)} ended or no longer answers, so that this one stops too ({_first_line(error)}); "
+                "what it printed says why, and the same command goes on from the last checkpoint"
+            ) from None
+
+    def close(self) -> None:
+        """No process waits for another any more."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 class StopSignal:

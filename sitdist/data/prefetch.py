@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from sitdist.data.reader import Batch, BatchReader
+
+log = logging.getLogger(__name__)
+
+STALLED = 30.0  # seconds without a batch after which it is told what is waited for, and again after as many
 
 
 class Prefetch:
@@ -29,7 +34,14 @@ class Prefetch:
         for ahead in (step, *range(step + 1, min(step + self._workers + 1, self._stop))):
             if ahead not in self._pending:
                 self._pending[ahead] = self._pool.submit(self._read, ahead)
-        batch = self._pending.pop(step).result()
+        pending = self._pending.pop(step)
+        while not wait([pending], STALLED).done:
+            shards = ", ".join(self._reader.reading()) or "no shard: all threads wait for something else"
+            log.warning(
+                "rank %d: no data for step %d after %.0f s; it waits for %s",
+                *(self._rank, step, time.perf_counter() - begun, shards),
+            )
+        batch = pending.result()
         return batch, time.perf_counter() - begun
 
     def _read(self, step: int) -> Batch:

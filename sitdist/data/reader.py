@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import get_ident
 from typing import Literal, Protocol
 
 import numpy as np
@@ -57,6 +58,8 @@ class SampleSource(Protocol):
 
     def expect(self, shards: list[int]) -> None: ...
 
+    def reading(self) -> list[str]: ...
+
 
 class ShardReader:
     """The samples of one split, by number. Every read checks the CRC of what it reads.
@@ -85,6 +88,7 @@ class ShardReader:
         self._moments = _Member("moments", "<f2", (2 * latent.channels, latent.height, latent.width))
         self._packed_pose = _Member("packed_pose", "<f4", (4, 4))
         self._open = Recent(self._open_shard, OPEN_SHARDS)
+        self._reading: dict[int, int] = {}  # thread: the shard that it is at
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -111,6 +115,7 @@ class ShardReader:
         labels = np.empty(len(indices), dtype=np.int64)
         faults: dict[int, str] = {}
         for number, rows in self._by_shard(indices):
+            self._reading[get_ident()] = number
             shard, places = self._open(number), indices[rows] - self._starts[number]
             whole = shard.are_whole(places)
             for row in rows[~whole].tolist():
@@ -119,7 +124,13 @@ class ShardReader:
             moments[rows] = self._moments.read(shard, places)
             poses[rows] = self._packed_pose.read(shard, places)
             labels[rows] = shard.index["label"][places]
+        self._reading.pop(get_ident(), None)
         return Samples(self._moments.tensor(moments), self._packed_pose.tensor(poses), torch.from_numpy(labels), faults)
+
+    def reading(self) -> list[str]:
+        """The shards at which threads are in `samples` now."""
+        numbers = sorted(set(self._reading.copy().values()))
+        return [str(self.folder / self._files(number)[1][0]) for number in numbers]
 
     def moments(self, indices: Sequence[int]) -> Tensor:
         """Moments [B, 2C, h, w] float16 of these samples; DataError for the first that is damaged."""
@@ -378,6 +389,10 @@ class BatchReader:
         for row in sorted(samples.faults):
             indices[row] = self._replace(samples, row, int(indices[row]), int(positions[row]))
         return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, _keys(indices.tolist()))
+
+    def reading(self) -> list[str]:
+        """The shards that are being read now."""
+        return self.reader.reading()
 
     def _read_ahead(self, positions: Tensor) -> None:
         """Whenever a window is begun, have it and the next one fetched."""

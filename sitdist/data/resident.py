@@ -34,5 +34,9 @@ class ResidentSamples:
         faults = {row: self._faults[int(indices[row])] for row in rows}
         return Samples(self._moments[at], self._packed_pose[at], self._label[at], faults)
 
+    def reading(self) -> list[str]:
+        """No shard is."""
+        return []
+
     def expect(self, shards: list[int]) -> None:
         """Nothing has to be fetched."""

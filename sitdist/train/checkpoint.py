@@ -48,7 +48,7 @@ TENSOR_FILES = ("model", "ema", "optimizer")
 # What may differ between a run and its continuation: where things are, how long and how closely it is watched.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
-    r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|non_finite\.budget|profile(\..*)?|tracker)"
+    r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|loss_spike|non_finite\.budget|profile(\..*)?|tracker)"
     r"|evaluate\..*"
 )
 
@@ -191,8 +191,17 @@ def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkp
             )
         return content
 
+    def tensors(name: str) -> dict[str, Tensor]:
+        content = checked(name)
+        try:
+            return tensors_from_bytes(content)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{folder / name}: no safetensors file ({error}), and nothing else is read; use an earlier checkpoint"
+            ) from None
+
     state = json.loads(checked("state.json"))
-    return Checkpoint(folder, state, {name: tensors_from_bytes(checked(f"{name}.safetensors")) for name in files})
+    return Checkpoint(folder, state, {name: tensors(f"{name}.safetensors") for name in files})
 
 
 def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | None:

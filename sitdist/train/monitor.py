@@ -8,7 +8,9 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 import torch
@@ -24,6 +26,7 @@ from sitdist.train.watch import open_tracker
 log = logging.getLogger(__name__)
 
 INTERIOR_BINS = 4
+RECENT, FEWEST = 10, 3  # lines before a loss, and how few of them tell what is usual
 BIN_NAMES = (
     "loss_by_t/0",
     *(f"loss_by_t/{i / INTERIOR_BINS:g}-{(i + 1) / INTERIOR_BINS:g}" for i in range(INTERIOR_BINS)),
@@ -58,6 +61,9 @@ class Monitor:
     ) -> None:
         self._agreement, self._global_batch, self._flops = agreement, global_batch, flops
         self._device, self._tracker = accelerator.device, None
+        self._spike = None if config is None else config.train.loss_spike
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._spikes = 0
         self._peak = None
         if self._device.type == "cuda":
             name = torch.cuda.get_device_name(self._device)
@@ -134,6 +140,9 @@ class Monitor:
         own_seconds = time.perf_counter() - self._begun - self._saving - self._validating
         waited, seconds = self._agreement.sum(torch.tensor([self._waited, own_seconds], dtype=torch.float64)).tolist()
         scalars = {"loss": float(sums.sum() / counts.sum())} if counts.any() else {}
+        if "loss" in scalars:
+            self._watch_loss(step, scalars["loss"])
+        scalars |= {"loss_spikes": float(self._spikes)}
         scalars |= {"lr": lr, "steps_left_out": float(left_out)}
         scalars |= {name: float(sums[i] / counts[i]) for i, name in enumerate(BIN_NAMES) if counts[i] > 0}
         if norm_count:
@@ -150,6 +159,20 @@ class Monitor:
             if self._bar.disable:
                 log.info("step %d: loss %.4f, %.0f samples/s", step, loss, scalars["samples_per_second"])
         self._reset()
+
+    def _watch_loss(self, step: int, loss: float) -> None:
+        """Tell of a loss far above those of the lines before; such a one does not count as usual afterwards."""
+        usual = median(self._recent) if len(self._recent) >= FEWEST else math.inf
+        if self._spike is None or loss <= self._spike * usual:
+            self._recent.append(loss)
+            return
+        self._spikes += 1
+        if self._agreement.rank == 0:
+            log.warning(
+                "step %d: loss %.4f is %.1f times the median of the last %d lines (%.4f); a lower train.optimizer.lr "
+                "or train.optimizer.clip_norm keeps it down",
+                *(step, loss, loss / usual, len(self._recent), usual),
+            )
 
     def _speed(self, samples_per_second: float, seconds: float) -> dict[str, float]:
         """How well this machine is used; memory is the peak so far, and MFU is known for known GPUs only."""

@@ -1,10 +1,13 @@
 """Reading ahead changes when a batch is read, never what it holds."""
 
+import re
+import threading
 import time
 
 import pytest
 import torch
 
+from sitdist.data import prefetch as prefetching
 from sitdist.data.prefetch import Prefetch
 from sitdist.data.reader import BatchReader, ShardReader
 from sitdist.errors import DataError
@@ -22,6 +25,9 @@ class Slow:
         if step == 5:
             raise DataError("sample 5: altered bytes")
         return step
+
+    def reading(self):
+        return ["train/000000.tar"]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -65,3 +71,25 @@ def test_more_threads_wait_less():
         waited[workers] = sum(prefetch.batch(step)[1] for step in range(5))
         prefetch.close()
     assert waited[4] < 0.75 * waited[1]  # 2 rounds of 0.05 s instead of 5
+
+
+def test_a_reader_that_stalls_is_told_with_the_shard_it_waits_for(tiny_dataset, monkeypatch):
+    said, go_on = [], threading.Event()
+
+    def say(message, *values):
+        said.append(message % values)
+        go_on.set()
+
+    monkeypatch.setattr(prefetching, "STALLED", 0.05)
+    monkeypatch.setattr(prefetching.log, "warning", say)
+    shards = ShardReader(tiny_dataset, "train")
+    open_shard = shards._open_shard
+    monkeypatch.setattr(shards, "_open", lambda number: (go_on.wait(20), open_shard(number))[1])  # a disk that hangs
+    reader = BatchReader(shards, 0, 4)
+    prefetch = Prefetch(reader, 0, 1, 1)
+    batch, waited = prefetch.batch(0)
+    prefetch.close()
+    assert len(batch.keys) == 4
+    assert waited >= 0.05
+    assert re.fullmatch(rf"rank 0: no data for step 0 after 0 s; it waits for {tiny_dataset}/train/\S+\.tar", said[0])
+    assert shards.reading() == []

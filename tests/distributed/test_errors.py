@@ -90,7 +90,7 @@ def test_a_bug_shows_its_traceback_once_and_ends_all(tmp_path, where):
     assert codes[1] == 1
     assert codes[0] > 0  # by itself, not killed
     assert "RuntimeError: a bug" in started.errors(1)
-    told = "RuntimeError: a bug" if where == "inside" else "another process has ended or does not answer"
+    told = "RuntimeError: a bug" if where == "inside" else "rank 1 (process "
     assert f"ProcessError: {told}" in started.errors(0)
 
 

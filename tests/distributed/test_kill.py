@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -115,6 +116,7 @@ def test_a_process_that_dies_does_not_leave_the_others_waiting(train, tmp_path):
     codes = started.wait(60, grace=40)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] > 0  # by itself
+    assert re.search(r"sitdist: error: rank 1 \(process \d+ on \S+\) ended or no longer answers", started.errors(0))
 
 
 @pytest.mark.parametrize("told", [[0, 1], [1]])

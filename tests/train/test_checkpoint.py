@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent whatever happens, checked when read, of this model and no other, never unpickled."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -250,6 +251,40 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------- does it belong here?
+
+
+class Malicious:
+    """Unpickled it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("disguise", ["safetensors", "manifest too", "pickled metadata"])
+def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, messages, disguise):
+    """In the place of the weights; with the manifest to match; as the file that torch's own format unpickles."""
+    save(tmp_path, 1, 2)
+    folder, victim = folder_of(tmp_path, 2), tmp_path / "victim"
+    planted = folder / (".metadata" if disguise == "pickled metadata" else "model.safetensors")
+    torch.save({"weight": Malicious(victim)}, planted, _use_new_zipfile_serialization=False)
+    if disguise == "manifest too":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        content = planted.read_bytes()
+        manifest["files"][planted.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: no safetensors file .* nothing else is read"):
+            read_checkpoint(folder)
+    assert read_newest(tmp_path).step == (2 if disguise == "pickled metadata" else 1)
+    assert not victim.exists()
+    with planted.open("rb") as file:  # it is what it says: whoever unpickles it runs it
+        pickle.load(file)
+        pickle.load(file)
+        pickle.load(file)
+        pickle.load(file)
+    assert victim.exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_first_tensor_that_does_not_fit(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sitdist.config import Config, load_yaml
 from sitdist.runtime import Agreement, make_accelerator
+from sitdist.train import monitor as monitoring
 from sitdist.train.monitor import BIN_NAMES, Monitor, keep_lines_until, time_bin
 
 
@@ -78,6 +80,7 @@ def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tm
         "train/loss_by_t/1": 6.0,
         "train/gradient_norm": 3.0,
         "train/steps_left_out": 0.0,
+        "train/loss_spikes": 0.0,
         "train/samples_per_second": 2.0,
         "train/data_wait_share": 0.25,
     }
@@ -113,3 +116,18 @@ def test_tensorboard_holds_the_same_values_and_no_step_twice_after_a_resume(open
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 10.0), (2, 20.0), (3, 0.5)]
     (picture,) = read.Images("validation/views")
     assert (picture.step, picture.width, picture.height) == (3, 6, 8)
+
+
+def test_a_loss_far_above_the_lines_before_is_told_and_counted(tmp_path, tiny_yaml, monkeypatch):
+    said = []
+    monkeypatch.setattr(monitoring.log, "warning", lambda message, *values: said.append(message % values))
+    accelerator = make_accelerator()
+    monitor = Monitor(tmp_path, accelerator, Agreement(accelerator), 0, 100, 4, None, load_yaml(Config, tiny_yaml))
+    for step, loss in enumerate((8.0, 1.0, 1.1, 0.9, 4.0, 4.0, 1.0), 1):
+        monitor.observe_losses(torch.full((4,), loss), torch.full((4,), 0.5))
+        monitor.observe_step(0.0, torch.tensor(1.0))
+        monitor.write_line(step, 0.1, None)
+    monitor.close()
+    assert [line["train/loss_spikes"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 0, 0, 0, 1, 2, 2]
+    assert said[0].startswith("step 5: loss 4.0000 is 3.8 times the median of the last 4 lines (1.0500); a lower")
+    assert len(said) == 2  # two spikes do not make a third usual
