@@ -26,6 +26,7 @@ LEVELS = {
     "geometry": 1,
     "errors": 0,
     # plumbing beside the maths: for the upper levels only
+    "heartbeat": 2,
     "runtime": 3,
     "config": 3,
 }
