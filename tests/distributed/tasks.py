@@ -7,7 +7,8 @@ import os
 import resource
 import signal
 from pathlib import Path
-from typing import NoReturn
+from threading import Timer
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from sitdist.train import trainer as trainer_module
 from sitdist.train.backend import Replicas
 from sitdist.train.ema import Ema
 from sitdist.train.trainer import Trainer
+from sitdist.train.validation import Validation
 
 
 def rank() -> int:
@@ -69,6 +71,30 @@ def train_and_die(checkpoint: int, file: str, *arguments: str) -> None:
         write(path, content)
 
     checkpoints._write = write_and_die
+    cli.main(arguments)
+
+
+def train_and_be_told_to_stop(phase: str, *arguments: str) -> None:
+    """Train, and get SIGTERM in the middle of the first checkpoint, validation or compiled step of this process."""
+    owner: Any
+    owner, name = {
+        "save": (checkpoints, "_write"),
+        "validation": (Validation, "measure"),
+        "compile": (trainer_module, "flow_loss"),
+    }[phase]
+    function, told = getattr(owner, name), False
+
+    def with_a_signal(*arguments: Any, **options: Any) -> Any:
+        nonlocal told
+        if not told:
+            told = True
+            if phase == "compile":  # from beside, as the compiler is at work by then
+                Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    setattr(owner, name, with_a_signal)
     cli.main(arguments)
 
 

@@ -139,3 +139,24 @@ def test_sigterm_saves_once_and_every_process_says_resume_me(train, tensor_bytes
     assert tensor_bytes(run, stopped + 2) == tensor_bytes(tmp_path / "whole", stopped + 2)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("phase", "world"), [("save", 2), ("validation", 2), pytest.param("compile", 1, marks=pytest.mark.slow)]
+)
+def test_sigterm_in_any_phase_ends_in_a_whole_checkpoint(train, tensor_bytes, tmp_path, phase, world):
+    from tasks import train_and_be_told_to_stop
+
+    run, steps = tmp_path / "run", "train.steps=100000"
+    settings = [steps, "train.checkpoint_every=4", "train.validate_every=3", "train.log_every=1"]
+    settings += ["train.compile=blocks"] if phase == "compile" else []
+    task = {"task": train_and_be_told_to_stop, "task_arguments": [phase]}
+    assert train(world, run, *settings, **task).wait(300, grace=60) == [75] * world
+    stopped = read_newest(run).step
+    assert stopped <= {"save": 4, "validation": 3, "compile": 1}[phase] + 2
+    assert not any(run.glob("checkpoints/.*"))
+    if phase != "compile":
+        longer = [f"train.steps={stopped + 2}", *settings[1:]]
+        train(world, run, *longer).run()
+        train(world, tmp_path / "whole", *longer).run()
+        assert tensor_bytes(run, stopped + 2) == tensor_bytes(tmp_path / "whole", stopped + 2)
