@@ -56,7 +56,7 @@ def export_run(run: Path, out: Path, step: int | None = None) -> LoadedRun:
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
         described = _description(loaded, framing, file_sha256(folder / WEIGHTS))
         (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-        (folder / "README.md").write_text(model_card(loaded, framing, _evaluations(run)))
+        (folder / "README.md").write_text(model_card(loaded, framing, _evaluations(run), _calibration(run)))
 
     write_folder(out, write)
     return loaded
@@ -88,6 +88,7 @@ def without_shards(manifest: DatasetManifest) -> DatasetManifest:
 def _description(loaded: LoadedRun, framing: Framing, weights_sha256: str) -> dict[str, Any]:
     config = loaded.config.model_dump(mode="json")
     config["data"] = loaded.manifest.name
+    config["evaluate"]["refine"] = None
     if config["model"].get("init_from"):
         config["model"]["init_from"] = Path(config["model"]["init_from"]).name
     return {
@@ -153,7 +154,15 @@ def _evaluations(run: Path) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def model_card(loaded: LoadedRun, framing: Framing, evaluations: Iterator[dict[str, Any]]) -> str:
+def _calibration(run: Path) -> dict[str, Any] | None:
+    """What the run's error bars were fitted on; None where there are none."""
+    path = run / CALIBRATION
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def model_card(
+    loaded: LoadedRun, framing: Framing, evaluations: Iterator[dict[str, Any]], calibration: dict[str, Any] | None
+) -> str:
     """README.md of an export, with the metadata that the hub reads."""
     name, manifest = loaded.config.name, loaded.manifest
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -165,6 +174,18 @@ def model_card(loaded: LoadedRun, framing: Framing, evaluations: Iterator[dict[s
         else "fx {:.2f}, fy {:.2f}, cx {:.2f}, cy {:.2f} pixels".format(*framing.camera.to_list())
     )
     objects = ", ".join(f"{entry.label}: {entry.name}" for entry in manifest.objects)
+    moved = [entry.name for entry in manifest.objects if entry.similarity is not None]
+    frames = (
+        f'`frame="dataset"`, or `frame="user"`: that of the photos of {", ".join(moved)}'
+        if moved
+        else "the dataset's own"
+    )
+    bars = (
+        "none: `sitdist calibrate RUN --split SPLIT` before the export puts them here"
+        if calibration is None
+        else f"50% and 90%, and trust, fitted on {calibration['views']} views of `{calibration['split']}` for the "
+        f"estimator `{calibration['estimator']['estimator']}`, read out by `{calibration['estimator']['readout']}`"
+    )
     tables = [_table(values, loaded.step) for values in evaluations]
     results = "\n\n".join(tables) or "None measured yet: `sitdist eval RUN` before the export puts them here."
     return f"""---
@@ -198,6 +219,8 @@ Poses are camera-to-world matrices with OpenGL axes (x right, y up, looking down
 | latents | {latent.channels}x{latent.height}x{latent.width}, codec {manifest.codec["kind"]} |
 | model | SiT, {parameters:,} parameters, averaged weights after {loaded.step:,} steps |
 | flow | {loaded.config.flow.path} path, {loaded.config.flow.endpoint} endpoint, sigma {loaded.config.flow.sigma:g} |
+| frame of the poses | {frames} |
+| error bars | {bars} |
 
 The model knows this object alone, on this background, from such distances. Poses from farther or nearer are worse.
 
@@ -222,7 +245,8 @@ def _table(values: dict[str, Any], step: int) -> str:
         for row in values["rows"]
     ]
     of = "" if values.get("step") == step else f" (of the weights after {values.get('step')} steps)"
-    title = f"Split `{values.get('split')}`{of}, estimator `{values.get('estimator')}`:"
+    refined = ", poses refined by a scene" if values.get("refine") else ""
+    title = f"Split `{values.get('split')}`{of}, estimator `{values.get('estimator')}`{refined}:"
     return "\n".join([title, "", head, rule, *rows])
 
 

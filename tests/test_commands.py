@@ -111,6 +111,37 @@ def test_transforms_are_read_back_by_the_importer_and_by_nerfstudios_conventions
     out.unlink()
 
 
+def test_a_file_is_written_over_where_that_is_asked_for(run, tiny_run, folder, tmp_path):
+    out = tmp_path / "poses.jsonl"
+    out.write_text("old")
+    run("pose", tiny_run, folder, "--out", out, "--overwrite")
+    assert len(out.read_text().splitlines()) == 5
+
+
+def test_pictures_of_one_name_in_two_folders_stay_apart(run, tiny_run, folder, tmp_path):
+    for side in ("left", "right"):
+        (tmp_path / side).mkdir()
+        shutil.copy(folder / "0.png", tmp_path / side / "0.png")
+    pictures = (tmp_path / "left", tmp_path / "right")
+    run("pose", tiny_run, *pictures, "--format", "colmap", "--out", tmp_path / "model")
+    assert [view.name for view in read_model(tmp_path / "model")] == ["left/0.png", "right/0.png"]
+    assert "# 1 is right/0.png" in run("pose", tiny_run, *pictures, "--format", "tum")
+
+
+def test_a_colmap_model_is_read_back_by_pycolmap(run, tiny_run, flow, folder, tmp_path):
+    pycolmap = pytest.importorskip("pycolmap")
+    run("pose", tiny_run, folder, "--format", "colmap", "--out", tmp_path / "model")
+    model = pycolmap.Reconstruction(tmp_path / "model")
+    poses = estimated(flow, folder)
+    for number, pose in enumerate(poses, 1):
+        image = model.images[number]
+        assert image.name == f"{number - 1}.png"
+        assert np.abs(image.projection_center() - pose[:3, 3].numpy()).max() < 1e-6
+        opencv = pose[:3, :3].numpy() * np.array([1.0, -1.0, -1.0])
+        assert np.abs(image.cam_from_world().rotation.matrix() - opencv.T).max() < 1e-6
+    assert model.cameras[1].params.tolist() == pytest.approx(flow.camera.to_list())
+
+
 def test_a_colmap_model_is_read_back_by_its_documented_layout(run, tiny_run, flow, folder, tmp_path):
     run("pose", tiny_run, folder, "--format", "colmap", "--out", tmp_path / "model")
     poses = estimated(flow, folder)
@@ -204,6 +235,11 @@ def test_what_pose_cannot_use_is_one_line_and_nothing_is_written(refused, tiny_r
     ):
         assert message in refused("pose", tiny_run, *arguments, "--out", out)
         assert not out.exists()
+    out.write_text("precious")
+    assert "out.json: already exists; give another --out, or write over it by --overwrite" in refused(
+        "pose", tiny_run, folder, "--out", out
+    )
+    assert out.read_text() == "precious"
     assert "a model is a folder of three files; give --out" in refused("pose", tiny_run, folder, "--format", "colmap")
     there = ["--format", "colmap", "--out", tmp_path / "empty"]
     assert "empty: already exists" in refused("pose", tiny_run, folder, *there)

@@ -68,7 +68,9 @@ def test_the_folder_holds_the_averaged_weights_and_no_more_than_is_needed(tiny_r
 
 def test_the_model_card_has_the_measured_results(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    (run / "calibration.json").write_text('{"dataset": "/some/place", "views": 3}')
+    estimator = {"estimator": "one_step", "readout": "look_at"}
+    calibration = {"dataset": "/some/place", "views": 3, "split": "val", "estimator": estimator}
+    (run / "calibration.json").write_text(json.dumps(calibration))
     for name, psnr, step in (("test", 21.456, 6), ("other", 19.0, 3)):
         rows = [
             {
@@ -88,7 +90,9 @@ def test_the_model_card_has_the_measured_results(tiny_run, tmp_path):
     assert "| r in [3, 5] | 64 | 1.23 / 1.00 | 0.100 | 21.46 |  |" in card
     assert "Split `other` (of the weights after 3 steps), estimator `one_step`:" in card
     assert "Split `test`, estimator `one_step`:" in card
-    assert json.loads((tmp_path / "out" / "calibration.json").read_text()) == {"dataset": "tiny", "views": 3}
+    assert json.loads((tmp_path / "out" / "calibration.json").read_text()) == calibration | {"dataset": "tiny"}
+    assert "fitted on 3 views of `val` for the estimator `one_step`, read out by `look_at` |" in card
+    assert "| frame of the poses | the dataset's own |" in card
 
 
 def test_an_older_step_is_exported(tiny_yaml, tmp_path):

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     command.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     command.add_argument("--format", choices=FORMATS, default="jsonl", help="(default: jsonl)")
     command.add_argument("--out", type=Path, help="file, for colmap a new folder (default: print)")
+    command.add_argument("--overwrite", action="store_true", help="write over --out if it is a file that is there")
     command.add_argument(
         "--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="of all pictures, in pixels"
     )
@@ -44,14 +45,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.format == "colmap" and options.out is None:
         raise DataError("--format colmap: a model is a folder of three files; give --out FOLDER")
     from sitdist.api import load
-    from sitdist.data.pose_files import to_text, write_poses
+    from sitdist.data.pose_files import check_free, to_text, write_poses
+
+    if options.out is not None:
+        check_free(options.out, options.format, options.overwrite)
 
     flow = load(options.run, options.device)
     posed = pose_files(flow, files, masks, options)
     if options.out is None:
         sys.stdout.write(to_text(posed, options.format))
     else:
-        write_poses(posed, options.format, options.out)
+        write_poses(posed, options.format, options.out, options.overwrite)
         print(f"{options.out}: poses of {len(posed)} pictures")
 
 

@@ -47,14 +47,21 @@ class PosedPicture:
     facts: dict[str, float | bool]
 
 
-def write_poses(posed: Sequence[PosedPicture], kind: str, out: Path) -> None:
+def check_free(out: Path, kind: str, overwrite: bool = False) -> None:
+    """DataError if there is something at `out` already that may not be written over, a folder in any case."""
+    if out.exists() and (kind == "colmap" or not overwrite or out.is_dir()):
+        remedy = "remove it" if kind == "colmap" or out.is_dir() else "write over it by --overwrite"
+        raise DataError(f"{out}: already exists; give another --out, or {remedy}")
+
+
+def write_poses(posed: Sequence[PosedPicture], kind: str, out: Path, overwrite: bool = False) -> None:
     """Write them to the file `out`, or for `colmap` to the new folder `out`; whole or not at all.
 
-    DataError where `out` cannot be written, or where the format needs intrinsics that are not known.
+    DataError where `out` cannot be written, or is there and not to be written over, or where the format needs
+    intrinsics that are not known.
     """
+    check_free(out, kind, overwrite)
     if kind == "colmap":
-        if out.exists():
-            raise DataError(f"{out}: already exists; give another --out, or remove it")
         files = colmap_files(posed)
         write_folder(out, lambda folder: _write_all(folder, files))
         return
@@ -86,6 +93,13 @@ def _name(path: Path, beside: Path | None) -> str:
     if beside is None:
         return str(path)
     return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()
+
+
+def _names_in_one_folder(posed: Sequence[PosedPicture]) -> list[str]:
+    """Every picture's path from the folder that holds all of them; its bare name where that is the same for all."""
+    paths = [each.path.resolve() for each in posed]
+    folder = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _cameras(posed: Sequence[PosedPicture], what: str) -> list[Intrinsics]:
@@ -150,23 +164,32 @@ def _opencv_camera_to_world(posed: Sequence[PosedPicture]) -> tuple[Tensor, Tens
 def tum_text(posed: Sequence[PosedPicture]) -> str:
     """Lines of timestamp, tx ty tz, qx qy qz qw of camera-to-world; the timestamp is the picture's number, from 0."""
     rotation, position = _opencv_camera_to_world(posed)
-    lines = [f"# {number} is {each.path.name}" for number, each in enumerate(posed)]
+    lines = [f"# {number} is {name}" for number, name in enumerate(_names_in_one_folder(posed))]
     for number, (q, place) in enumerate(zip(quaternions(rotation).tolist(), position.tolist(), strict=True)):
         lines.append(_words(float(number), *place, *q[1:], q[0]))
     return "\n".join(lines) + "\n"
 
 
 def colmap_files(posed: Sequence[PosedPicture]) -> dict[str, str]:
-    """cameras.txt, images.txt and an empty points3D.txt: world-to-camera, one PINHOLE camera for each that differs."""
+    """cameras.txt, images.txt and an empty points3D.txt: world-to-camera, one PINHOLE camera for each that differs.
+
+    Pictures are named by their paths from the one folder that holds all of them, which is COLMAP's image folder.
+    """
     intrinsics = _cameras(posed, "a COLMAP model")
     cameras = {camera: number for number, camera in enumerate(dict.fromkeys(intrinsics), 1)}
     rotation, position = _opencv_camera_to_world(posed)
     world_to_camera = rotation.transpose(-1, -2)
     translation = -(world_to_camera @ position[..., None])[..., 0]
     image_lines = ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of points, which are none"]
-    rows = zip(posed, intrinsics, quaternions(world_to_camera).tolist(), translation.tolist(), strict=True)
-    for number, (each, camera, q, t) in enumerate(rows, 1):
-        image_lines += [f"{number} {_words(*q, *t)} {cameras[camera]} {each.path.name}", ""]
+    rows = zip(
+        _names_in_one_folder(posed),
+        intrinsics,
+        quaternions(world_to_camera).tolist(),
+        translation.tolist(),
+        strict=True,
+    )
+    for number, (name, camera, q, t) in enumerate(rows, 1):
+        image_lines += [f"{number} {_words(*q, *t)} {cameras[camera]} {name}", ""]
     camera_lines = ["# CAMERA_ID MODEL WIDTH HEIGHT PARAMS"]
     for camera, number in cameras.items():
         camera_lines.append(f"{number} PINHOLE {camera.width} {camera.height} {_words(*camera.to_list())}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sitdist.config import SceneSource
 from sitdist.flow import draws
-from sitdist.geometry.camera import Intrinsics, look_at, rolled, shell_positions
+from sitdist.geometry.camera import Intrinsics, look_at, rolled, shell_cameras, shell_positions
 from sitdist.scene.field import Solids, chair
 from sitdist.scene.volume import BACKGROUND, Rendered, picture, render_solids
 
@@ -29,11 +29,22 @@ def random_cameras(config: SceneSource, positions: Tensor) -> Tensor:
     """camera_to_world [N, 4, 4] (float64) of the views at `positions` [N]; radius bins take turns."""
     uniforms = draws.uniform(config.seed, "cameras", positions, 3)
     low, high = _radii(config, positions)
-    elevation = config.elevation_deg or (0.0 if config.sphere == "upper" else -90.0, 90.0)
-    place = shell_positions(uniforms, low, high, elevation, config.azimuth_deg)
+    place = shell_positions(uniforms, low, high, _elevation_deg(config), config.azimuth_deg)
     options = _options(config, positions)
     target = config.target_jitter * _in_unit_ball(options[:, 0:3])
     return rolled(look_at(place, target), config.roll_deg * (2.0 * options[:, 3] - 1.0))
+
+
+def cameras_at(config: SceneSource, uniforms: Tensor, radius: tuple[float, float]) -> Tensor:
+    """Cameras [N, 4, 4] (float64) of another radius that look at the origin from where the source's may stand.
+
+    `uniforms` [N, 3] in (0, 1), as `random_cameras` has them.
+    """
+    return shell_cameras(uniforms, radius, _elevation_deg(config), config.azimuth_deg)
+
+
+def _elevation_deg(config: SceneSource) -> tuple[float, float]:
+    return config.elevation_deg or (0.0 if config.sphere == "upper" else -90.0, 90.0)
 
 
 def random_fov_deg(config: SceneSource, positions: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sitdist.config import SceneSource
 from sitdist.data.reader import ShardReader
-from sitdist.data.scene import backdrop, open_scene, render
+from sitdist.data.scene import backdrop, cameras_at, open_scene, render
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
-from sitdist.geometry.camera import Intrinsics, camera_radius, shell_cameras
+from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.model.codec import Codec, latent_mean
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
@@ -102,8 +102,8 @@ class SplitViews:
 class SceneViews:
     """Views of a scene, the built-in or a fitted one, `views_per_radius` in every unit bin of `radii`.
 
-    Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; the sphere, field
-    of view, supersampling and label are those of the recipe's training source.
+    Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; where they may
+    stand, field of view, supersampling and label are those of the recipe's training source.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class SceneViews:
 
     def _cameras(self, bin_: int, positions: Tensor) -> Tensor:
         uniforms = draws.uniform(self._seed, "evaluation cameras", positions, 3)
-        return shell_cameras(uniforms, (bin_, bin_ + 1), self._source.sphere)
+        return cameras_at(self._source, uniforms, (bin_, bin_ + 1))
 
     def load(self, views: tuple[ViewRef, ...]) -> ViewBatch:
         positions = torch.tensor([view.position for view in views])

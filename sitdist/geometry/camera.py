@@ -90,14 +90,19 @@ def look_at(position: Tensor, target: Sequence[float] | Tensor = (0.0, 0.0, 0.0)
     return camera_to_world
 
 
-def shell_cameras(uniforms: Tensor, radius: tuple[float, float], sphere: str) -> Tensor:
+def shell_cameras(
+    uniforms: Tensor,
+    radius: tuple[float, float],
+    elevation_deg: tuple[float, float] = (0.0, 90.0),
+    azimuth_deg: tuple[float, float] = (0.0, 360.0),
+) -> Tensor:
     """Cameras on a shell about the origin, looking at it: camera_to_world [N, 4, 4] (float64).
 
     `uniforms` [N, 3] are uniform numbers in (0, 1), for view i `draws.uniform(seed, "cameras", i, 3)`. Directions are
-    uniform in area over the "upper" half (z >= 0) or the "full" sphere, the radius is uniform in `radius`.
+    uniform in area, the radius is uniform in `radius`.
     """
     low, high = (torch.full_like(uniforms[:, 0], edge) for edge in radius)
-    return look_at(shell_positions(uniforms, low, high, (0.0 if sphere == "upper" else -90.0, 90.0)))
+    return look_at(shell_positions(uniforms, low, high, elevation_deg, azimuth_deg))
 
 
 def shell_positions(

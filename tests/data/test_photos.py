@@ -133,7 +133,7 @@ def test_float_pixels_out_of_range_are_refused(tmp_path):
 
 def test_the_command_fits_a_scene_and_says_how_well(tmp_path, capsys):
     camera = Intrinsics.from_fov(40.0, 16, 16)
-    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(12), 3), (4.0, 4.0), "upper")
+    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(12), 3), (4.0, 4.0))
     images = (render_views(poses, camera).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
     np.savez(tmp_path / "photos.npz", images=images, poses=poses.numpy(), focal=camera.fx)
     command = ["scene", "fit", str(tmp_path / "photos.npz"), "--out", str(tmp_path / "scene"), "--device", "cpu"]

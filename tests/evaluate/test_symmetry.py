@@ -14,7 +14,7 @@ COUNT = 3000
 
 def views(fold):
     """Cameras about an object that looks the same after 1 / fold of a turn about z: "latents" that tell only that."""
-    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(COUNT), 3), (3.0, 3.2), "upper")
+    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(COUNT), 3), (3.0, 3.2))
     place = poses[:, :3, 3]
     azimuth = torch.atan2(place[:, 1], place[:, 0])
     ring = torch.linalg.vector_norm(place[:, :2], dim=1)

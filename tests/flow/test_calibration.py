@@ -26,7 +26,7 @@ from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
 LINEAR, ENDPOINT = get_path("linear"), Endpoint("pose", 0.1)
-MANY = shell_cameras(torch.rand(800, 3, dtype=torch.float64), (3.0, 5.0), "upper")
+MANY = shell_cameras(torch.rand(800, 3, dtype=torch.float64), (3.0, 5.0))
 STATISTICS = PoseStatistics.from_poses(MANY)
 
 

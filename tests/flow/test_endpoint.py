@@ -11,7 +11,7 @@ from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg
 
-POSES = shell_cameras(torch.rand(300, 3, dtype=torch.float64), (3.0, 5.0), "upper")
+POSES = shell_cameras(torch.rand(300, 3, dtype=torch.float64), (3.0, 5.0))
 STATISTICS = PoseStatistics.from_poses(POSES)
 NOISE = torch.randn(4, 8, 6, 6, dtype=torch.float64)
 

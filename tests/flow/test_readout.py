@@ -10,7 +10,7 @@ from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import check_rigid, project_to_so3, rotation_error_deg, translation_error
 
 RANDOM = torch.Generator().manual_seed(0)
-POSES = shell_cameras(torch.rand(400, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0), "full")
+POSES = shell_cameras(torch.rand(400, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0), (-90.0, 90.0))
 STATISTICS = PoseStatistics.from_poses(POSES)
 PACKED = standardize(POSES, STATISTICS)
 NOISE = torch.randn(400, 4, 4, dtype=torch.float64, generator=RANDOM)

@@ -44,18 +44,18 @@ def test_pixels_map_to_rays_with_the_first_row_on_top() -> None:
 
 
 def test_shell_is_uniform_in_area_and_radius() -> None:
-    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(20_000), 3), (3.0, 5.0), "upper")
+    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(20_000), 3), (3.0, 5.0))
     radius, height = camera_radius(poses), poses[:, 2, 3] / camera_radius(poses)
     for value, low, high in ((radius, 3.0, 5.0), (height, 0.0, 1.0)):
         assert value.min() >= low
         assert value.max() <= high
         assert value.mean() == pytest.approx((low + high) / 2, abs=0.02)
         assert value.var() == pytest.approx((high - low) ** 2 / 12, rel=0.03)
-    full = shell_cameras(draws.uniform(0, "cameras", torch.arange(20_000), 3), (3.0, 5.0), "full")
+    full = shell_cameras(draws.uniform(0, "cameras", torch.arange(20_000), 3), (3.0, 5.0), (-90.0, 90.0))
     assert (full[:, 2, 3] < 0).double().mean() == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_view_is_a_pure_function_of_seed_and_index() -> None:
-    all_at_once = shell_cameras(draws.uniform(5, "cameras", torch.arange(10), 3), (3.0, 5.0), "upper")
-    alone = shell_cameras(draws.uniform(5, "cameras", torch.tensor([7]), 3), (3.0, 5.0), "upper")
+    all_at_once = shell_cameras(draws.uniform(5, "cameras", torch.arange(10), 3), (3.0, 5.0))
+    alone = shell_cameras(draws.uniform(5, "cameras", torch.tensor([7]), 3), (3.0, 5.0))
     assert torch.equal(all_at_once[7], alone[0])

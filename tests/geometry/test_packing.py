@@ -17,7 +17,7 @@ from sitdist.geometry.packing import (
     unpack_spread,
 )
 
-POSES = shell_cameras(draws.uniform(0, "cameras", torch.arange(2000), 3), (3.0, 5.0), "upper")
+POSES = shell_cameras(draws.uniform(0, "cameras", torch.arange(2000), 3), (3.0, 5.0))
 
 
 def test_row_i_fills_channel_i_as_quadrants_in_reading_order() -> None:

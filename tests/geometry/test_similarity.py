@@ -15,7 +15,7 @@ CAMERA = Intrinsics.from_fov(40.0, 32, 32)
 
 
 def shell(count=40, radius=(4.0, 4.0), seed=0):
-    return shell_cameras(draws.uniform(seed, "cameras", torch.arange(count), 3), radius, "upper")
+    return shell_cameras(draws.uniform(seed, "cameras", torch.arange(count), 3), radius)
 
 
 def some_similarity(seed=0):

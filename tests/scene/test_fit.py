@@ -21,7 +21,7 @@ MEASURES = {"psnr": psnr}
 
 @pytest.fixture(scope="module")
 def photos():
-    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(24), 3), (3.8, 4.2), "upper")
+    poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(24), 3), (3.8, 4.2))
     return Photos(render_views(poses, CAMERA), poses, [CAMERA] * 24, "chair")
 
 
