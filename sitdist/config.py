@@ -514,7 +514,8 @@ class TrainConfig(Schema):
 
     `precision` auto: bf16 where the device computes in it, else fp32. The newest `keep_checkpoints` stay, and
     those of every `keep_every`-th step (null: no others); `checkpoint_async`: they are written while training goes on,
-    from a copy on the host. `compile`: every block by itself, or the model in full.
+    from a copy on the host. `compile`: every block by itself, the model in full, or that
+    and replayed as a CUDA graph (graphs), for small models whose kernels are shorter than their launches.
     `activation_checkpointing`: what blocks compute again in the backward pass and do not keep, all but the results
     of matrix products (selective), or all. `layer_norms_every`: steps between norms of every layer. `tracker`: one of
     Accelerate's, such as wandb, beside TensorBoard. `loss_spike`: a loss that many times the median of the last lines
@@ -526,7 +527,7 @@ class TrainConfig(Schema):
     max_batch_per_device: Positive | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False
-    compile: Literal["off", "blocks", "full"] = "off"
+    compile: Literal["off", "blocks", "full", "graphs"] = "off"
     activation_checkpointing: Literal["off", "selective", "all"] = "off"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from sitdist.model.sit import SiT
 
 BACKEND = "inductor"
+CUDA_GRAPHS = {"triton.cudagraphs": True}
 _ATEN = torch.ops.aten
 KEPT = [  # results of matrix products: dear to compute, and a small part of what a block keeps
     _ATEN.mm.default,
@@ -44,11 +45,17 @@ def recompute_activations(model: SiT, which: str) -> None:
 def compile_model(model: SiT, which: str) -> None:
     """Compile nothing (off), every block (blocks: one compilation for all), or the whole model (full), in place.
 
-    Names of weights stay as they are.
+    graphs: the whole model, which on a GPU is replayed as a CUDA graph; `begin_forward` before every pass. Names of
+    weights stay as they are.
     """
-    parts: dict[str, list[nn.Module]] = {"off": [], "blocks": list(model.blocks), "full": [model]}
+    parts: dict[str, list[nn.Module]] = {"off": [], "blocks": list(model.blocks), "full": [model], "graphs": [model]}
     for part in parts[which]:
-        part.compile(backend=BACKEND)
+        part.compile(backend=BACKEND, options=CUDA_GRAPHS if which == "graphs" else None)
+
+
+def begin_forward() -> None:
+    """Say that nothing of the pass before is needed any more, so that a CUDA graph may write over it."""
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 class ScheduledCollection:

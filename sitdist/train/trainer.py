@@ -44,7 +44,7 @@ from sitdist.train.guard import Guard, poison
 from sitdist.train.monitor import Monitor
 from sitdist.train.saving import HostCopy, Writer
 from sitdist.train.schedule import learning_rate
-from sitdist.train.speed import ScheduledCollection, compile_model, recompute_activations
+from sitdist.train.speed import ScheduledCollection, begin_forward, compile_model, recompute_activations
 from sitdist.train.validation import Validation
 from sitdist.train.watch import LayerNorms, StepProfile
 
@@ -192,8 +192,7 @@ class Trainer:
                     codec = load_matching_codec(self.dataset / "codec", manifest, device)
                     self.validation = Validation(config, self.dataset, manifest, codec, device)
                 self._write_run()
-            workers, pin = config.reader.workers, device.type == "cuda"
-            self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, workers, pin)
+            self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, config.reader.workers, device)
             flops = training_flops(self.raw_model)
             self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch, flops, config)
             self.layer_norms = LayerNorms(self.raw_model, config.train.layer_norms_every)
@@ -352,6 +351,7 @@ class Trainer:
         losses = []
         starts = range(0, self.split.local, self.split.micro)
         for start in starts:
+            begin_forward()
             part = slice(start, start + self.split.micro)
             drop_labels = None if inputs.drop_labels is None else inputs.drop_labels[part]
             model = self.endpoint.conditioned(self.backend.model, inputs.packed_pose[part])

@@ -93,3 +93,14 @@ def test_a_reader_that_stalls_is_told_with_the_shard_it_waits_for(tiny_dataset, 
     assert waited >= 0.05
     assert re.fullmatch(rf"rank 0: no data for step 0 after 0 s; it waits for {tiny_dataset}/train/\S+\.tar", said[0])
     assert shards.reading() == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_are_on_the_gpu_before_they_are_asked_for(tiny_dataset):
+    reader, device = BatchReader(ShardReader(tiny_dataset, "train"), 0, 16), torch.device("cuda")
+    prefetch = Prefetch(reader, 0, 1, 1000, 2, device)
+    for step in range(20):
+        batch, _ = prefetch.batch(step)
+        assert batch.moments.is_cuda
+        assert torch.equal((batch.moments * 1.0).cpu(), reader.batch(step, 0, 1).moments)
+    prefetch.close()

@@ -81,12 +81,13 @@ def test_a_run_that_recomputes_ends_in_the_same_weights(config, tmp_path, which)
     assert a == b
 
 
-@pytest.mark.parametrize(("which", "compilations"), [("off", 0), ("blocks", 1), ("full", 1)])
+@pytest.mark.parametrize(("which", "compilations"), [("off", 0), ("blocks", 1), ("full", 1), ("graphs", 1)])
 def test_compiled_parts_compute_the_same_under_the_same_names(monkeypatch, which, compilations):
     graphs = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, options=None):
         graphs.append(graph)
+        assert options == (speed.CUDA_GRAPHS if which == "graphs" else None)
         return graph.forward
 
     torch._dynamo.reset()
