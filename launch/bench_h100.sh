@@ -4,9 +4,9 @@
 set -euo pipefail
 bench() { "${PYTHON:-python}" -m sitdist bench train "$@"; echo; }
 
-bench --model SiT-S/2 --latent 32 --batch 256 --backends fp32 bf16 bf16-blocks bf16-full --pairs 5 --steps 20
+bench --model SiT-S/2 --latent 32 --batch 256 --backends fp32 bf16 bf16-blocks bf16-full bf16-graphs --pairs 5 --steps 20
 bench --model SiT-B/2 --latent 32 --batch 256 --backends fp32 bf16 bf16-blocks bf16-full --pairs 5 --steps 10
 bench --model SiT-L/2 --latent 32 --batch 128 --backends bf16 bf16-blocks bf16-full --pairs 5 --steps 10
 bench --model SiT-XL/2 --latent 32 --batch 128 --backends bf16 bf16-blocks bf16-full --pairs 5 --steps 10
 # The source's own experiment, with its autoencoder inside the step: SiT-B/8, 128 pixels, batch 150.
-bench --model SiT-B/8 --latent 16 --batch 150 --baseline vae --backends fp32 bf16 bf16-blocks bf16-full --pairs 5 --steps 5
+bench --model SiT-B/8 --latent 16 --batch 150 --baseline vae --backends fp32 bf16 bf16-blocks bf16-full bf16-graphs --pairs 5 --steps 5
