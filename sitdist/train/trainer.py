@@ -351,7 +351,8 @@ class Trainer:
         losses = []
         starts = range(0, self.split.local, self.split.micro)
         for start in starts:
-            begin_forward()
+            if self.config.train.compile == "graphs":
+                begin_forward()
             part = slice(start, start + self.split.micro)
             drop_labels = None if inputs.drop_labels is None else inputs.drop_labels[part]
             model = self.endpoint.conditioned(self.backend.model, inputs.packed_pose[part])

@@ -112,6 +112,17 @@ def test_a_run_compiles_what_its_config_says(config, tmp_path, monkeypatch):
         config("train.compile=blocks", "train.layer_norms_every=2")
 
 
+def test_every_pass_of_a_cuda_graph_begins_with_a_word_and_no_others(config, tmp_path, monkeypatch):
+    begun = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(speed, "BACKEND", lambda graph, inputs, options=None: graph.forward)
+    monkeypatch.setattr("sitdist.train.trainer.begin_forward", lambda: begun.append(True))
+    train(config("train.steps=2", "train.compile=full"), tmp_path / "a")
+    assert begun == []  # the word takes seconds to import
+    train(config("train.steps=2", "train.compile=graphs", "train.max_batch_per_device=6"), tmp_path / "b")
+    assert len(begun) == 4  # two steps of two halves
+
+
 def test_garbage_is_collected_on_schedule_and_by_python_afterwards(monkeypatch):
     collected = []
     monkeypatch.setattr(gc, "collect", lambda: collected.append(True))
