@@ -332,7 +332,7 @@ class Flow:
         why_not = self.run.config.flow.why_no_pose()
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: reads no poses: {why_not}")
-        options = options or self.estimate_options
+        options, config = options or self.estimate_options, self.run.config.evaluate
         self._check_label(label)
         check_reading(self.run, options, zooms)
         known = label in self.framing.backgrounds
@@ -346,6 +346,7 @@ class Flow:
             None if zooms is None else tuple(zooms),
             self.framing.background(label) if known else None,
             None if scene is None else self._refiner(str(scene)),
+            None if config.guidance is None else (config.guidance, config.guidance_channels),
         )
 
     def _refiner(self, scene: str) -> SceneRefiner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ from sitdist.flow.refine import refine_look_at
 from sitdist.geometry.camera import Intrinsics
 from sitdist.scene.field import Solids
 from sitdist.scene.store import Scene
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = "built-in"
 EXPLAINED = 2.5  # times the scene's error on photos that were not fitted: a picture farther off than this is not of it
@@ -92,6 +95,11 @@ class SceneRefiner:
 
         explained = EXPLAINED * self._usual_error()
         refined = refine_look_at(render, images, estimate.camera_to_world, enough=explained)
+        if int((refined.residual <= explained).sum()) < len(images) // 2:
+            log.warning(
+                "%s: looks like %d of %d pictures only; is it the scene of these pictures, and in the dataset's frame?",
+                *(self.name, int((refined.residual <= explained).sum()), len(images)),
+            )
         return replace(
             estimate,
             camera_to_world=refined.camera_to_world,

@@ -10,6 +10,7 @@ import sitdist
 from sitdist import cli
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
+from sitdist.evaluate import refinement
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.refinement import SceneRefiner
 from sitdist.flow.estimate import PoseEstimate
@@ -63,11 +64,17 @@ def test_the_scene_of_the_pictures_makes_their_poses_exact(flow, views):
     assert refined.rotation_bars_deg is None  # those were of the pose before
 
 
-def test_pictures_of_another_object_are_flagged(flow, views, ball_scene):
+def test_pictures_of_another_object_are_flagged(flow, views, ball_scene, monkeypatch):
+    said = []
+    monkeypatch.setattr(refinement.log, "warning", lambda message, *values: said.append(message % values))
     images, intrinsics, true = views
     refiner = SceneRefiner.open(str(ball_scene), flow.run.manifest)
     refined = refiner.refine(estimate_near(true, [0.02, 0.02, 0.02]), images, intrinsics)
     assert not refined.converged.any()
+    assert said == [
+        f"{ball_scene}: looks like 0 of {len(images)} pictures only; is it the scene of these pictures, and in the "
+        "dataset's frame?"
+    ]
     assert refiner.fingerprint() != SceneRefiner.open("built-in", flow.run.manifest).fingerprint()
 
 
