@@ -41,6 +41,7 @@ def test_every_run_has_a_row_for_every_estimator_that_it_can_have(runs, bench):
     assert [each.run for each in bench.protocols] == [str(runs / "flow")]
 
 
+@pytest.mark.distributed
 def test_the_errors_are_those_of_an_evaluation(runs, bench, tmp_path):
     for readout in ("svd", "look_at"):
         folder = evaluate(runs / "flow", EvalOptions(split="test", readout=readout, out=tmp_path / readout))

@@ -13,6 +13,7 @@ from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate import refinement
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.refinement import SceneRefiner
+from sitdist.flow import refine
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.refine import camera_of, orbit_of
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -66,6 +67,7 @@ def test_the_scene_of_the_pictures_makes_their_poses_exact(flow, views):
 
 def test_pictures_of_another_object_are_flagged(flow, views, ball_scene, monkeypatch):
     said = []
+    monkeypatch.setattr(refine, "ROUNDS", 0)  # the first start shows it, and the others take seconds
     monkeypatch.setattr(refinement.log, "warning", lambda message, *values: said.append(message % values))
     images, intrinsics, true = views
     refiner = SceneRefiner.open(str(ball_scene), flow.run.manifest)
@@ -87,7 +89,10 @@ def test_intrinsics_that_were_read_off_the_picture_are_used(flow, views):
     torch.testing.assert_close(read_off.camera_to_world, expected)
 
 
-def test_an_evaluation_in_python_and_on_the_command_line_refine_alike(flow, tiny_run, tiny_dataset, tmp_path, capsys):
+def test_an_evaluation_in_python_and_on_the_command_line_refine_alike(
+    flow, tiny_run, tiny_dataset, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(refine, "ROUNDS", 0)
     options = EvalOptions(split="test", max_views=1, out=tmp_path / "eval", refine="built-in")
     metrics = json.loads((evaluate(tiny_run, options) / "metrics.json").read_text())
     assert metrics["refine"] == "built-in"

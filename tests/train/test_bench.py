@@ -42,6 +42,7 @@ def test_the_ratio_is_the_median_of_the_pairs_ratios():
     assert speed.ratio == 2.0
 
 
+@pytest.mark.distributed
 def test_the_table_tells_the_rates_that_were_measured(monkeypatch):
     monkeypatch.setattr(bench, "_pair", lambda *_: (0.5, 2.0))
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
@@ -60,6 +61,7 @@ def test_the_table_tells_the_rates_that_were_measured(monkeypatch):
             assert 0.5 < float(row[3]) < 3.0
 
 
+@pytest.mark.distributed
 def test_the_command_times_both_sides(capsys):
     arguments = "bench train --model SiT-S/8 --batch 2 --pairs 1 --backends fp32"
     assert cli.run(arguments.split()) == 0

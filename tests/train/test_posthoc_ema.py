@@ -124,6 +124,7 @@ def test_a_resumed_run_ends_in_the_same_averages(tiny_yaml, tmp_path):
         train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=6"]), tmp_path / "b")
 
 
+@pytest.mark.distributed
 def test_an_evaluation_uses_the_average_it_is_told(run, capsys):
     loaded = load_run(run)
     use_average(loaded.model, run, 24, "decay_0.5")

@@ -120,6 +120,7 @@ def test_a_disk_that_is_full_stops_the_run_at_one_of_the_next_steps(config, tmp_
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) <= 6
 
 
+@pytest.mark.distributed
 def test_the_benchmark_tells_what_it_measured(tmp_path, monkeypatch):
     cost = measure_saves(BenchOptions("SiT-S/8", batch=2, pairs=2, backends=("fp32",)), tmp_path)
     assert [len(values) for values in (cost.at_once, cost.beside, cost.step, cost.slowdown)] == [2, 2, 2, 2]
