@@ -157,6 +157,7 @@ def test_a_smaller_picture_needs_a_background(loaded):
         PoseReader.open(loaded, settings(estimator="multi_zoom", zooms=[0.5]))
 
 
+@pytest.mark.distributed
 def test_an_evaluation_says_how_poses_were_read_and_whether_they_converged(run, tmp_path):
     options = EvalOptions(split="test", estimator="exact", readout="look_at", out=tmp_path)
     metrics = json.loads((evaluate(run, options) / "metrics.json").read_text())

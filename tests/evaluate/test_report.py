@@ -546,6 +546,7 @@ def test_a_table_is_only_made_of_what_an_evaluation_writes():
         format_table({"step": 3})
 
 
+@pytest.mark.distributed
 def test_a_calibrated_evaluation_has_a_plot_of_its_error_bars(tmp_path):
     shares = {"observed": [0.4, 0.9], "standard_error": [0.1, 0.1], "n": 12}
     shares = {**shares, "largest_quarter": shares}

@@ -61,6 +61,7 @@ def test_the_same_photos_give_the_same_bits_and_another_seed_does_not(photos):
     )
 
 
+@pytest.mark.distributed
 def test_photos_moved_by_a_known_similarity_give_the_frame_back(photos, scene):
     c, s = math.cos(0.6), math.sin(0.6)
     tilt = torch.tensor([[1.0, 0, 0], [0, c, -s], [0, s, c]], dtype=torch.float64)
@@ -84,6 +85,7 @@ def test_colour_may_depend_on_the_direction_of_view_and_the_background_may_be_gi
     assert plain.field.background.tolist() == [1.0, 0.0, 0.5]
 
 
+@pytest.mark.distributed
 def test_a_photo_may_be_wider_than_high_and_of_bytes(photos):
     camera = Intrinsics.from_fov(60.0, 40, 20)
     images = (render_views(photos.camera_to_world, camera) * 255).round().byte()

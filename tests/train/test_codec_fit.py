@@ -39,6 +39,7 @@ def weights(folder):
     return VaeCodec(str(folder)).identity()["weights_sha256"]
 
 
+@pytest.mark.distributed
 def test_a_fitted_codec_improves_and_its_latents_have_unit_variance(train, tmp_path):
     options = CodecFitOptions(channels=(8, 12), batch=8, seed=1)
     early = fit_codec(RECIPE, tmp_path / "early", replace(options, steps=2))
@@ -53,6 +54,7 @@ def test_a_fitted_codec_improves_and_its_latents_have_unit_variance(train, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["early", "late"]
 
 
+@pytest.mark.distributed
 def test_fitting_twice_gives_the_same_weights_and_every_option_gives_others(tmp_path):
     def fit(name, **changes):
         fit_codec(RECIPE, tmp_path / name, replace(SMALL, **changes))
