@@ -55,6 +55,7 @@ def test_a_command_that_does_not_exist_is_seen() -> None:
     assert sum(len(in_blocks(page.read_text())) for page in PAGES) > 40
 
 
+@pytest.mark.distributed
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
