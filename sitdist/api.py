@@ -38,7 +38,7 @@ from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import check_rigid
 from sitdist.geometry.similarity import Similarity
 from sitdist.model.codec import latent_mean
-from sitdist.train.build import build_estimate, build_sampling
+from sitdist.train.build import build_latent_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -137,9 +137,7 @@ class Flow:
     @property
     def estimate_options(self) -> EstimateOptions:
         """How the run's config reads poses; `dataclasses.replace` changes a part of it."""
-        config = self.run.config.evaluate
-        of_one = {"estimator": "one_step"} if config.estimator == "multi_zoom" else {}
-        return build_estimate(config.model_copy(update=of_one))
+        return build_latent_estimate(self.run.config.evaluate)
 
     @property
     def zooms(self) -> tuple[float, ...]:
@@ -374,10 +372,8 @@ class Flow:
             colour, alpha = to_pixels(pictures[row], name)
             height, width = colour.shape[1:]
             camera = _camera(intrinsics[row], (width, height), name)
-            known = label in self.framing.backgrounds
-            background = self.framing.background(label) if known else None
             pixels = colour if alpha is None else torch.cat([colour, alpha[None]])
-            views.append(framed(pixels, self.framing, name, camera, masks[row], background))
+            views.append(framed(pixels, self.framing, name, camera, masks[row], reader.background))
         return self._read(torch.stack(views), label, reader)
 
     def _read(self, images: Tensor, label: int, reader: PoseReader) -> PoseEstimate:

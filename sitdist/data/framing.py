@@ -48,7 +48,7 @@ class Framing:
 
     def seen_by(self, normalized: Sequence[float]) -> Framing:
         """The same with the camera of these normalized intrinsics."""
-        return replace(self, camera=_square(normalized, self.size))
+        return replace(self, camera=square_camera(normalized, self.size))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same framing back."""
@@ -61,10 +61,10 @@ class Framing:
         """What `to_dict` gave."""
         camera, size = values["camera"], int(values["size"])
         colours = {int(label): (float(r), float(g), float(b)) for label, (r, g, b) in values["backgrounds"].items()}
-        return cls(size, None if camera is None else _square(camera, size), colours)
+        return cls(size, None if camera is None else square_camera(camera, size), colours)
 
 
-def _square(normalized: Sequence[float], size: int) -> Intrinsics:
+def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
     """The camera of a square picture by its normalized intrinsics."""
     fx, fy, cx, cy = (float(value) * size for value in normalized)
     return Intrinsics(fx, fy, cx, cy, size, size)
@@ -85,7 +85,8 @@ def _is_there(manifest: DatasetManifest, data: Path) -> bool:
         return False
 
 
-def _train_sources(manifest: DatasetManifest) -> list[dict[str, Any]]:
+def train_sources(manifest: DatasetManifest) -> list[dict[str, Any]]:
+    """The sources of the training split, as the recipe has them."""
     given = manifest.recipe["splits"]["train"]
     return given if isinstance(given, list) else [given]
 
@@ -93,18 +94,18 @@ def _train_sources(manifest: DatasetManifest) -> list[dict[str, Any]]:
 def _camera(manifest: DatasetManifest, dataset: Path | None) -> Intrinsics | None:
     statistics = PoseStatistics.from_dict(manifest.statistics)
     if statistics.has_intrinsics:
-        return _square(statistics.mean[3].tolist(), manifest.image_size)
-    fields_of_view = {source.get("fov_deg") for source in _train_sources(manifest)}
+        return square_camera(statistics.mean[3].tolist(), manifest.image_size)
+    fields_of_view = {source.get("fov_deg") for source in train_sources(manifest)}
     fov_deg = fields_of_view.pop()
     if fov_deg is not None and not fields_of_view:
         return Intrinsics.from_fov(fov_deg, manifest.image_size, manifest.image_size)
     if dataset is None:
         return None
-    return _square(ShardReader(dataset, "train").intrinsics([0])[0].tolist(), manifest.image_size)
+    return square_camera(ShardReader(dataset, "train").intrinsics([0])[0].tolist(), manifest.image_size)
 
 
 def _background(manifest: DatasetManifest, label: int, dataset: Path | None) -> tuple[float, float, float] | None:
-    sources = [source for source in _train_sources(manifest) if source.get("label", 0) == label]
+    sources = [source for source in train_sources(manifest) if source.get("label", 0) == label]
     for source in sources:
         augmented = (source.get("radius_augmentation") or {}).get("background")
         colour = source.get("background") or augmented

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sitdist.config import EvaluateConfig
 from sitdist.data.format import DatasetManifest
+from sitdist.data.framing import train_sources
 from sitdist.data.zoom import zoomed
 from sitdist.errors import ConfigError
 from sitdist.evaluate.refinement import SceneRefiner
@@ -21,12 +22,12 @@ from sitdist.flow.solve import FIXED_STEP
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import project_to_so3
 from sitdist.model.codec import NO_VARIANCE
-from sitdist.train.build import build_estimate
+from sitdist.train.build import build_latent_estimate
 from sitdist.train.checkpoint import LoadedRun
 
 OF_PICTURES = ("draws", "multi_zoom")  # those that need more than one latent a view
 LEAST_VARIANCE = 1e-12  # of standardized entries: below it, all estimates are as good
-AT_ONE = ("one_step", "draws", "multi_zoom")  # estimators that look at t = 1 only
+AT_ONE = ("one_step", "draws")  # estimators that look at t = 1 only
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class PoseReader:
     def open(cls, loaded: LoadedRun, settings: EvaluateConfig) -> PoseReader:
         """ConfigError where the estimator, the read-out or the refinement does not fit the run."""
         zooms = tuple(settings.zooms) if settings.estimator == "multi_zoom" else None
-        of_one = {} if zooms is None else {"estimator": "one_step"}
-        options = build_estimate(settings.model_copy(update=of_one))
+        options = build_latent_estimate(settings)
         check_reading(loaded, options, zooms)
         device = next(loaded.model.parameters()).device
         return cls(
@@ -199,8 +199,7 @@ def _background(manifest: DatasetManifest, settings: EvaluateConfig) -> Tensor |
     if settings.estimator != "multi_zoom" or min(settings.zooms) >= 1.0:
         return None
     colour = settings.background
-    sources = manifest.recipe["splits"]["train"]
-    for source in sources if isinstance(sources, list) else [sources]:
+    for source in train_sources(manifest):
         augmentation = source.get("radius_augmentation") or {}
         colour = colour or augmentation.get("background") or source.get("background")
     if colour is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -10,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sitdist.data.format import DatasetManifest
+from sitdist.data.format import DatasetManifest, file_sha256
+from sitdist.data.framing import square_camera, train_sources
 from sitdist.data.scene import Colour, backdrop, look, open_scene, scene_files
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.refine import refine_look_at
-from sitdist.geometry.camera import Intrinsics
 from sitdist.scene.field import Solids
 from sitdist.scene.store import Scene
 
@@ -58,8 +57,7 @@ class SceneRefiner:
                 f"refine '{name}': a scene shows one object and the model knows {len(manifest.objects)}; leave it out"
             )
         scene = open_scene(None if name == BUILT_IN else name, device)
-        given = manifest.recipe["splits"]["train"]
-        source = given[0] if isinstance(given, list) else given
+        source = train_sources(manifest)[0]
         if source["kind"] != "scene":  # pictures of another renderer
             return cls(name, scene)
         background = source.get("background")
@@ -69,21 +67,17 @@ class SceneRefiner:
         """What tells this scene from others."""
         if isinstance(self.scene, Solids):
             return BUILT_IN
-        return hashlib.sha256(scene_files(self.name)[0].read_bytes()).hexdigest()  # it holds the hash of the other
+        return file_sha256(scene_files(self.name)[0])  # it holds the hash of the other
 
     def refine(self, estimate: PoseEstimate, images: Tensor, intrinsics: Tensor) -> PoseEstimate:
-        """The estimate of pictures [B, 3, H, W] with normalized `intrinsics` [B, 4], refined.
+        """The estimate of pictures [B, 3, S, S] with normalized `intrinsics` [B, 4], refined.
 
         Where the estimate holds intrinsics, read off the picture, they are used. Its error bars are dropped, as they
         are those of the estimate before; its trust stays. `converged` is False where the scene does not explain the
         picture.
         """
-        height, width = images.shape[-2:]
         known = intrinsics if estimate.intrinsics is None else estimate.intrinsics
-        cameras = [
-            Intrinsics(fx * width, fy * height, cx * width, cy * height, width, height)
-            for fx, fy, cx, cy in known.tolist()
-        ]
+        cameras = [square_camera(row, images.shape[-1]) for row in known.tolist()]
         rays, background = self.supersample, backdrop(self.scene, self.background)
 
         def render(camera_to_world: Tensor, rows: Tensor, shrink: int) -> Tensor:
@@ -93,17 +87,18 @@ class SceneRefiner:
             ]
             return torch.stack(pictures).permute(0, 3, 1, 2).to(images)
 
-        explained = EXPLAINED * self._usual_error()
-        refined = refine_look_at(render, images, estimate.camera_to_world, enough=explained)
-        if int((refined.residual <= explained).sum()) < len(images) // 2:
+        enough = EXPLAINED * self._usual_error()
+        refined = refine_look_at(render, images, estimate.camera_to_world, enough=enough)
+        explained = refined.residual <= enough
+        if int(explained.sum()) < len(images) // 2:
             log.warning(
                 "%s: looks like %d of %d pictures only; is it the scene of these pictures, and in the dataset's frame?",
-                *(self.name, int((refined.residual <= explained).sum()), len(images)),
+                *(self.name, int(explained.sum()), len(images)),
             )
         return replace(
             estimate,
             camera_to_world=refined.camera_to_world,
-            converged=estimate.converged & refined.settled & (refined.residual <= explained),
+            converged=estimate.converged & refined.settled & explained,
             picture_error=refined.residual,
             rotation_std_deg=None,
             translation_std=None,

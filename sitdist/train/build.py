@@ -61,6 +61,12 @@ def build_estimate(config: EvaluateConfig) -> EstimateOptions:
     return EstimateOptions(config.estimator, **values)
 
 
+def build_latent_estimate(config: EvaluateConfig) -> EstimateOptions:
+    """How each single latent is read: as `build_estimate` says, and in one step for multi_zoom, which reads several."""
+    of_one = {"estimator": "one_step"} if config.estimator == "multi_zoom" else {}
+    return build_estimate(config.model_copy(update=of_one))
+
+
 def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoint = Endpoint()) -> SiT:  # noqa: B008
     """The transformer for the dataset's latents; ConfigError where its sizes do not fit them."""
     latent, sizes = manifest.latent, config.sizes()
