@@ -1,39 +1,32 @@
-"""How fast the trainer is, beside the plain loops of `plain_loop`: pairs of both in turn, in one process.
+"""How fast the trainer is, beside the plain loops of `plain_loop`: pairs of both in turn, in one run.
 
 Other work on the machine meets both sides of a pair alike, so the median of the pairs' ratios holds where times do not.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sitdist.config import Config, Recipe, parse
 from sitdist.data.bench import machine
 from sitdist.data.format import load_manifest
-from sitdist.data.reader import ShardReader
 from sitdist.data.writer import build
 from sitdist.errors import ConfigError
-from sitdist.flow.path import get_path
-from sitdist.model.codec import latent_mean
 from sitdist.model.flops import listed_peak, training_flops
 from sitdist.runtime import StopSignal, processes
+from sitdist.train.bench_baseline import STATE, Baseline, open_baseline
 from sitdist.train.build import build_endpoint, build_model
-from sitdist.train.plain_loop import SD_CHANNELS, PlainLoop, random_vae
+from sitdist.train.plain_loop import SD_CHANNELS
+from sitdist.train.timing import memory_of_step, seconds_of
 from sitdist.train.trainer import Trainer
 
-PIXELS_A_LATENT = 8  # on a side, of the autoencoder inside the slower baseline
 ENDLESS = 10**6  # steps: no last one, which would save
 LEARNING = {"optimizer": {"lr": 1e-4, "clip_norm": None}, "schedule": {"kind": "constant"}}
 BASELINES = ("latents", "vae")
@@ -76,12 +69,14 @@ def bench_train(options: BenchOptions) -> str:
         place = Path(folder)
         configs = [make_config(options, backend, place) for backend in options.backends]
         build(parse(Recipe, make_recipe(options), "bench"), place / "data")
-        plain = _plain_loop(configs[0], options)
-        baseline_memory = memory_of_step(plain.step, _state_bytes(plain.model, 4), plain.device)
-        named = zip(options.backends, configs, strict=True)
-        speeds = [_time_backend(name, config, options, plain, place / "run" / name) for name, config in named]
-    flops = training_flops(plain.model) * options.batch  # type: ignore[arg-type]
-    parameters = sum(each.numel() for each in plain.model.parameters())
+        with open_baseline(configs[0], _vae_channels(options)) as plain:
+            baseline_memory = plain.memory()
+            named = zip(options.backends, configs, strict=True)
+            speeds = [_time_backend(name, config, options, plain, place / "run" / name) for name, config in named]
+        model = build_model(configs[0].model, load_manifest(place / "data"), build_endpoint(configs[0].flow))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flops = training_flops(model) * options.batch
+    parameters = sum(each.numel() for each in model.parameters())
     what = {"latents": "precomputed latents", "vae": "a VAE in the step"}[options.baseline]
     lines = [
         machine(),
@@ -90,7 +85,7 @@ def bench_train(options: BenchOptions) -> str:
         f"{options.batch}, {flops / 1e9:,.0f} GFLOP a step; medians of {options.pairs} pairs of {options.steps} steps",
         f"{'':<40}{'steps/s':>9}{'samples/s':>11}{'MFU':>8}{'memory GB':>11}{'ratio':>8}  lowest to highest",
     ]
-    peaks = {precision: peak_flops(plain.device, precision) for precision in {"fp32", *_precisions(options)}}
+    peaks = {precision: peak_flops(device, precision) for precision in {"fp32", *_precisions(options)}}
     shared = [seconds for speed in speeds for seconds in speed.baseline]
     lines.append(_line(f"plain loop, fp32, {what}", shared, options.batch, flops / peaks["fp32"], baseline_memory))
     for speed in speeds:
@@ -98,7 +93,7 @@ def bench_train(options: BenchOptions) -> str:
         pairs = sorted(slow / fast for slow, fast in zip(speed.baseline, speed.ours, strict=True))
         line = _line(f"sitdist, {speed.backend}", speed.ours, options.batch, ideal, speed.memory)
         lines.append(f"{line}{speed.ratio:>8.2f}  {pairs[0]:.2f} to {pairs[-1]:.2f}")
-    measured = "" if listed_peak(_name(plain.device), "bf16") else ", as large matrix products reach here"
+    measured = "" if listed_peak(_name(device), "bf16") else ", as large matrix products reach here"
     told = ", ".join(f"{peak / 1e12:.3g} in {precision}" for precision, peak in sorted(peaks.items()))
     return "\n".join([*lines, f"MFU: of {told} TFLOP/s{measured}; memory: weights and state, and the peak of a step"])
 
@@ -140,21 +135,11 @@ def make_recipe(options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def _plain_loop(config: Config, options: BenchOptions) -> PlainLoop:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = Path(config.data)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, load_manifest(data), build_endpoint(config.flow)).to(device)
-    moments, packed_pose = ShardReader(data, "train").moments_and_poses(range(2 * options.batch))
-    samples, vae = latent_mean(moments.float()), None
-    if options.baseline == "vae":
-        vae = random_vae(options.vae_channels or SD_CHANNELS).to(device)
-        samples = torch.rand(len(samples), 3, *[PIXELS_A_LATENT * options.latent] * 2)
-    path = get_path(config.flow.path)
-    return PlainLoop(model, path, samples.to(device), packed_pose, options.batch, vae)
+def _vae_channels(options: BenchOptions) -> tuple[int, ...] | None:
+    return (options.vae_channels or SD_CHANNELS) if options.baseline == "vae" else None
 
 
-def _time_backend(name: str, config: Config, options: BenchOptions, plain: PlainLoop, run: Path) -> Speed:
+def _time_backend(name: str, config: Config, options: BenchOptions, plain: Baseline, run: Path) -> Speed:
     settings = config.train
     with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
         trainer, stop = Trainer(config, run, accelerator, agreement), StopSignal()  # no handler: ^C ends it
@@ -163,63 +148,20 @@ def _time_backend(name: str, config: Config, options: BenchOptions, plain: Plain
             trainer.run_steps(stop, until=trainer.step + count)
 
         step()  # what is done once is done
-        memory = memory_of_step(step, _state_bytes(trainer.raw_model, 4), plain.device)
-        pairs = [_pair(step, plain, options.steps) for _ in range(options.pairs)]
+        state = STATE * sum(each.numel() * each.element_size() for each in trainer.raw_model.parameters())
+        memory = memory_of_step(step, state, accelerator.device)
+        pairs = [_pair(step, plain, options.steps, accelerator.device) for _ in range(options.pairs)]
         trainer.close()
     return Speed(name, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], memory)
 
 
-def _pair(step: Callable[[int], None], plain: PlainLoop, steps: int) -> tuple[float, float]:
+def _pair(step: Callable[[int], None], plain: Baseline, steps: int, device: torch.device) -> tuple[float, float]:
     """Seconds a step of ours, then of the baseline."""
-    ours = seconds_of(lambda: step(steps), plain.device)
-    theirs = seconds_of(lambda: [plain.step() for _ in range(steps)], plain.device)
-    return ours / steps, theirs / steps
+    ours = seconds_of(lambda: step(steps), device) / steps
+    return ours, plain.seconds(steps)
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """How long `work` takes, and what it leaves the device to do."""
-    _finish(device)
-    begun = time.perf_counter()
-    work()
-    _finish(device)
-    return time.perf_counter() - begun
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# ------------------------------------------------------------------------------------------------- memory, peak rate
-
-
-def _state_bytes(model: nn.Module, copies: int) -> int:
-    """Bytes of `copies` of the parameters: weights, average, and AdamW's two moments."""
-    return copies * sum(each.numel() * each.element_size() for each in model.parameters())
-
-
-def memory_of_step(step: Callable[[], Any], state: int, device: torch.device) -> int | None:
-    """`state` and what a step takes above what is held before it, in bytes; None where the system does not tell."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return state + torch.cuda.max_memory_allocated(device) - before
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux, proc(5))
-        before = _resident("VmRSS")
-        step()
-        return state + _resident("VmHWM") - before
-    except (OSError, LookupError):
-        return None
-
-
-def _resident(field: str) -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(fields[field].split()[0]) * 1024
+# ------------------------------------------------------------------------------------------------------- peak rate
 
 
 def _name(device: torch.device) -> str:

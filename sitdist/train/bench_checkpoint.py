@@ -14,8 +14,9 @@ from sitdist.config import Recipe, parse
 from sitdist.data.bench import machine
 from sitdist.data.writer import build
 from sitdist.runtime import StopSignal, processes
-from sitdist.train.bench import BenchOptions, make_config, make_recipe, seconds_of
+from sitdist.train.bench import BenchOptions, make_config, make_recipe
 from sitdist.train.saving import Writer
+from sitdist.train.timing import seconds_of
 from sitdist.train.trainer import Trainer
 
 

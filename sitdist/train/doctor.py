@@ -26,9 +26,9 @@ from sitdist.errors import SitdistError
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
 from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, processes
-from sitdist.train.bench import memory_of_step
 from sitdist.train.build import build_endpoint, build_model, load_matching_codec
 from sitdist.train.memory import checkpoint_bytes, memory_estimate, more_averages, parameters
+from sitdist.train.timing import memory_of_step
 from sitdist.train.trainer import Trainer, split_batch
 from sitdist.train.watch import check_tracker
 

@@ -44,7 +44,14 @@ from sitdist.train.guard import Guard, poison
 from sitdist.train.monitor import Monitor
 from sitdist.train.saving import HostCopy, Writer
 from sitdist.train.schedule import learning_rate
-from sitdist.train.speed import ScheduledCollection, begin_forward, compile_model, recompute_activations
+from sitdist.train.speed import (
+    ScheduledCollection,
+    begin_forward,
+    compile_model,
+    keep_freed_memory,
+    multiply_weights_first,
+    recompute_activations,
+)
 from sitdist.train.validation import Validation
 from sitdist.train.watch import LayerNorms, StepProfile
 
@@ -139,6 +146,8 @@ class Trainer:
         self.backend = make_backend(backend_of_launcher(os.environ), accelerator)
         self.guard = Guard(agreement, config.train.non_finite, accelerator.scaler is not None)
         device, world = accelerator.device, accelerator.num_processes
+        if device.type == "cpu":
+            keep_freed_memory()
 
         # ---- data and model: the same weights on every process, because every process seeds its CPU generator alike
         with agreement.together():
@@ -165,6 +174,8 @@ class Trainer:
                 log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
                 self.ema = Ema(self.raw_model, config.train.ema_decay)
         recompute_activations(self.raw_model, config.train.activation_checkpointing)
+        if device.type == "cpu" and accelerator.mixed_precision == "no":
+            multiply_weights_first(self.raw_model)
         compile_model(self.raw_model, config.train.compile)
         self.backend.set_up(
             self.raw_model,

@@ -69,13 +69,14 @@ def test_torchrun_starts_two_processes_and_hands_sigterm_on(start, tiny_yaml, tm
 
 
 @pytest.mark.distributed
-def test_accelerate_starts_two_processes_on_the_cpu(start, tiny_yaml, tmp_path):
+@pytest.mark.parametrize(("name", "processes"), [("cpu_1.yaml", 1), ("cpu_2.yaml", 2)])
+def test_accelerate_starts_processes_on_the_cpu(start, tiny_yaml, tmp_path, name, processes):
     accelerate = Path(sys.executable).with_name("accelerate")
-    launcher = [accelerate, "launch", "--config_file", LAUNCH / "cpu_2.yaml", "-m", "sitdist"]
+    launcher = [accelerate, "launch", "--config_file", LAUNCH / name, "-m", "sitdist"]
     options = ["--out", tmp_path / "run", "--set", "train.steps=2"]
     process = start(*launcher, "train", tiny_yaml, *options, ACCELERATE_USE_CPU="true")
     assert process.wait(150) == 0, (tmp_path / "output").read_text()
-    assert read_checkpoint(folder_of(tmp_path / "run", 2), []).state["world_size"] == 2
+    assert read_checkpoint(folder_of(tmp_path / "run", 2), []).state["world_size"] == processes
 
 
 @pytest.mark.slow

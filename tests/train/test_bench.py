@@ -1,18 +1,24 @@
 """The training benchmark: what its table says is what was measured, and its baselines train."""
 
+import os
 import re
+import signal
 
 import pytest
 import torch
 
 from sitdist import cli
-from sitdist.errors import ConfigError
+from sitdist.config import Recipe, parse
+from sitdist.data.writer import build
+from sitdist.errors import ConfigError, ProcessError
 from sitdist.flow.path import get_path
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
 from sitdist.train import bench
-from sitdist.train.bench import BenchOptions, Speed, bench_train, memory_of_step, peak_flops
+from sitdist.train.bench import BenchOptions, Speed, bench_train, peak_flops
+from sitdist.train.bench_baseline import RemoteBaseline
 from sitdist.train.plain_loop import PlainLoop, random_vae
+from sitdist.train.timing import memory_of_step
 
 
 def small_model():
@@ -68,6 +74,19 @@ def test_the_command_times_both_sides(capsys):
     ratio = re.search(r"sitdist, fp32 .* (\d+\.\d\d)  (\d+\.\d\d) to (\d+\.\d\d)", capsys.readouterr().out)
     assert ratio is not None
     assert ratio[1] == ratio[2] == ratio[3]
+
+
+@pytest.mark.distributed
+def test_a_plain_loop_whose_process_is_killed_is_told_in_one_line(tmp_path):
+    options = BenchOptions("SiT-S/8", batch=2)
+    config = bench.make_config(options, "fp32", tmp_path)
+    build(parse(Recipe, bench.make_recipe(options), "bench"), tmp_path / "data")
+    baseline = RemoteBaseline(config, None, torch.device("cpu"))
+    assert baseline.seconds(1) > 0
+    os.kill(baseline._process.pid, signal.SIGKILL)
+    with pytest.raises(ProcessError, match=r"the plain loop's process ended with exit code -9; .* a smaller --batch"):
+        baseline.seconds(1)
+    baseline.close()
 
 
 def test_an_unknown_baseline_or_backend_is_refused():

@@ -2,6 +2,9 @@
 
 import gc
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,9 +17,10 @@ from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
 from sitdist.runtime import Agreement, make_accelerator
 from sitdist.train import speed
+from sitdist.train.backend import sum_of_squares
 from sitdist.train.checkpoint import folder_of
 from sitdist.train.monitor import Monitor
-from sitdist.train.speed import ScheduledCollection, compile_model, recompute_activations
+from sitdist.train.speed import ScheduledCollection, compile_model, multiply_weights_first, recompute_activations
 from sitdist.train.trainer import train
 from sitdist.train.watch import LayerNorms, layer_of
 
@@ -42,6 +46,62 @@ def run(made):
     out = made(torch.randn(3, 4, 4, 4), torch.rand(3), torch.zeros(3, dtype=torch.int64))
     out.square().mean().backward()
     return {name: parameter.grad for name, parameter in made.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("rows", [4, 130])
+def test_multiplying_weights_first_changes_rounding_alone(rows, monkeypatch):
+    monkeypatch.setattr(speed, "WIDE", 1)
+    made, other = model(), model()
+    multiply_weights_first(other)
+    results = []
+    for each in (made, other):
+        torch.manual_seed(1)
+        with Count() as count:
+            out = each(torch.randn(rows, 4, 4, 4), torch.rand(rows), torch.zeros(rows, dtype=torch.int64))
+            out.square().mean().backward()
+        results.append((out, {name: each.grad for name, each in each.named_parameters()}, count.calls))
+    (expected, gradients, calls), (found, others, other_calls) = results
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(others, gradients)
+    assert calls["mm"] == other_calls["mm"]
+    assert (found == expected).all() == (rows == 130)  # bit for bit where there are more rows than few
+
+
+FAULTS = """
+import resource, sys, torch
+from sitdist.train.speed import keep_freed_memory
+if "keep" in sys.argv:
+    keep_freed_memory()
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(4):
+        blocks = [torch.ones(10_000_000) for _ in range(4)]  # 40 MB each
+work()
+before = pages()
+work()
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_kept_memory_is_not_cleared_page_by_page_again():
+    def faults(*arguments):
+        out = subprocess.run([sys.executable, "-c", FAULTS, *arguments], capture_output=True, text=True, check=True)
+        return int(out.stdout)
+
+    assert faults() > 10_000  # 640 MB in pages of 4 kB are 160,000, less where the system takes larger ones
+    assert faults("keep") < 1_000
+
+
+def test_the_sum_of_squares_is_that_of_all_gradients_and_tells_of_one_that_is_not_finite():
+    made = model()
+    run(made)
+    expected = sum(float(each.grad.double().square().sum()) for each in made.parameters() if each.grad is not None)
+    assert float(sum_of_squares(made.parameters())) == pytest.approx(expected, rel=1e-5)
+    for bad in (torch.nan, torch.inf):
+        made.blocks[0].mlp.fc1.weight.grad[3, 5] = bad
+        assert not sum_of_squares(made.parameters()).isfinite()
 
 
 class Count(TorchDispatchMode):
