@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sitdist.model.sit import SiT
@@ -27,7 +27,6 @@ KEPT = [  # results of matrix products: dear to compute, and a small part of wha
     _ATEN._scaled_dot_product_cudnn_attention.default,
 ]
 COLLECT_EVERY = 1000  # steps
-FEW_ROWS, WIDE = 128, 2**19  # rows of x and numbers in W between which W x^T was measured to be faster
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_... of malloc.h
 
 
@@ -60,25 +59,6 @@ def compile_model(model: SiT, which: str) -> None:
 def begin_forward() -> None:
     """Say that nothing of the pass before is needed any more, so that a CUDA graph may write over it."""
     torch.compiler.cudagraph_mark_step_begin()
-
-
-def multiply_weights_first(model: nn.Module) -> None:
-    """Let wide layers compute W x^T in the place of x W^T where x has few rows: for a CPU in float32.
-
-    There the weights are most of what such a product reads, forward and backward, and in this order they are read as
-    they lie in memory. The result is the same up to rounding.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.bias is not None and layer.weight.numel() >= WIDE:
-            layer.forward = partial(_weights_first, layer)  # type: ignore[method-assign]
-
-
-def _weights_first(layer: nn.Linear, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW_ROWS:
-        return nn.functional.linear(x, layer.weight, layer.bias)
-    columns = torch.addmm(layer.bias[:, None], layer.weight, rows.t())  # [out, rows]
-    return columns.t().reshape(*x.shape[:-1], -1)
 
 
 def keep_freed_memory() -> None:

@@ -49,7 +49,6 @@ from sitdist.train.speed import (
     begin_forward,
     compile_model,
     keep_freed_memory,
-    multiply_weights_first,
     recompute_activations,
 )
 from sitdist.train.validation import Validation
@@ -174,8 +173,6 @@ class Trainer:
                 log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
                 self.ema = Ema(self.raw_model, config.train.ema_decay)
         recompute_activations(self.raw_model, config.train.activation_checkpointing)
-        if device.type == "cpu" and accelerator.mixed_precision == "no":
-            multiply_weights_first(self.raw_model)
         compile_model(self.raw_model, config.train.compile)
         self.backend.set_up(
             self.raw_model,

@@ -20,7 +20,7 @@ from sitdist.train import speed
 from sitdist.train.backend import sum_of_squares
 from sitdist.train.checkpoint import folder_of
 from sitdist.train.monitor import Monitor
-from sitdist.train.speed import ScheduledCollection, compile_model, multiply_weights_first, recompute_activations
+from sitdist.train.speed import ScheduledCollection, compile_model, recompute_activations
 from sitdist.train.trainer import train
 from sitdist.train.watch import LayerNorms, layer_of
 
@@ -46,25 +46,6 @@ def run(made):
     out = made(torch.randn(3, 4, 4, 4), torch.rand(3), torch.zeros(3, dtype=torch.int64))
     out.square().mean().backward()
     return {name: parameter.grad for name, parameter in made.named_parameters() if parameter.grad is not None}
-
-
-@pytest.mark.parametrize("rows", [4, 130])
-def test_multiplying_weights_first_changes_rounding_alone(rows, monkeypatch):
-    monkeypatch.setattr(speed, "WIDE", 1)
-    made, other = model(), model()
-    multiply_weights_first(other)
-    results = []
-    for each in (made, other):
-        torch.manual_seed(1)
-        with Count() as count:
-            out = each(torch.randn(rows, 4, 4, 4), torch.rand(rows), torch.zeros(rows, dtype=torch.int64))
-            out.square().mean().backward()
-        results.append((out, {name: each.grad for name, each in each.named_parameters()}, count.calls))
-    (expected, gradients, calls), (found, others, other_calls) = results
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(others, gradients)
-    assert calls["mm"] == other_calls["mm"]
-    assert (found == expected).all() == (rows == 130)  # bit for bit where there are more rows than few
 
 
 FAULTS = """
