@@ -156,7 +156,8 @@ def _time_backend(name: str, config: Config, options: BenchOptions, plain: Basel
 
 
 def _pair(step: Callable[[int], None], plain: Baseline, steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds a step of ours, then of the baseline."""
+    """Seconds a step of ours, then of the baseline; a step of each before that finds the other's data in the caches."""
+    step(1)
     ours = seconds_of(lambda: step(steps), device) / steps
     return ours, plain.seconds(steps)
 
