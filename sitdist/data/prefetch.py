@@ -57,7 +57,8 @@ class Prefetch:
         self._reader, self._rank, self._world = reader, rank, world
         self._stop, self._workers = stop, workers
         self._side = SideStream(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="prefetch")
+        # Each computes alone: more OpenMP threads than cores stop waiting awake for work, and every step is slower.
+        self._pool = ThreadPoolExecutor(workers, "prefetch", initializer=torch.set_num_threads, initargs=(1,))
         self._pending: dict[int, Future[tuple[Batch, Any]]] = {}
 
     def batch(self, step: int) -> tuple[Batch, float]:

@@ -37,7 +37,9 @@ class Writer:
     """
 
     def __init__(self, asynchronous: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoints") if asynchronous else None
+        self._pool: ThreadPoolExecutor | None = None
+        if asynchronous:  # in one thread, as `Prefetch` reads
+            self._pool = ThreadPoolExecutor(1, "checkpoints", initializer=torch.set_num_threads, initargs=(1,))
         self._running: Future[None] | None = None
 
     @property

@@ -30,6 +30,24 @@ class Slow:
         return ["train/000000.tar"]
 
 
+def test_what_reads_ahead_computes_in_one_thread_and_leaves_the_others_theirs(tiny_dataset):
+    class Asked(BatchReader):
+        def batch(self, step, rank, world):
+            self.threads = torch.get_num_threads()
+            return super().batch(step, rank, world)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        asked = Asked(ShardReader(tiny_dataset, "train"), 0, 4)
+        prefetch = Prefetch(asked, 0, 1, stop=4)
+        prefetch.batch(0)
+        prefetch.close()
+        assert (asked.threads, torch.get_num_threads()) == (1, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_come_in_the_order_in_which_they_are_asked_for(tiny_dataset, workers):
     reader = BatchReader(ShardReader(tiny_dataset, "train"), 0, 16)
