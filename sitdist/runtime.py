@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -124,6 +125,15 @@ def _hidden(*names: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+def helper_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads that work beside the main one, each of which computes alone.
+
+    More OpenMP threads than cores do not wait awake for their next piece of work, and then all that is computed on the
+    CPU is slower.
+    """
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _use_cpu() -> bool:

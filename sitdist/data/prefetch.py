@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
 
 from sitdist.data.reader import Batch, BatchReader
+from sitdist.runtime import helper_threads
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ class Prefetch:
         self._reader, self._rank, self._world = reader, rank, world
         self._stop, self._workers = stop, workers
         self._side = SideStream(device) if device.type == "cuda" else None
-        # Each computes alone: more OpenMP threads than cores stop waiting awake for work, and every step is slower.
-        self._pool = ThreadPoolExecutor(workers, "prefetch", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = helper_threads(workers, "prefetch")
         self._pending: dict[int, Future[tuple[Batch, Any]]] = {}
 
     def batch(self, step: int) -> tuple[Batch, float]:

@@ -13,7 +13,7 @@ import os
 import platform
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, wait
 from contextlib import ExitStack, contextmanager
 from errno import ENOLCK, ENOSYS, ENOTSUP
 from importlib.metadata import version
@@ -47,7 +47,7 @@ from sitdist.flow import draws
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
-from sitdist.runtime import Agreement
+from sitdist.runtime import Agreement, helper_threads
 
 log = logging.getLogger("sitdist")
 
@@ -98,7 +98,7 @@ def one_thread_each() -> Iterator[tuple[Executor, int]]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads, "samples", initializer=torch.set_num_threads, initargs=(1,))
+    pool = helper_threads(threads, "samples")
     try:
         yield pool, threads + 1
     finally:
@@ -368,7 +368,7 @@ def _work(
     """
     counts: list[int] = []
     shown, stop = 0, threading.Event()
-    with ThreadPoolExecutor(1, "shards", initializer=torch.set_num_threads, initargs=(1,)) as writer:
+    with helper_threads(1, "shards") as writer:
         work = writer.submit(write_shards, shards, make, out, pool, depth, counts.append, stop)
         try:
             while True:

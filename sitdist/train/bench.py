@@ -21,10 +21,11 @@ from sitdist.data.writer import build
 from sitdist.errors import ConfigError
 from sitdist.model.flops import listed_peak, training_flops
 from sitdist.runtime import StopSignal, processes
-from sitdist.train.bench_baseline import STATE, Baseline, open_baseline
+from sitdist.train.bench_baseline import Baseline, open_baseline
 from sitdist.train.build import build_endpoint, build_model
+from sitdist.train.memory import parameters
 from sitdist.train.plain_loop import SD_CHANNELS
-from sitdist.train.timing import memory_of_step, seconds_of
+from sitdist.train.timing import bytes_held, memory_of_step, seconds_of
 from sitdist.train.trainer import Trainer
 
 ENDLESS = 10**6  # steps: no last one, which would save
@@ -65,24 +66,26 @@ def bench_train(options: BenchOptions) -> str:
     """The report: the machine, the model, and a line a backend."""
     if options.baseline not in BASELINES:
         raise ConfigError(f"--baseline {options.baseline}: unknown; choose one of {', '.join(BASELINES)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         configs = [make_config(options, backend, place) for backend in options.backends]
         build(parse(Recipe, make_recipe(options), "bench"), place / "data")
-        with open_baseline(configs[0], _vae_channels(options)) as plain:
+        manifest = load_manifest(place / "data")
+        with torch.device("meta"):
+            model = build_model(configs[0].model, manifest, build_endpoint(configs[0].flow))
+        with open_baseline(configs[0], _vae_channels(options), device) as plain:
             baseline_memory = plain.memory()
             named = zip(options.backends, configs, strict=True)
             speeds = [_time_backend(name, config, options, plain, place / "run" / name) for name, config in named]
-        model = build_model(configs[0].model, load_manifest(place / "data"), build_endpoint(configs[0].flow))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = training_flops(model) * options.batch
-    parameters = sum(each.numel() for each in model.parameters())
     what = {"latents": "precomputed latents", "vae": "a VAE in the step"}[options.baseline]
     lines = [
         machine(),
         "",
-        f"{options.model}, {parameters / 1e6:.1f} M parameters, latents 4x{options.latent}x{options.latent}, batch "
-        f"{options.batch}, {flops / 1e9:,.0f} GFLOP a step; medians of {options.pairs} pairs of {options.steps} steps",
+        f"{options.model}, {parameters(model) / 1e6:.1f} M parameters, latents 4x{options.latent}x{options.latent}, "
+        f"batch {options.batch}, {flops / 1e9:,.0f} GFLOP a step; "
+        f"medians of {options.pairs} pairs of {options.steps} steps",
         f"{'':<40}{'steps/s':>9}{'samples/s':>11}{'MFU':>8}{'memory GB':>11}{'ratio':>8}  lowest to highest",
     ]
     peaks = {precision: peak_flops(device, precision) for precision in {"fp32", *_precisions(options)}}
@@ -148,8 +151,7 @@ def _time_backend(name: str, config: Config, options: BenchOptions, plain: Basel
             trainer.run_steps(stop, until=trainer.step + count)
 
         step()  # what is done once is done
-        state = STATE * sum(each.numel() * each.element_size() for each in trainer.raw_model.parameters())
-        memory = memory_of_step(step, state, accelerator.device)
+        memory = memory_of_step(step, bytes_held(trainer.raw_model), accelerator.device)
         pairs = [_pair(step, plain, options.steps, accelerator.device) for _ in range(options.pairs)]
         trainer.close()
     return Speed(name, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], memory)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
@@ -23,20 +23,9 @@ from sitdist.flow.path import get_path
 from sitdist.model.codec import latent_mean
 from sitdist.train.build import build_endpoint, build_model
 from sitdist.train.plain_loop import PlainLoop, random_vae
-from sitdist.train.timing import memory_of_step, seconds_of
+from sitdist.train.timing import bytes_held, memory_of_step, seconds_of
 
 PIXELS_A_LATENT = 8  # on a side, of the autoencoder inside the slower baseline
-STATE = 4  # copies of the weights: they, their average, and AdamW's two moments
-
-
-class Baseline(Protocol):
-    """What a plain loop is asked for, wherever it runs."""
-
-    def memory(self) -> int | None:
-        """Bytes of weights, state and the peak of a step; None where the system does not tell."""
-
-    def seconds(self, steps: int) -> float:
-        """Of a step, over `steps` of them, after one that does not count."""
 
 
 class LocalBaseline:
@@ -53,37 +42,34 @@ class LocalBaseline:
             vae = random_vae(vae_channels).to(device)
             samples = torch.rand(len(samples), 3, *[PIXELS_A_LATENT * manifest.latent.height] * 2)
         self._loop = PlainLoop(model, get_path(config.flow.path), samples.to(device), packed_pose, batch, vae)
-        self._state = STATE * sum(each.numel() * each.element_size() for each in model.parameters())
 
     def memory(self) -> int | None:
-        """See `Baseline`; the step that it takes is the first one, so that the next ones are warm."""
-        return memory_of_step(self._loop.step, self._state, self._loop.device)
+        """Bytes of weights, state and the peak of a step; None where the system does not tell."""
+        return memory_of_step(self._loop.step, bytes_held(self._loop.model), self._loop.device)
 
     def seconds(self, steps: int) -> float:
-        """See `Baseline`."""
+        """Of a step, over `steps` of them, after one that does not count."""
         self._loop.step()
         return seconds_of(lambda: [self._loop.step() for _ in range(steps)], self._loop.device) / steps
 
 
 class RemoteBaseline:
-    """A `LocalBaseline` in another process of this machine, which waits while it is not asked."""
+    """A `LocalBaseline`, made of what is given, in another process, which waits while it is not asked."""
 
-    def __init__(self, config: Config, vae_channels: tuple[int, ...] | None, device: torch.device) -> None:
+    def __init__(self, *given: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        given = (config, vae_channels, device)
-        self._process = context.Process(
-            target=_serve, args=(theirs, torch.get_num_threads(), *given), name="plain loop", daemon=True
-        )
+        arguments = (theirs, torch.get_num_threads(), *given)
+        self._process = context.Process(target=_serve, args=arguments, name="plain loop", daemon=True)
         self._process.start()
         theirs.close()
 
     def memory(self) -> int | None:
-        """See `Baseline`."""
+        """See `LocalBaseline`."""
         return cast("int | None", self._ask("memory"))
 
     def seconds(self, steps: int) -> float:
-        """See `Baseline`."""
+        """See `LocalBaseline`."""
         return cast("float", self._ask("seconds", steps))
 
     def close(self) -> None:
@@ -116,13 +102,16 @@ def _serve(connection: Connection, threads: int, *given: Any) -> None:
         return
 
 
+Baseline = LocalBaseline | RemoteBaseline
+
+
 @contextmanager
-def open_baseline(config: Config, vae_channels: tuple[int, ...] | None) -> Iterator[Baseline]:
-    """The plain loop, on the GPU in this process, because there both sides share what memory there is."""
-    if torch.cuda.is_available():
-        yield LocalBaseline(config, vae_channels, torch.device("cuda"))
+def open_baseline(config: Config, vae_channels: tuple[int, ...] | None, device: torch.device) -> Iterator[Baseline]:
+    """The plain loop on `device`; a GPU's in this process, because there both sides share what memory there is."""
+    if device.type == "cuda":
+        yield LocalBaseline(config, vae_channels, device)
         return
-    remote = RemoteBaseline(config, vae_channels, torch.device("cpu"))
+    remote = RemoteBaseline(config, vae_channels, device)
     try:
         yield remote
     finally:

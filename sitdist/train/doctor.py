@@ -28,7 +28,7 @@ from sitdist.model.sit import SiT
 from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, processes
 from sitdist.train.build import build_endpoint, build_model, load_matching_codec
 from sitdist.train.memory import checkpoint_bytes, memory_estimate, more_averages, parameters
-from sitdist.train.timing import memory_of_step
+from sitdist.train.timing import bytes_held, memory_of_step
 from sitdist.train.trainer import Trainer, split_batch
 from sitdist.train.watch import check_tracker
 
@@ -248,9 +248,9 @@ def _measure_steps(
         trainer = Trainer(config.model_copy(update={"train": train}), run, accelerator, agreement)
         stop = StopSignal()
         try:
-            state = 4 * sum(each.numel() * each.element_size() for each in trainer.raw_model.parameters())
             trainer.run_steps(stop, until=1)
-            memory = memory_of_step(lambda: trainer.run_steps(stop, until=2), state, accelerator.device)
+            held = bytes_held(trainer.raw_model)
+            memory = memory_of_step(lambda: trainer.run_steps(stop, until=2), held, accelerator.device)
             begun = time.perf_counter()
             trainer.run_steps(stop, until=2 + TIMED_STEPS)
             if accelerator.device.type == "cuda":

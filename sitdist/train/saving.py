@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
+
+from sitdist.runtime import helper_threads
 
 
 class HostCopy:
@@ -37,9 +39,7 @@ class Writer:
     """
 
     def __init__(self, asynchronous: bool) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        if asynchronous:  # in one thread, as `Prefetch` reads
-            self._pool = ThreadPoolExecutor(1, "checkpoints", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = helper_threads(1, "checkpoints") if asynchronous else None
         self._running: Future[None] | None = None
 
     @property

@@ -70,7 +70,8 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_TRIM_THRESHOLD, -1)
-        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)  # the most that glibc before 2.35 takes
+        if not mallopt(_MMAP_THRESHOLD, 2**30):
+            mallopt(_MMAP_THRESHOLD, 2**25)  # the most that glibc before 2.35 takes
 
 
 class ScheduledCollection:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -25,6 +26,11 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def bytes_held(model: nn.Module) -> int:
+    """Of what stays between the steps: weights, their average, and AdamW's two moments."""
+    return 4 * sum(each.numel() * each.element_size() for each in model.parameters())
 
 
 def memory_of_step(step: Callable[[], Any], state: int, device: torch.device) -> int | None:
