@@ -29,12 +29,11 @@ demo: $(READY)
 	$(BIN)/sitdist train configs/demo.yaml --set data=$(DEMO)/data --out $(DEMO)/run
 	$(BIN)/sitdist eval $(DEMO)/run --radii 1:7 --views-per-radius 32 --out $(DEMO)/eval
 
-# Tests of one process run side by side; those that start processes of their own have the machine to themselves.
 test: test-fast
-	$(BIN)/python -m pytest -m "distributed and not slow"
+	$(BIN)/python -m pytest -m "distributed and not slow" -n $(JOBS) --dist worksteal
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not distributed" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not distributed" -n $(JOBS) --dist worksteal
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -293,7 +293,7 @@ def _parser() -> _Parser:
     command.add_argument("--latent", type=_positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
     command.add_argument("--batch", type=_positive, default=32, help="samples a step (default: 32)")
     command.add_argument(
-        "--backends", nargs="+", default=["fp32", "bf16"], help="such as bf16-full (default: fp32 bf16)"
+        "--backends", nargs="+", help="such as bf16-full (default: fp32, and bf16 where the device computes in it)"
     )
     command.add_argument(
         "--baseline", choices=("latents", "vae"), default="latents", help="latents computed before, or in the step"
@@ -551,11 +551,11 @@ def _bench_data(options: argparse.Namespace) -> None:
 
 
 def _bench_train(options: argparse.Namespace) -> None:
-    from sitdist.train.bench import BenchOptions, bench_train
+    from sitdist.train.bench import BenchOptions, bench_train, usual_backends
 
     names = ("model", "latent", "batch", "baseline", "pairs", "steps")
     values = {name: getattr(options, name) for name in names}
-    print(bench_train(BenchOptions(backends=tuple(options.backends), **values)))
+    print(bench_train(BenchOptions(backends=tuple(options.backends or usual_backends()), **values)))
 
 
 def _ema_reconstruct(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sitdist.data.format import load_manifest
 from sitdist.data.writer import build
 from sitdist.errors import ConfigError
 from sitdist.model.flops import listed_peak, training_flops
-from sitdist.runtime import StopSignal, processes
+from sitdist.runtime import StopSignal, computes_in_bf16, processes
 from sitdist.train.bench_baseline import Baseline, open_baseline
 from sitdist.train.build import build_endpoint, build_model
 from sitdist.train.memory import parameters
@@ -33,6 +33,11 @@ LEARNING = {"optimizer": {"lr": 1e-4, "clip_norm": None}, "schedule": {"kind": "
 BASELINES = ("latents", "vae")
 
 
+def usual_backends() -> tuple[str, ...]:
+    """fp32, and bf16 where the device computes in it; emulated, a step may take minutes."""
+    return ("fp32", "bf16") if computes_in_bf16(cpu=not torch.cuda.is_available()) else ("fp32",)
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """One model at one batch, the backends to time, and how often."""
@@ -40,7 +45,7 @@ class BenchOptions:
     model: str = "SiT-S/2"
     latent: int = 16
     batch: int = 32
-    backends: tuple[str, ...] = ("fp32", "bf16")
+    backends: tuple[str, ...] = field(default_factory=usual_backends)
     baseline: str = "latents"
     pairs: int = 5
     steps: int = 1

@@ -89,6 +89,7 @@ def test_everything_is_measured_in_one_run(tiny_dataset, ball_scene, capsys):
     assert float(rate) * float(size) / 1e3 == pytest.approx(megabytes, rel=0.1)
 
 
+@pytest.mark.distributed
 def test_the_scene_and_the_vae_are_the_datasets_own(ball_scene, tmp_path, monkeypatch):
     torch.manual_seed(0)
     make_vae(16, (4, 8)).save_pretrained(tmp_path / "vae")

@@ -13,6 +13,8 @@ from sitdist.evaluate.bench_pose import Errors, bench_pose, format_bench
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.train.trainer import train
 
+pytestmark = pytest.mark.distributed  # two whole runs, read by every estimator
+
 
 @pytest.fixture(scope="module")
 def runs(tiny_yaml, tmp_path_factory):
@@ -41,7 +43,6 @@ def test_every_run_has_a_row_for_every_estimator_that_it_can_have(runs, bench):
     assert [each.run for each in bench.protocols] == [str(runs / "flow")]
 
 
-@pytest.mark.distributed
 def test_the_errors_are_those_of_an_evaluation(runs, bench, tmp_path):
     for readout in ("svd", "look_at"):
         folder = evaluate(runs / "flow", EvalOptions(split="test", readout=readout, out=tmp_path / readout))

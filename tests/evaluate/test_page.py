@@ -103,6 +103,7 @@ def look_at_page(page, folder, width):
 in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 
 
+@pytest.mark.distributed
 @in_a_browser
 @pytest.mark.parametrize("width", [390, 1400])
 def test_in_a_browser_nothing_is_fetched_nothing_fails_and_the_cameras_turn(folder, tmp_path, width):
@@ -115,6 +116,7 @@ def test_in_a_browser_nothing_is_fetched_nothing_fails_and_the_cameras_turn(fold
         assert picture[2:4] == [f"{row['psnr'][which]:.2f}" for which in ("mean", "median")]
 
 
+@pytest.mark.distributed
 @in_a_browser
 def test_the_page_of_a_turntable_alone_shows_its_cameras_and_no_empty_tables(circle, tmp_path):
     seen = look_at_page(circle / "report.html", tmp_path, 390)
@@ -122,6 +124,7 @@ def test_the_page_of_a_turntable_alone_shows_its_cameras_and_no_empty_tables(cir
     assert seen["rows"] == [["rotation error (deg)", "PSNR (dB)"], ["4.25", "21.50"]]
 
 
+@pytest.mark.distributed
 @in_a_browser
 def test_the_page_of_evaluations_side_by_side_fits_a_phone(folder, tmp_path):
     other = tmp_path / "a folder of a very long name, which has to be broken"

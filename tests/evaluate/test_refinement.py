@@ -89,6 +89,7 @@ def test_intrinsics_that_were_read_off_the_picture_are_used(flow, views):
     torch.testing.assert_close(read_off.camera_to_world, expected)
 
 
+@pytest.mark.distributed
 def test_an_evaluation_in_python_and_on_the_command_line_refine_alike(
     flow, tiny_run, tiny_dataset, tmp_path, capsys, monkeypatch
 ):

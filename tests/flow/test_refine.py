@@ -57,6 +57,7 @@ def test_a_picture_that_no_step_brings_nearer_keeps_its_orbit(orbits):
     assert not unmoved.settled.any()
 
 
+@pytest.mark.distributed
 def test_what_is_not_near_enough_is_tried_from_elsewhere(orbits):
     true, start = camera_of(orbits), camera_of(orbits + torch.tensor([0.0, -0.35, 0.1], dtype=torch.float64))
     once = refine_look_at(render, render(true), start, enough=1.0)

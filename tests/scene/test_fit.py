@@ -30,6 +30,7 @@ def scene(photos):
     return fit_scene(photos, OPTIONS, MEASURES)
 
 
+@pytest.mark.distributed
 def test_held_out_photos_are_predicted_far_better_than_by_a_constant(photos, scene):
     held_out = photos.pictures(range(0, 24, 10))
     constant = photos.images[1:10].mean((0, 2, 3))[None, :, None, None].expand_as(held_out)
@@ -41,6 +42,7 @@ def test_held_out_photos_are_predicted_far_better_than_by_a_constant(photos, sce
     assert psnr(rendered, held_out[:1]).item() > 28.0
 
 
+@pytest.mark.distributed
 def test_the_object_fits_the_unit_ball_and_its_empty_space_is_known(scene):
     solid = scene.field.density_scale * torch.nn.functional.softplus(scene.field.values[0]) * scene.field.voxel > 0.3
     z, y, x = solid.nonzero(as_tuple=True)
@@ -51,6 +53,7 @@ def test_the_object_fits_the_unit_ball_and_its_empty_space_is_known(scene):
     torch.testing.assert_close(scene.field.background, torch.tensor(BACKGROUND), atol=0.01, rtol=0)
 
 
+@pytest.mark.distributed
 def test_the_same_photos_give_the_same_bits_and_another_seed_does_not(photos):
     short = replace(OPTIONS, resolutions=(8, 12), steps=(60, 20), rays=256)
     first, second = fit_scene(photos, short), fit_scene(photos, short)
@@ -77,6 +80,7 @@ def test_photos_moved_by_a_known_similarity_give_the_frame_back(photos, scene):
     assert psnr(rendered, photos.pictures([0])).item() > 28.0
 
 
+@pytest.mark.distributed
 def test_colour_may_depend_on_the_direction_of_view_and_the_background_may_be_given(photos):
     short = replace(OPTIONS, resolutions=(8,), steps=(80,), rays=256)
     assert fit_scene(photos, short).field.values.shape[0] == 13
@@ -95,6 +99,7 @@ def test_a_photo_may_be_wider_than_high_and_of_bytes(photos):
     assert turntable(found, wide).shape == (3, 2 * 20, 6 * 40)
 
 
+@pytest.mark.distributed
 def test_the_turntable_shows_the_object_in_every_picture(photos, scene):
     sheet = turntable(scene, photos)
     assert sheet.shape == (3, 64, 192)

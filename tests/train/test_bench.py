@@ -58,7 +58,8 @@ def test_the_table_tells_the_rates_that_were_measured(monkeypatch):
         flops = 4 * training_flops(SiT(16, 8, 4, 384, 12, 6))
     rows = {line[:40].strip(): line[40:].split() for line in report.splitlines() if "fp32" in line or "bf16" in line}
     assert rows["plain loop, fp32, precomputed latents"][:2] == ["0.500", "2.0"]
-    for backend in ("fp32", "bf16"):
+    assert [name for name in rows if name.startswith("sitdist")] == [f"sitdist, {each}" for each in options.backends]
+    for backend in options.backends:
         row = rows[f"sitdist, {backend}"]
         assert row[:2] == ["2.000", "8.0"]
         assert float(row[2].rstrip("%")) == pytest.approx(100 * flops / 0.5 / 1e12, abs=0.06)
