@@ -32,6 +32,12 @@ TINY_RECIPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 training views of 16x16 pixels in three shards, 8 val and 12 test views; never write into it."""

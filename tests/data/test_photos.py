@@ -131,6 +131,7 @@ def test_float_pixels_out_of_range_are_refused(tmp_path):
         read_photos(write_npz(tmp_path / "a.npz", images=np.full((3, 6, 8, 3), np.nan, np.float32)))
 
 
+@pytest.mark.distributed
 def test_the_command_fits_a_scene_and_says_how_well(tmp_path, capsys):
     camera = Intrinsics.from_fov(40.0, 16, 16)
     poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(12), 3), (4.0, 4.0))

@@ -201,6 +201,7 @@ def test_radii_and_views_per_radius_limit_a_split(run, on_split, tmp_path):
     assert {row["bin"]: row["key"] for row in rows(folder)} == first
 
 
+@pytest.mark.distributed
 def test_lpips_is_measured_with_a_local_backbone(tmp_path):
     recipe = {
         "name": "larger",

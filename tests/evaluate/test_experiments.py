@@ -63,6 +63,7 @@ def records(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.distributed
 def test_all_experiments_leave_their_results_beside_those_of_the_radii(every):
     assert (every / "metrics.json").is_file()
     assert {path.parent.name for path in every.glob("*/results.json")} == set(NAMES)

@@ -56,6 +56,7 @@ def alexnet_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.distributed
 def test_lpips_uses_the_weights_of_the_local_file(alexnet_file):
     distance = metrics.Lpips(alexnet_file)
     assert distance.identity() == f"alex {hashlib.sha256(alexnet_file.read_bytes()).hexdigest()}"
@@ -74,6 +75,7 @@ def test_lpips_refuses_small_pictures_and_says_the_minimum(alexnet_file):
         metrics.Lpips(alexnet_file)(pictures(1, 16), pictures(1, 16))
 
 
+@pytest.mark.distributed
 def test_lpips_refuses_a_file_that_is_no_backbone(tmp_path, alexnet_file):
     with pytest.raises(ConfigError, match="no such file"):
         metrics.Lpips(tmp_path / "none.pth")

@@ -178,6 +178,7 @@ def test_the_table_states_how_it_was_measured_on_lines_that_fit_a_terminal(folde
     assert len(blocks) == 4  # the separators of every table stand below each other
 
 
+@pytest.mark.distributed
 def test_lpips_has_columns_if_measured_and_a_reason_if_not(folder, folder_with_lpips):
     text = format_table(metrics_of(folder))
     assert f"LPIPS {LPIPS_NOT_MEASURED}." in text

@@ -26,7 +26,8 @@ from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
 LINEAR, ENDPOINT = get_path("linear"), Endpoint("pose", 0.1)
-MANY = shell_cameras(torch.rand(800, 3, dtype=torch.float64), (3.0, 5.0))
+RANDOM = torch.Generator().manual_seed(0)
+MANY = shell_cameras(torch.rand(800, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0))
 STATISTICS = PoseStatistics.from_poses(MANY)
 
 

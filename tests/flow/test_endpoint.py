@@ -11,9 +11,10 @@ from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg
 
-POSES = shell_cameras(torch.rand(300, 3, dtype=torch.float64), (3.0, 5.0))
+RANDOM = torch.Generator().manual_seed(0)
+POSES = shell_cameras(torch.rand(300, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0))
 STATISTICS = PoseStatistics.from_poses(POSES)
-NOISE = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+NOISE = torch.randn(4, 8, 6, 6, dtype=torch.float64, generator=RANDOM)
 
 
 def test_the_pose_endpoint_is_gain_times_the_pose_and_sigma_times_the_noise() -> None:

@@ -14,9 +14,10 @@ from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
 LINEAR, Y = get_path("linear"), torch.zeros(2, dtype=torch.int64)
-MANY = shell_cameras(torch.rand(500, 3, dtype=torch.float64), (3.0, 5.0))
+RANDOM = torch.Generator().manual_seed(0)
+MANY = shell_cameras(torch.rand(500, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0))
 POSES, STATISTICS = MANY[:2], PoseStatistics.from_poses(MANY)
-LATENT = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+LATENT = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=RANDOM)
 CLEAN = pose_endpoint(standardize(POSES, STATISTICS), torch.zeros_like(LATENT), 0.0)
 
 

@@ -90,6 +90,7 @@ def backbone(tmp_path_factory):
     return path
 
 
+@pytest.mark.distributed
 def test_lpips_can_be_trained_on_and_refuses_small_pictures_before_any_work(backbone, tmp_path):
     distance = Lpips(backbone).distance
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()

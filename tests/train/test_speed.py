@@ -126,6 +126,7 @@ def test_a_run_that_recomputes_ends_in_the_same_weights(config, tmp_path, which)
     assert a == b
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("which", "compilations"), [("off", 0), ("blocks", 1), ("full", 1), ("graphs", 1)])
 def test_compiled_parts_compute_the_same_under_the_same_names(monkeypatch, which, compilations):
     graphs = []
@@ -157,6 +158,7 @@ def test_a_run_compiles_what_its_config_says(config, tmp_path, monkeypatch):
         config("train.compile=blocks", "train.layer_norms_every=2")
 
 
+@pytest.mark.distributed
 def test_every_pass_of_a_cuda_graph_begins_with_a_word_and_no_others(config, tmp_path, monkeypatch):
     begun = []
     torch._dynamo.reset()
