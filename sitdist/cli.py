@@ -551,11 +551,13 @@ def _bench_data(options: argparse.Namespace) -> None:
 
 
 def _bench_train(options: argparse.Namespace) -> None:
-    from sitdist.train.bench import BenchOptions, bench_train, usual_backends
+    from sitdist.train.bench import BenchOptions, bench_train
 
     names = ("model", "latent", "batch", "baseline", "pairs", "steps")
     values = {name: getattr(options, name) for name in names}
-    print(bench_train(BenchOptions(backends=tuple(options.backends or usual_backends()), **values)))
+    if options.backends:
+        values["backends"] = tuple(options.backends)
+    print(bench_train(BenchOptions(**values)))
 
 
 def _ema_reconstruct(options: argparse.Namespace) -> None:

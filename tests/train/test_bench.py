@@ -52,20 +52,29 @@ def test_the_ratio_is_the_median_of_the_pairs_ratios():
 def test_the_table_tells_the_rates_that_were_measured(monkeypatch):
     monkeypatch.setattr(bench, "_pair", lambda *_: (0.5, 2.0))
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
-    options = BenchOptions("SiT-S/8", latent=16, batch=4, pairs=2)
+    options = BenchOptions("SiT-S/8", latent=16, batch=4, pairs=2, backends=("fp32", "bf16"))
     report = bench_train(options)
     with torch.device("meta"):
         flops = 4 * training_flops(SiT(16, 8, 4, 384, 12, 6))
     rows = {line[:40].strip(): line[40:].split() for line in report.splitlines() if "fp32" in line or "bf16" in line}
     assert rows["plain loop, fp32, precomputed latents"][:2] == ["0.500", "2.0"]
-    assert [name for name in rows if name.startswith("sitdist")] == [f"sitdist, {each}" for each in options.backends]
-    for backend in options.backends:
+    for backend in ("fp32", "bf16"):
         row = rows[f"sitdist, {backend}"]
         assert row[:2] == ["2.000", "8.0"]
         assert float(row[2].rstrip("%")) == pytest.approx(100 * flops / 0.5 / 1e12, abs=0.06)
         assert row[4] == "4.00"
         if row[3] != "-":  # weights, average and two moments of 33 million parameters, and gradients
             assert 0.5 < float(row[3]) < 3.0
+
+
+@pytest.mark.parametrize(("computes", "expected"), [(True, ("fp32", "bf16")), (False, ("fp32",))])
+def test_bf16_is_timed_by_itself_only_where_the_device_computes_in_it(monkeypatch, computes, expected):
+    monkeypatch.setattr(bench, "computes_in_bf16", lambda cpu: computes)
+    timed = []
+    monkeypatch.setattr(bench, "bench_train", lambda options: timed.append(options.backends))
+    cli.run(["bench", "train"])
+    cli.run(["bench", "train", "--backends", "bf16-full"])
+    assert timed == [expected, ("bf16-full",)]
 
 
 @pytest.mark.distributed
