@@ -579,8 +579,8 @@ def _bench_pose(options: argparse.Namespace) -> None:
 
     import torch
 
-    from sitdist.data.format import write_atomically
     from sitdist.evaluate.bench_pose import bench_pose, format_bench
+    from sitdist.io.atomic import write_atomically
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     bench = bench_pose(options.runs, options.split, options.views, options.batch, device)

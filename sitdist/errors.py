@@ -40,3 +40,11 @@ class ProcessError(SitdistError):
 
 class RunInterrupted(BaseException):
     """A signal asked the run to stop; everything is saved and the run can be resumed (exit code 75)."""
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: control characters, line breaks and what UTF-8 cannot hold are escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )

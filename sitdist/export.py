@@ -22,10 +22,11 @@ from torch import Tensor
 
 import sitdist
 from sitdist.config import Config, parse
-from sitdist.data.format import DatasetManifest, file_sha256, read_manifest, write_folder
+from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.data.framing import Framing, framing_of
 from sitdist.errors import CheckpointError, DataError
 from sitdist.flow.predict import VelocityModel
+from sitdist.io.atomic import file_sha256, write_folder
 from sitdist.train.checkpoint import LoadedRun, assemble, load_run
 
 FORMAT = "sitdist model"

@@ -24,11 +24,13 @@ LEVELS = {
     "flow": 2,
     "model": 2,
     "geometry": 1,
+    "io": 1,
     "errors": 0,
     # plumbing beside the maths: for the upper levels only
     "heartbeat": 2,
     "runtime": 3,
     "config": 3,
+    "runs": 3,
 }
 SAME_LEVEL = {("api", "export"), ("evaluate", "train"), ("evaluate", "data"), ("train", "data")}
 MATHS = ("geometry", "flow", "model", "scene")

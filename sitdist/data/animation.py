@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.data.camera_path import transforms
-from sitdist.data.format import write_atomically, write_folder
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.io.atomic import write_atomically, write_folder
 
 ANIMATIONS = (".gif", ".mp4")
 NO_FFMPEG = "needs ffmpeg, which is not installed; pip install imageio-ffmpeg, or name a .gif"

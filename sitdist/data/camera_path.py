@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from sitdist.config import Recipe
-from sitdist.data.format import write_atomically
 from sitdist.data.shard import Split
 from sitdist.data.writer import open_splits
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.io.atomic import write_atomically
 
 FPS = 24  # a path has a speed, but is rendered picture by picture
 

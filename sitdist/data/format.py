@@ -7,17 +7,12 @@ Sample i of a split has the key f"{i:09d}". Its members lie side by side in the 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from safetensors import SafetensorError
 
 from sitdist.errors import DataError
 from sitdist.geometry.packing import PoseStatistics
@@ -190,71 +185,3 @@ def load_index(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:
         raise DataError(f"{path}: missing or damaged index ({error}); build the dataset again") from None
     return index
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, and only then give it its name.
-
-    DataError where the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            flush_file(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        flush_folder(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """As `write_atomically`, for a new folder with files; what a killed process left of it is removed."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            write(temporary)
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    flush_file(path)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        flush_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error) from None
-
-
-def cannot_write(path: Path, error: Exception) -> DataError:
-    """The one line for a full disk, a missing permission and the like."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DataError(
-        f"{path}: cannot be written ({reason}); free space or name a folder you may write to, "
-        "then run the same command again"
-    )
-
-
-def flush_file(path: Path) -> None:
-    """Make the bytes of a file survive a power cut."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sitdist.data.colmap import find_model, read_model
-from sitdist.data.format import file_sha256
 from sitdist.data.sources import (
     DISTORTION,
     PINHOLE_MODELS,
@@ -30,6 +29,7 @@ from sitdist.data.sources import (
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.pose import check_rigid
+from sitdist.io.atomic import file_sha256
 from sitdist.scene.fit import Photos
 
 Colour = tuple[float, float, float]

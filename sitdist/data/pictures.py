@@ -15,11 +15,11 @@ from tqdm import tqdm
 from sitdist.config import Recipe, SceneSource
 from sitdist.data.animation import save_gif
 from sitdist.data.camera_path import transforms
-from sitdist.data.format import write_folder
 from sitdist.data.scene import backdrop, look, open_scene
 from sitdist.data.writer import open_splits
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, look_at
+from sitdist.io.atomic import write_folder
 
 GIF_PER_SECOND = 16.0  # pictures
 

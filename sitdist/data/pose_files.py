@@ -25,10 +25,10 @@ from torch import Tensor
 
 from sitdist.data.camera_path import transforms
 from sitdist.data.colmap import find_model, read_model
-from sitdist.data.format import write_atomically, write_folder
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.pose import check_rigid
+from sitdist.io.atomic import write_atomically, write_folder
 
 OPENCV = (1.0, -1.0, -1.0)  # the signs of OpenGL's axes in OpenCV's
 

@@ -22,11 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.data.caching import Recent
-from sitdist.data.format import file_sha256, load_index, load_manifest
+from sitdist.data.format import load_index, load_manifest
 from sitdist.data.order import WINDOW, BlockShuffle
 from sitdist.data.store import Store, open_store
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.io.atomic import file_sha256
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.data.format import ShardEntry, file_sha256, load_index, load_manifest, write_atomically
+from sitdist.data.format import ShardEntry, load_index, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.atomic import file_sha256, write_atomically
 
 NewMoments = Callable[[ShardReader, list[int]], Tensor]  # of samples of a split, [B, 2C, h, w]
 

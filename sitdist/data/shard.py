@@ -21,11 +21,12 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from sitdist.data.format import IMAGE_MEMBER, INDEX_FIELDS, ShardEntry, file_sha256, load_index, write_atomically
+from sitdist.data.format import IMAGE_MEMBER, INDEX_FIELDS, ShardEntry, load_index
 from sitdist.data.sources import ViewSource
 from sitdist.errors import DataError
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.atomic import file_sha256, write_atomically
 from sitdist.model.codec import Codec, latent_mean
 
 Item = TypeVar("Item")

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.config import NpzSource, RadiusAugmentation, SceneSource, TransformsSource
-from sitdist.data.format import file_sha256
 from sitdist.data.scene import (
     capture_similarity,
     open_scene,
@@ -33,6 +32,7 @@ from sitdist.errors import DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.geometry.pose import check_rigid
+from sitdist.io.atomic import file_sha256
 
 PAST_ORIGIN = 1e-2  # of its distance: how far beside the origin a camera may look whose radius is augmented
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any, Protocol
 
-from sitdist.data.format import cannot_write, load_manifest, write_atomically
+from sitdist.data.format import load_manifest
 from sitdist.errors import ConfigError, DataError
+from sitdist.io.atomic import cannot_write, write_atomically
 
 log = logging.getLogger(__name__)
 

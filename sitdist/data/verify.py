@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sitdist.data.format import IMAGE_MEMBER, MEMBERS, ShardEntry, file_sha256, load_index, load_manifest
+from sitdist.data.format import IMAGE_MEMBER, MEMBERS, ShardEntry, load_index, load_manifest
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.atomic import file_sha256
 from sitdist.model.codec import load_codec
 
 

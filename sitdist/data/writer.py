@@ -33,12 +33,7 @@ from sitdist.data.format import (
     LatentShape,
     ObjectEntry,
     SplitEntry,
-    cannot_write,
-    file_sha256,
-    flush_folder,
     load_manifest,
-    write_atomically,
-    write_folder,
 )
 from sitdist.data.shard import SampleMaker, Shard, Split, Written, shards_of, write_shards
 from sitdist.data.sources import open_source
@@ -46,6 +41,7 @@ from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics
+from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, flush_folder, write_atomically, write_folder
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
 from sitdist.runtime import Agreement, helper_threads
 
@@ -289,7 +285,7 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
 
 def _tidy_up(out: Path) -> None:
     """Remove what a killed build was writing."""
-    for leftover in out.rglob(".*.tmp"):
+    for leftover in out.rglob(f"{PREFIX}*.tmp"):
         if leftover.is_file():
             leftover.unlink()
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.config import Config, ModelConfig, parse
-from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
+from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.rewrite import NewMoments, rewrite
 from sitdist.errors import ConfigError
@@ -30,6 +30,7 @@ from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.report.template import data_uri, render
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics
+from sitdist.io.atomic import write_atomically
 from sitdist.model.codec import Codec, latent_mean, load_codec
 from sitdist.train.checkpoint import dataset_fingerprint
 from sitdist.train.trainer import train

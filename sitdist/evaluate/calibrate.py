@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
+from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.poses import OF_PICTURES
@@ -24,6 +24,7 @@ from sitdist.flow.calibration import BAR_LEVELS, FEWEST, LEVELS, Calibration, fi
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.io.atomic import write_atomically
 from sitdist.model.codec import latent_mean
 from sitdist.train.build import build_estimate
 from sitdist.train.checkpoint import LoadedRun, load_run

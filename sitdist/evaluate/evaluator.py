@@ -28,7 +28,7 @@ from torch import Tensor
 
 import sitdist
 from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
-from sitdist.data.format import DatasetManifest, load_manifest, write_atomically
+from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.evaluate import calibrate, metrics
@@ -44,6 +44,7 @@ from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.io.atomic import write_atomically
 from sitdist.model.codec import latent_mean
 from sitdist.runtime import log, processes
 from sitdist.train.build import build_estimate, build_sampling

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sitdist.data.format import load_manifest, write_atomically
+from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.atomic import write_atomically
 from sitdist.model.codec import latent_mean
 from sitdist.train.checkpoint import LoadedRun, load_run
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sitdist.data.format import DatasetManifest, file_sha256
+from sitdist.data.format import DatasetManifest
 from sitdist.data.framing import square_camera, train_sources
 from sitdist.data.scene import Colour, backdrop, look, open_scene, scene_files
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.refine import refine_look_at
+from sitdist.io.atomic import file_sha256
 from sitdist.scene.field import Solids
 from sitdist.scene.store import Scene
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sitdist.data.format import write_atomically
+from sitdist.io.atomic import write_atomically
 
 PICTURES_PER_BIN = 4
 WORST_PER_UNIT = 2

@@ -20,9 +20,9 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from sitdist.data.format import write_atomically
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.units import save_arrays
+from sitdist.io.atomic import write_atomically
 
 
 @dataclass(frozen=True)

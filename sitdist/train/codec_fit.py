@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sitdist.config import Recipe
-from sitdist.data.format import cannot_write, write_folder
 from sitdist.data.shard import Split
 from sitdist.data.writer import open_splits
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.flow import draws
+from sitdist.io.atomic import cannot_write, write_folder
 from sitdist.model.codec import VaeCodec, round_trip_psnr
 from sitdist.model.codec_fit import CodecLoss, PerceptualDistance, RoundTrip, latent_sums, make_vae, scaling_factor
 from sitdist.runtime import Agreement, processes

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sitdist.data.format import write_atomically
 from sitdist.errors import CheckpointError, ConfigError
+from sitdist.io.atomic import write_atomically
 from sitdist.model.pretrained import read_weights
 from sitdist.train.checkpoint import folder_of, read_checkpoint, read_newest
 

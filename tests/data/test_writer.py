@@ -268,7 +268,7 @@ def test_a_build_killed_while_it_writes_a_shard_goes_on_and_ends_in_the_same_byt
     killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [path.name for path in out.rglob("*.index.npz")] == ["00000.index.npz"]
-    assert len(list(out.rglob(".00001.tar.*.tmp"))) == 1
+    assert len(list(out.rglob(".sitdist-*.tmp"))) == 1
     build(recipe(), out)
     assert contents(out) == contents(dataset)
 
@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_line_and_the_build_can_go_on(dataset, tmp_path, monk
         ) as caught:
             build(recipe(), out)
     assert "\n" not in str(caught.value)
-    assert not list(out.rglob(".*.tmp"))
+    assert not list(out.rglob(".sitdist-*.tmp"))
     build(recipe(), out)
     assert contents(out) == contents(dataset)
 

@@ -90,7 +90,7 @@ def test_a_build_of_which_a_process_is_killed_goes_on_to_the_same_bytes(
     codes = start(world, out, build_and_die, [own, number]).wait(grace=GRACE)
     assert codes[own] == -signal.SIGKILL
     assert all(code > 0 for rank, code in enumerate(codes) if rank != own)  # by themselves
-    assert len(list(out.rglob(".*.tar.*.tmp"))) == 1  # it was cut off inside
+    assert len(list(out.rglob(".sitdist-*.tmp"))) == 1  # it was cut off inside
     assert not (out / "manifest.json").exists()
     whole = {path: path.stat().st_mtime_ns for path in out.rglob("*.index.npz")}
     start(then, out).run()
@@ -127,7 +127,7 @@ def test_a_disk_that_gets_full_is_one_line_and_the_build_goes_on_when_there_is_r
     assert "cannot be written (No space left on device); free space or name a folder you may write to" in lines[0]
     assert list(out.rglob("*.index.npz"))  # some of it is there
     assert not (out / "manifest.json").exists()
-    assert not list(out.rglob(".*.tmp"))
+    assert not list(out.rglob(".sitdist-*.tmp"))
 
     assert mount(small_disk, "-o", "remount,size=8m").returncode == 0
     start(world, out).run()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sitdist.config import EvaluateConfig, SceneSource
-from sitdist.data.format import write_atomically
 from sitdist.data.scene import open_scene, render
 from sitdist.evaluate import metrics
 from sitdist.evaluate.statistics import summarize
@@ -28,6 +27,7 @@ from sitdist.flow.sample import sample_latents
 from sitdist.flow.solve import generate
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.atomic import write_atomically
 from sitdist.model.codec import latent_mean
 from sitdist.train.build import build_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sitdist.data.format import write_atomically
 from sitdist.evaluate import plots
 from sitdist.evaluate.report.board import write_tensorboard
 from sitdist.evaluate.report.page import page_of
 from sitdist.evaluate.report.stored import Evaluation, Row, load_evaluation, load_metrics
 from sitdist.evaluate.report.tables import format_table
+from sitdist.io.atomic import write_atomically
 
 __all__ = ["Row", "format_table", "load_metrics", "write_report"]
 

@@ -1,0 +1,163 @@
+"""Which folders are ours to write in, and which process writes in one now.
+
+A folder of ours holds a mark, sitdist.json, that tells its kind. Its only writer holds a lock on sitdist.lock, which
+the system releases when the process ends, however it ends. The file also names the holder and counts while it lives,
+so that machines whose file system shares no locks see each other.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from sitdist.errors import DataError
+from sitdist.io.atomic import PREFIX, cannot_write
+from sitdist.io.json_file import read_json, write_json
+
+Kind = Literal["run", "evaluation", "dataset", "ablation", "cache"]
+MARK, LOCK = "sitdist.json", "sitdist.lock"
+FORMAT_VERSION = 1
+# What folders hold that were written before there was a mark: one of these sets of names.
+UNMARKED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "run": (("config.yaml", "dataset.json", "codec/codec.json"),),
+    "evaluation": (("plan.json", "units", "claims"),),
+    "dataset": (("manifest.json", "codec/codec.json"), ("build.json", "codec/codec.json")),
+}
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+BEAT = 2.0  # seconds between two counts of a holder
+PATIENCE = 10.0  # seconds without a count, after which a holder on another machine has ended
+RECORD_BYTES = 512
+
+
+def check_ours(folder: Path, kind: Kind) -> bool:
+    """Whether `folder` is one of ours; False where it is new or empty. DataError if it is another's, or of another
+    kind: nothing may be written there.
+    """
+    try:
+        if not os.path.lexists(folder):
+            return False
+        if not folder.is_dir():
+            raise DataError(f"{folder}: is a file; give another --out")
+        if os.path.lexists(folder / MARK):
+            found = read_json(folder / MARK, "give another --out").get("kind")
+            if found != kind:
+                raise DataError(f"{folder}: holds a sitdist {_shown(found)}, not a {kind}; give another --out")
+            return True
+        if any(all((folder / name).exists() for name in names) for names in UNMARKED.get(kind, ())):
+            return True
+        if all(entry.name.startswith(PREFIX) for entry in folder.iterdir()):
+            return False
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); give another --out") from None
+    raise DataError(f"{folder}: not empty, and no {kind} of sitdist's; give another --out, or an empty folder")
+
+
+def _shown(kind: Any) -> str:
+    return str(kind)[:40] if isinstance(kind, str) else "folder"
+
+
+def mark(folder: Path, kind: Kind) -> None:
+    """Make `folder` ours; DataError if it is another's or cannot be written."""
+    if not check_ours(folder, kind) or not (folder / MARK).exists():
+        write_json(folder / MARK, {"kind": kind, "format_version": FORMAT_VERSION})
+
+
+@contextmanager
+def only_writer(folder: Path, kind: Kind) -> Iterator[None]:
+    """Within `with`: `folder` is ours and this process its only writer.
+
+    DataError, which names the holder, if another process writes there.
+    """
+    mark(folder, kind)
+    path = folder / LOCK
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    try:
+        since = _take(handle, folder)
+        stop = threading.Event()
+        beat = threading.Thread(target=_beat, args=(handle, since, stop), name="lock", daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beat.join()
+            os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: Path) -> str:
+    """Take the lock; returns since when it is held."""
+    shared = False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(folder, _holder_named(handle)) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise cannot_write(folder / LOCK, error) from None
+        shared = True
+    holder = _holder(handle)
+    if holder is not None and (shared or holder.get("host") != socket.gethostname()):
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            time.sleep(0.2)
+            if _holder(handle) not in (holder, None):
+                raise _in_use(folder, holder)
+    since = datetime.now(UTC).isoformat(" ", "seconds")
+    _write_record(handle, since, 0)
+    return since
+
+
+def _in_use(folder: Path, holder: dict[str, Any] | None) -> DataError:
+    who = "another process"
+    if holder is not None:
+        who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+    return DataError(f"{folder}: in use by {who}; wait until it ends, or give another --out")
+
+
+def _holder(handle: int) -> dict[str, Any] | None:
+    """Who last took the lock and did not give it back."""
+    try:
+        values = json.loads(os.pread(handle, RECORD_BYTES, 0) or b"null")
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _holder_named(handle: int) -> dict[str, Any] | None:
+    """The same of a lock that is held, whose holder writes its name in the next moment."""
+    for _ in range(20):
+        holder = _holder(handle)
+        if holder is not None:
+            return holder
+        time.sleep(0.1)
+    return None
+
+
+def _write_record(handle: int, since: str, count: int) -> None:
+    record = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "count": count}
+    os.pwrite(handle, json.dumps(record).encode().ljust(RECORD_BYTES), 0)
+
+
+def _beat(handle: int, since: str, stop: threading.Event) -> None:
+    count = 0
+    while not stop.wait(BEAT):
+        count += 1
+        try:
+            _write_record(handle, since, count)
+        except OSError:  # a full disk or a lost server: the lock itself still holds
+            continue
