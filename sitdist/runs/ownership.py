@@ -33,6 +33,7 @@ UNMARKED: dict[str, tuple[tuple[str, ...], ...]] = {
     "evaluation": (("plan.json", "units", "claims"),),
     "dataset": (("manifest.json", "codec/codec.json"), ("build.json", "codec/codec.json")),
 }
+OPTION = {"cache": "reader.cache"}  # what names a folder of this kind; all others are named by --out
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 BEAT = 2.0  # seconds between two counts of a holder
 PATIENCE = 10.0  # seconds without a count, after which a holder on another machine has ended
@@ -43,32 +44,41 @@ def check_ours(folder: Path, kind: Kind) -> bool:
     """Whether `folder` is one of ours; False where it is new or empty. DataError if it is another's, or of another
     kind: nothing may be written there.
     """
+    remedy = f"give another {OPTION.get(kind, '--out')}"
     try:
         if not os.path.lexists(folder):
             return False
         if not folder.is_dir():
-            raise DataError(f"{folder}: is a file; give another --out")
+            raise DataError(f"{folder}: is a file; {remedy}")
         if os.path.lexists(folder / MARK):
-            found = read_json(folder / MARK, "give another --out").get("kind")
+            found = read_json(folder / MARK, remedy).get("kind")
             if found != kind:
-                raise DataError(f"{folder}: holds a sitdist {_shown(found)}, not a {kind}; give another --out")
+                raise DataError(f"{folder}: holds a sitdist {_shown(found)}, not a {kind}; {remedy}")
             return True
         if any(all((folder / name).exists() for name in names) for names in UNMARKED.get(kind, ())):
             return True
         if all(entry.name.startswith(PREFIX) for entry in folder.iterdir()):
             return False
+        if os.path.lexists(folder / MARK):  # another process has just written it
+            return check_ours(folder, kind)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}); give another --out") from None
-    raise DataError(f"{folder}: not empty, and no {kind} of sitdist's; give another --out, or an empty folder")
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); {remedy}") from None
+    raise DataError(f"{folder}: not empty, and no {kind} of sitdist's; {remedy}, or an empty folder")
 
 
 def _shown(kind: Any) -> str:
     return str(kind)[:40] if isinstance(kind, str) else "folder"
 
 
-def mark(folder: Path, kind: Kind) -> None:
-    """Make `folder` ours; DataError if it is another's or cannot be written."""
-    if not check_ours(folder, kind) or not (folder / MARK).exists():
+def mark(folder: Path, kind: Kind, adopt: bool = False) -> None:
+    """Make `folder` ours; DataError if it is another's or cannot be written.
+
+    `adopt`: the caller knows that it is, although it has no mark.
+    """
+    marked = os.path.lexists(folder / MARK)
+    if marked or not adopt:
+        check_ours(folder, kind)
+    if not marked:
         write_json(folder / MARK, {"kind": kind, "format_version": FORMAT_VERSION})
 
 
