@@ -127,7 +127,7 @@ def _parser() -> _Parser:
         ("info", _shards_info, "say what a dataset holds"),
     ):
         command = shards.add_parser(name, help=text)
-        command.add_argument("dataset", type=Path)
+        command.add_argument("dataset", help="folder or fsspec URL")
         command.set_defaults(command=function)
 
     codec = commands.add_parser("codec", help="make codecs").add_subparsers(required=True, metavar="ACTION")

@@ -48,7 +48,9 @@ INDEX_FIELDS = {
 BUILD_AGAIN = "build the dataset again"
 MAX_SAMPLES = 10**9  # of a split: the keys have nine digits
 MAX_LATENT = 2**26  # numbers in the moments of one sample
-ROW_BYTES = sum(np.dtype(dtype).itemsize * (16 if name == "camera_to_world" else 1) for name, dtype in INDEX_FIELDS.items())
+ROW_BYTES = sum(
+    np.dtype(dtype).itemsize * (16 if name == "camera_to_world" else 1) for name, dtype in INDEX_FIELDS.items()
+)
 BLOCK = 512  # bytes; a tar's headers are one, and data is padded to whole ones
 META_BYTES = 64 * BLOCK  # at most of meta.json and of all tar headers of a sample
 PSNR = (0.0, 100.0)  # dB, of pictures in [0, 1]; the mean square error is taken as at least 1e-10
@@ -59,9 +61,12 @@ Count = Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=100)]
 TarName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$", max_length=100)]
-CodecFile = Annotated[str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)]
+CodecFile = Annotated[
+    str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
+]
 Label = Annotated[int, Field(ge=0, lt=10**6)]
-Positive = Annotated[float, Field(gt=0)]
+Focal = Annotated[float, Field(gt=0, le=1e9)]
+Pixel = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 class _Entry(BaseModel):
@@ -157,8 +162,8 @@ class LatentShape(_Entry):
         numbers = math.prod(self.moments)
         if numbers > MAX_LATENT:
             raise ValueError(
-                f"{self.channels}x{self.height}x{self.width}: the moments of one sample need {numbers / 5e8:,.1f} GB of "
-                f"memory; at most {MAX_LATENT / 5e8:.1f} GB are read"
+                f"{self.channels}x{self.height}x{self.width}: the moments of one sample need {numbers / 5e8:,.1f} GB "
+                f"of memory; at most {MAX_LATENT / 5e8:.1f} GB are read"
             )
         return self
 
@@ -195,7 +200,9 @@ class DatasetManifest(_Entry):
     @field_validator("statistics")
     @classmethod
     def _usable(cls, statistics: dict[str, Any]) -> dict[str, Any]:
-        shapes = {"rotation": (3, 3), "translation": (3,)} | ({"intrinsics": (4,)} if "intrinsics" in statistics else {})
+        shapes = {"rotation": (3, 3), "translation": (3,)} | (
+            {"intrinsics": (4,)} if "intrinsics" in statistics else {}
+        )
         if statistics.keys() != shapes.keys():
             raise ValueError(f"of {', '.join(statistics)}; expected {', '.join(shapes)}")
         for name, shape in shapes.items():
@@ -240,7 +247,9 @@ class DatasetManifest(_Entry):
                 raise ValueError(f"objects has {views} views in {name}, but that has {split.count}")
             for shard in split.shards:
                 if shard.bytes < shard.count * self.sample_bytes()[0]:
-                    raise ValueError(f"splits.{name}: {shard.name} cannot hold {shard.count} samples in {shard.bytes} bytes")
+                    raise ValueError(
+                        f"splits.{name}: {shard.name} cannot hold {shard.count} samples in {shard.bytes} bytes"
+                    )
         psnr = self.codec_psnr
         if psnr is not None and (psnr.split not in self.splits or psnr.n != self.splits[psnr.split].count):
             raise ValueError(f"codec_psnr is of {psnr.n} views of {psnr.split}, which are not there")
@@ -267,10 +276,10 @@ class DatasetManifest(_Entry):
 class SampleMeta(_Entry):
     """meta.json of a sample: the camera in pixels, the object's label, and the camera's distance to the origin."""
 
-    fx: Positive
-    fy: Positive
-    cx: float
-    cy: float
+    fx: Focal
+    fy: Focal
+    cx: Pixel
+    cy: Pixel
     width: Size
     height: Size
     label: Label
@@ -319,6 +328,8 @@ def _first(error: ValidationError) -> str:
     """The first thing that is wrong: key, value and what is expected."""
     first = error.errors(include_url=False)[0]
     key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_pattern_mismatch":
+        reason = "not a name or a hash as sitdist writes them"
     if first["type"] in ("value_error", "missing"):
         return f"{key}: {reason}"[:300] if key else reason[:300]
     return f"{key} = {first['input']!r:.60}: {reason[:1].lower()}{reason[1:]}"[:300]
@@ -385,7 +396,9 @@ def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:
     return index
 
 
-def check_index(index: Mapping[str, np.ndarray], manifest: DatasetManifest, split: str, shard: ShardEntry, first: int) -> None:
+def check_index(
+    index: Mapping[str, np.ndarray], manifest: DatasetManifest, split: str, shard: ShardEntry, first: int
+) -> None:
     """DataError where the index of a shard, whose first sample is `first`, cannot be that of the manifest.
 
     Looks at no sample: places, labels, poses and the codec's round trip, all at once.
@@ -412,7 +425,8 @@ def check_index(index: Mapping[str, np.ndarray], manifest: DatasetManifest, spli
         if keeps_images
         else (image != 0) | (image_bytes != 0),
         f"has a label that no object of {split} has": ~np.isin(index["label"], labels),
-        f"has a camera outside of the split's radius {list(entry.radius)}": rigid & ~((radius >= low) & (radius <= high)),
+        f"has a camera outside of the split's radius {list(entry.radius)}": rigid
+        & ~((radius >= low) & (radius <= high)),
         "has a codec_psnr that no round trip gives": ~(
             np.isnan(psnr) | (keeps_images & (psnr > PSNR[0] - 1e-3) & (psnr < PSNR[1] + 1e-3))
         ),
@@ -477,14 +491,13 @@ def parse_npy(data: bytes, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def parse_meta(data: bytes, image_size: int, where: str) -> SampleMeta:
-    """meta.json of a sample; DataError, which names `where`, if it is damaged or of a picture of another size."""
+    """meta.json of a sample, called `where` in errors; DataError if damaged, or of a picture of another size."""
     try:
-        meta = SampleMeta.model_validate(parse_json(data, f"{where}: meta.json", BUILD_AGAIN))
+        meta = SampleMeta.model_validate(parse_json(data, where, BUILD_AGAIN))
     except ValidationError as error:
-        raise DataError(f"{where}: meta.json: damaged ({_first(error)}); {BUILD_AGAIN}") from None
-    if meta.width != image_size or meta.height != image_size:
-        size = f"{meta.width}x{meta.height}"
-        raise DataError(f"{where}: meta.json is of {size} pixels but pictures have {image_size}; {BUILD_AGAIN}")
+        raise DataError(f"{where}: damaged ({_first(error)}); {BUILD_AGAIN}") from None
+    if not meta.width == meta.height == image_size:
+        raise DataError(f"{where}: {meta.width}x{meta.height} pixels but pictures have {image_size}; {BUILD_AGAIN}")
     return meta
 
 

@@ -178,7 +178,7 @@ class ShardReader:
             members = sample_members(data, f"{index:09d}", self.members)
         except ValueError as error:
             raise DataError(f"{self._name(index)}: {error}; {BUILD_AGAIN}") from None
-        return parse_meta(members["meta.json"][1], self.manifest.image_size, self._name(index))
+        return parse_meta(members["meta.json"][1], self.manifest.image_size, f"{self._name(index)}: meta.json")
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -256,7 +256,7 @@ class ShardReader:
         """Where the tar of a shard is; DataError if it cannot be read."""
         path = self.store.path(*self._files(number)[1])
         if not path.is_file():
-            reason = "not a regular file" if path.exists() else "No such file or directory"
+            reason = "not a regular file" if path.exists() else "no such file"
             raise DataError(f"{path}: cannot be read ({reason}); {BUILD_AGAIN}")
         return path
 

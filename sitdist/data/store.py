@@ -1,7 +1,7 @@
 """Where a dataset's files are: in a folder, or behind an fsspec URL and then, one by one, in a local cache.
 
-A cache is a folder with our mark. It keeps every dataset in a subfolder whose name is a hash of URL and manifest. What is
-fetched is checked against the manifest's hashes, gets its name only when it is whole, and makes room for itself by
+A cache is a folder with our mark. It keeps every dataset in a subfolder whose name is a hash of URL and manifest. What
+is fetched is checked against the manifest's hashes, gets its name only when it is whole, and makes room for itself by
 removing the shards and indexes that have not been used for longest: files that such a manifest lists, and no others.
 The processes of a node may share a cache.
 """

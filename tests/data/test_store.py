@@ -172,6 +172,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path):
     manifest = json.loads(remote.cat("/bucket/tiny/manifest.json"))
     manifest["codec_files"]["../../../outside"] = "0" * 64
     remote.pipe("/bucket/tiny/manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(DataError, match="outside of the dataset; do not use it"):
+    with pytest.raises(DataError, match=rf"{URL}/manifest\.json: damaged \(codec_files"):
         open_store(URL, tmp_path / "cache")
     assert not (tmp_path / "outside").exists()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sitdist.json"]  # what cannot be used is not kept
