@@ -164,7 +164,7 @@ def flip(folder):
         ),
         (edit("config.json", lambda v: v.pop("framing")), CheckpointError, r"config\.json: damaged \('framing'\)"),
         (edit("config.json", lambda v: v["config"]["model"].update(depth=3)), CheckpointError, "tensor .* is absent"),
-        (edit("manifest.json", lambda v: v["codec"].update(downsample=8)), CodecError, "downsample is 4 but"),
+        (edit("manifest.json", lambda v: v["codec"].update(kind="vae")), CodecError, "kind is 'pca' but"),
     ],
 )
 def test_an_export_that_is_damaged_is_refused_in_one_line(exported, tmp_path, spoil, error, message):

@@ -104,7 +104,7 @@ class SplitEntry(_Entry):
     count: Annotated[int, Field(ge=1)]
     radius: Annotated[tuple[float, float], Field(strict=False)]
     radius_augmented: Count = 0
-    shards: list[ShardEntry]
+    shards: list[ShardEntry]  # none in the manifest of an exported model
     cameras: CameraFacts | None = None  # None: built as format version 1, which did not look
 
     @model_validator(mode="after")
@@ -115,7 +115,7 @@ class SplitEntry(_Entry):
                 f"{self.count * ROW_BYTES / 1e9:,.0f} GB of memory"
             )
         held = sum(shard.count for shard in self.shards)
-        if held != self.count:
+        if self.shards and held != self.count:
             raise ValueError(f"shards of {held} samples but count {self.count}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("a shard is listed twice")
@@ -301,7 +301,10 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
             " (a build was begun there; run the same command again)" if (Path(folder) / "build.json").is_file() else ""
         )
         raise DataError(f"{folder}: no dataset: {path.name} is missing{half}; make one with `sitdist shards build`")
-    return read_manifest(path)
+    manifest = read_manifest(path)
+    if not all(split.shards for split in manifest.splits.values()):
+        raise DataError(f"{path}: lists no shards, as in an exported model; give the folder of a dataset")
+    return manifest
 
 
 def read_manifest(path: Path, name: str | None = None) -> DatasetManifest:

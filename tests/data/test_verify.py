@@ -324,6 +324,7 @@ MANIFESTS = {  # a change of the manifest, and what the line says of it
     "shard by absolute path": (change_at(*SHARD, "name", to="/etc/00000.tar"), "name = '/etc/00000.tar'"),
     "shard with a line break": (change_at(*SHARD, "name", to="0\n.tar"), "name = '0\\n.tar'"),
     "shard of a long name": (change_at(*SHARD, "name", to="0" * 300 + ".tar"), "at most 100"),
+    "no shards": (change_at("splits", "val", "shards", to=[]), "lists no shards"),
     "shard twice": (change_at(*SHARD, "name", to="00001.tar"), "listed twice"),
     "hash of text": (change_at(*SHARD, "sha256", to="x" * 64), "sha256"),
     "split elsewhere": (lambda values: values["splits"].update({"../x": values["splits"]["val"]}), "'../x'"),
