@@ -187,7 +187,7 @@ class DatasetManifest(_Entry):
     format_version: int
     name: Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")]
     recipe: dict[str, Any]
-    sources: dict[SplitName, Hash]
+    sources: dict[SplitName, Annotated[str, Field(min_length=1, max_length=100)]]
     image_size: Annotated[int, Field(ge=1, le=2**14)]
     objects: Annotated[list[ObjectEntry], Field(min_length=1)]
     statistics: dict[str, Any]
