@@ -210,7 +210,7 @@ def test_a_pose_that_cannot_be_rendered_is_named(flow, pose, message):
         (lambda flow, images: flow.estimate(images, mask=np.ones((2, 16, 16))), "2 masks for 8 pictures"),
         (lambda flow, images: flow.estimate(images, [[1.0, 2.0]]), r"intrinsics of shape \[1, 2\]"),
         (lambda flow, images: flow.estimate(images, [flow.camera] * 3), "3 intrinsics for 8 views"),
-        (lambda flow, images: flow.estimate(images, [1.0, 0.0, 2.0, 2.0]), "picture 0: fx, fy, cx, cy are"),
+        (lambda flow, images: flow.estimate(images, [1.0, 0.0, 2.0, 2.0]), "picture 0: focal length 0 for 16 pixels"),
     ],
 )
 def test_what_does_not_fit_is_named(flow, pictures, call, message):

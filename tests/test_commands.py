@@ -226,17 +226,17 @@ def test_what_pose_cannot_use_is_one_line_and_nothing_is_written(refused, tiny_r
     for arguments, message in (
         ([tmp_path / "empty"], "empty: a folder without pictures"),
         ([tmp_path / "bad.png"], "bad.png: not a readable picture"),
-        ([tmp_path / "none.png"], "none.png: no such file or folder"),
+        ([tmp_path / "none.png"], "none.png: cannot be read (No such file or directory)"),
         ([folder, "--label", 2], "label 2: the model knows no such object"),
         ([folder, "--masks", tmp_path], "0.png: no mask for"),
         ([folder, "--estimator", "best"], "unknown 'best'; did you mean 'one_step'?"),
         ([folder, "--refine", tmp_path], "scene.json: no such file; make a scene with"),
-        ([folder, "--intrinsics", 0, 1, 1, 1], "expected focal lengths above 0"),
+        ([folder, "--intrinsics", 0, 1, 1, 1], "focal length 0 for 16 pixels"),
     ):
         assert message in refused("pose", tiny_run, *arguments, "--out", out)
         assert not out.exists()
     out.write_text("precious")
-    assert "out.json: already exists; give another --out, or write over it by --overwrite" in refused(
+    assert "out.json: already exists; give another name or --overwrite" in refused(
         "pose", tiny_run, folder, "--out", out
     )
     assert out.read_text() == "precious"
@@ -354,7 +354,7 @@ def test_what_render_cannot_use_is_one_line_and_nothing_is_written(refused, tiny
         ("skew.npy", "skew.npy: pose 0: pose is not rigid"),
         ("flat.npy", "flat.npy: poses of shape [16]; expected [N, 4, 4]"),
         ("other.npz", "other.npz: no array 'poses' (it has matrices)"),
-        ("text.json", "text.json: neither frames with transform_matrix nor a camera path"),
+        ("text.json", "text.json: no list of frames with file_path and transform_matrix"),
         ("torn.npy", "torn.npy: not a readable array"),
         ("none.npy", "none.npy: no such file"),
         ("empty", "empty: holds neither a transforms.json nor COLMAP's"),

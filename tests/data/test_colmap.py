@@ -94,7 +94,7 @@ def test_photos_of_a_workspace_are_found_with_their_poses(tmp_path):
         ("1 OPENCV_FISHEYE 8 6 9 9 4 3 0 0 0 0", "OPENCV_FISHEYE is no pinhole camera"),
         ("1 PINHOLE 8 6 9 4 3", "3 parameters, but PINHOLE has 4"),
         ("1 PINHOLE 8 6 nan 9 4 3", "not all finite numbers"),
-        ("1 PINHOLE 8 6 -9 9 4 3", "expected positive numbers"),
+        ("1 PINHOLE 8 6 -9 9 4 3", "focal length -9 for 8 pixels"),
         ("1 PINHOLE", "is no camera"),
     ],
 )
@@ -129,12 +129,12 @@ def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path):
 
 def test_pictures_that_are_missing_or_of_another_size_are_refused(tmp_path):
     write_model(tmp_path)
-    with pytest.raises(DataError, match=r"photo a\.png is missing"):
+    with pytest.raises(DataError, match=r"a\.png: picture is missing"):
         read_photos(tmp_path)
     write_pictures(tmp_path / "images", (16, 12))
-    with pytest.raises(DataError, match=r"16x12 pixels but its camera .* has 8x6"):
+    with pytest.raises(DataError, match=r"16x12 pixels but its intrinsics are for 8x6"):
         read_photos(tmp_path)
     write_pictures(tmp_path / "images")
     Image.new("RGB", (6, 8)).save(tmp_path / "images" / "b side.png")
-    with pytest.raises(DataError, match=r"b side\.png: 6x8 pixels but a\.png has 8x6"):
+    with pytest.raises(DataError, match=r"b side\.png: 6x8 pixels but its intrinsics are for 8x6"):
         read_photos(tmp_path)

@@ -85,12 +85,12 @@ def _rewrite(folder, frames, **values):
     [
         ({"k1": 0.1}, "distortion k1 is 0.1"),
         ({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE is no pinhole camera"),
-        ({"w": 16}, "w is 16 but its picture has 8"),
-        ({"fl_x": -1.0}, "expected positive numbers"),
+        ({"w": 16}, "8x6 pixels but its intrinsics are for 16x6"),
+        ({"fl_x": -1.0}, "focal length -1 for 8 pixels"),
         ({"frames": []}, "holds no frames"),
-        ({"frames": [{"file_path": "0"}]}, "a photo without a pose"),
-        ({"frames": [{"file_path": "0", "transform_matrix": "none"}]}, "not a 4x4 matrix of numbers"),
-        ({"frames": [{"file_path": "9", "transform_matrix": POSES[0].tolist()}]}, "photo 9 is missing"),
+        ({"frames": [{"file_path": "0"}]}, "its pose is not a 4x4 matrix of numbers"),
+        ({"frames": [{"file_path": "0", "transform_matrix": "none"}]}, "its pose is not a 4x4 matrix of numbers"),
+        ({"frames": [{"file_path": "9", "transform_matrix": POSES[0].tolist()}]}, "frame 9: picture is missing"),
         ({"frames": 3}, "no list of frames"),
     ],
 )

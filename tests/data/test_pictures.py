@@ -86,7 +86,7 @@ def test_the_cameras_of_a_recipe_and_the_command(tmp_path, capsys):
 def test_what_is_there_is_kept_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     cameras = turntable_cameras(2, 4.0, 20.0, 40.0, 16)
     (tmp_path / "there").mkdir()
-    with pytest.raises(DataError, match="there: already exists; give another --out"):
+    with pytest.raises(DataError, match="there: already exists; give another name"):
         write_pictures(None, cameras, tmp_path / "there")
     with pytest.raises(DataError, match=r"scene\.json: no such file"):
         write_pictures(str(tmp_path / "none"), cameras, tmp_path / "out")
