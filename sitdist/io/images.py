@@ -6,9 +6,10 @@ as a viewer shows them: turned as the EXIF orientation tag says. Of several fram
 
 from __future__ import annotations
 
+import ctypes
 import io
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +37,10 @@ TURNS = {  # EXIF 2.3, tag 0x0112: what makes a stored picture upright
 Size = tuple[int, int]  # width, height
 
 Image.preinit()  # registers all but TIFF and WebP, whose modules do it when they are imported
-warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on damaged metadata, which would be lines of their own
+# A damaged picture is one error: no remarks of Pillow on its metadata beside it, and no lines of libtiff's own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+with suppress(AttributeError, OSError):
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def open_picture(source: Path | bytes | Image.Image, name: str = "") -> Image.Image:

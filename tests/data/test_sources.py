@@ -130,7 +130,11 @@ def with_pixel(value):
         ({"images": pixels(0), "poses": cameras(1)[:0]}, DataError, r"with N > 0"),
         ({"images": pixels(3, size=6)}, DataError, r"images of 6x6 pixels but the recipe's image_size is 4; set"),
         ({"images": pixels(3)[:, :2]}, DataError, r"images of 4x2 pixels"),
-        ({"images": np.array([pixels(1), pixels(2), 0], dtype=object)}, DataError, r"images: an object array, as of pictures of several sizes"),
+        (
+            {"images": np.array([pixels(1), pixels(2), 0], dtype=object)},
+            DataError,
+            r"images: an object array, as of pictures of several sizes",
+        ),
         ({"focal": None}, DataError, r"no array 'focal' \(it has images, poses\)"),
         ({"images": None}, DataError, r"no array 'images'"),
         ({"focal": np.array([1.0, 1.0, 2.0])}, DataError, r"focal \[1\.0, 1\.0, 2\.0\]; expected one positive number"),
