@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -71,9 +71,10 @@ class Intrinsics:
 
 def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
     """DataError, naming `name`, unless they are a pinhole camera's: finite numbers within the bounds above."""
-    if not all(isinstance(value, Real) and -1e300 < value < 1e300 for value in astuple(intrinsics)):  # type: ignore[operator]
-        raise DataError(f"{name}: fx, fy, cx, cy, width, height are {astuple(intrinsics)}; expected finite numbers")
     width, height = intrinsics.width, intrinsics.height
+    values = [*intrinsics.to_list(), width, height]
+    if not all(isinstance(value, Real) and -1e300 < value < 1e300 for value in values):
+        raise DataError(f"{name}: fx, fy, cx, cy, width, height are {values}; expected finite numbers")
     if min(width, height) < 1 or width % 1 or height % 1 or width * height > MAX_PIXELS:
         raise DataError(
             f"{name}: a camera for {width:.12g}x{height:.12g} pixels; expected whole numbers above 0, and at most "

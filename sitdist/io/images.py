@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import warnings
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -37,7 +38,8 @@ TURNS = {  # EXIF 2.3, tag 0x0112: what makes a stored picture upright
 Size = tuple[int, int]  # width, height
 
 Image.preinit()  # registers all but TIFF and WebP, whose modules do it when they are imported
-# A damaged picture is one error: no remarks of Pillow on its metadata beside it, and no lines of libtiff's own.
+# A damaged picture is one error, without lines of Pillow's and libtiff's own beside it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 with suppress(AttributeError, OSError):
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)

@@ -85,7 +85,7 @@ def check_unit_range(image: np.ndarray, name: str) -> None:
     """DataError, naming the float picture, unless its pixels are in [0, 1] but for rounding."""
     low, high = float(image.min()), float(image.max())  # NaN where a pixel is
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise DataError(f"{name}: pixels hold NaN or infinity; repair the picture or leave it out")
+        raise DataError(f"{name}: pixels hold NaN or infinity; repair or remove the picture")
     if low < -1e-3 or high > 1.0 + 1e-3:
         raise DataError(f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)")
 

@@ -12,6 +12,7 @@ from sitdist.data.photos import read_photos
 from sitdist.errors import DataError, PoseError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at, shell_cameras
+from sitdist.io import files
 from sitdist.scene.store import load_scene
 from sitdist.scene.volume import render_views
 
@@ -113,6 +114,13 @@ def test_places_without_posed_photos_are_refused(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "one.jpg")
     with pytest.raises(DataError, match=r"photos without poses; expected .*run COLMAP"):
         read_photos(tmp_path)
+
+
+def test_photos_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
+    folder = write_transforms(tmp_path / "photos")
+    monkeypatch.setattr(files, "_free_memory", lambda: 2 * 3 * 3 * 8 * 6 - 1)
+    with pytest.raises(DataError, match=r"transforms\.json: 3 photos: needs .* GB of memory .*; give fewer"):
+        read_photos(folder)
 
 
 def test_sizes_that_differ_are_refused(tmp_path):
