@@ -74,10 +74,15 @@ def remove_leftovers(folder: Path) -> None:
     for left in folder.glob(f"{PREFIX}{_host()}-*-*.tmp"):
         pid = left.name.removeprefix(f"{PREFIX}{_host()}-").split("-")[0]
         if pid.isdigit() and not _lives(int(pid)):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all in it, as far as that is possible; where links lead, nothing is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _host() -> str:
