@@ -56,11 +56,14 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         raise cannot_write(folder, error) from None
 
 
-def check_free(path: Path, overwrite: bool = False) -> None:
-    """DataError if something is at `path` that may not be replaced: with `overwrite`, a file may."""
+def check_free(path: Path, overwrite: bool | None = None) -> None:
+    """DataError if something is at `path` that may not be replaced: with `overwrite`, a file may.
+
+    None: there is no such option to tell of.
+    """
     if not os.path.lexists(path) or (overwrite and path.is_file()):
         return
-    remedy = " or --overwrite" if path.is_file() else ""
+    remedy = " or --overwrite" if overwrite is not None and path.is_file() else ""
     raise DataError(f"{path}: already exists; give another name{remedy}")
 
 
