@@ -287,7 +287,7 @@ def test_a_hub_id_is_had_from_the_hub_or_refused_in_one_line(exported, monkeypat
     [
         ("/nowhere/at/all", DataError, "/nowhere/at/all: no such folder; give a run, an exported folder, or a hub id"),
         ("nowhere", DataError, "nowhere: no such folder"),
-        (".", CheckpointError, "holds no config.yaml, so it is no run"),
+        (".", CheckpointError, "has no whole checkpoint"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path, monkeypatch, path, error, message):

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
+from sitdist.config import Colour, Schema, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.scene import scene_background
@@ -58,10 +60,18 @@ class Framing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Framing:
-        """What `to_dict` gave."""
-        camera, size = values["camera"], int(values["size"])
-        colours = {int(label): (float(r), float(g), float(b)) for label, (r, g, b) in values["backgrounds"].items()}
-        return cls(size, None if camera is None else square_camera(camera, size), colours)
+        """What `to_dict` gave; ConfigError or DataError if it cannot be that of training pictures."""
+        given = parse(_Framing, values, "framing")
+        camera = None if given.camera is None else square_camera(given.camera, given.size)
+        if camera is not None:
+            check_intrinsics(camera, "framing.camera")
+        return cls(given.size, camera, {int(label): colour for label, colour in given.backgrounds.items()})
+
+
+class _Framing(Schema):
+    size: Annotated[int, Field(gt=0, le=1 << 14)]
+    camera: Annotated[tuple[float, float, float, float], Field(strict=False)] | None
+    backgrounds: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Colour]
 
 
 def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
