@@ -220,7 +220,7 @@ def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | 
         try:
             return read_checkpoint(folder, files)
         except CheckpointError as error:
-            log.warning("passed over: %s", error)
+            log.warning("passed over: %s", one_line(str(error)))
     return None
 
 
