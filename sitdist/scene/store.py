@@ -152,7 +152,10 @@ def _field_of(values: _SceneFile, data: dict[str, Tensor]) -> VoxelField:
 
 
 def _read_scene_file(path: Path) -> _SceneFile:
-    values = read_json(path, "make a scene with `sitdist scene fit`")
+    remedy = "make a scene with `sitdist scene fit`"
+    if not path.exists():
+        raise DataError(f"{path}: no such file; {remedy}")
+    values = read_json(path, remedy)
     version = values.get("format_version")
     if version != SCENE_VERSION:
         raise DataError(
