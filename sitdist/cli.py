@@ -120,6 +120,7 @@ def _parser() -> _Parser:
     command.add_argument(
         "--transforms", type=Path, metavar="FILE", help="also write the transforms.json of the pictures 00000.png, ..."
     )
+    command.add_argument("--overwrite", action="store_true", help="overwrite the output files if they exist")
     _add_set(command)
     command.set_defaults(command=_shards_cameras)
     for name, function, text in (
@@ -368,7 +369,7 @@ def _shards_cameras(options: argparse.Namespace) -> None:
     from sitdist.data.camera_path import write_camera_path
 
     recipe = load_yaml(Recipe, options.recipe, options.set)
-    count = write_camera_path(recipe, options.split, options.out, options.transforms)
+    count = write_camera_path(recipe, options.split, options.out, options.transforms, options.overwrite)
     print(f"{options.out}: {count} cameras of {options.split}")
 
 

@@ -61,10 +61,15 @@ def check_free(path: Path, overwrite: bool | None = None) -> None:
 
     None: there is no such option to tell of.
     """
-    if not os.path.lexists(path) or (overwrite and path.is_file()):
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return
-    remedy = " or --overwrite" if overwrite is not None and path.is_file() else ""
-    raise DataError(f"{path}: already exists; give another name{remedy}")
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise cannot_write(path, error) from None
+    if not (overwrite and path.is_file()):
+        remedy = " or --overwrite" if overwrite is not None and path.is_file() else ""
+        raise DataError(f"{path}: already exists; give another name{remedy}")
 
 
 def temporary_name(path: Path) -> Path:

@@ -53,7 +53,7 @@ def check_memory(need: int, what: str, remedy: str) -> None:
     """DataError if `what` needs more bytes of memory than are free."""
     free = _free_memory()
     if need > free:
-        raise DataError(f"{what}: needs {need / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB are free; {remedy}")
+        raise DataError(f"{what}: needs {need / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free; {remedy}")
 
 
 def _free_memory() -> int:
