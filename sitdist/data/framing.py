@@ -18,7 +18,7 @@ from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.scene import scene_background
 from sitdist.data.zoom import kernel_weights
-from sitdist.errors import DataError
+from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.images import check_camera_size, open_picture, picture_sizes, to_array
@@ -82,11 +82,22 @@ def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
 
 
 def framing_of(manifest: DatasetManifest, data: Path) -> Framing:
-    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand."""
+    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand.
+
+    DataError where its recipe tells no camera or colour that pictures can have.
+    """
     dataset = data if _is_there(manifest, data) else None
-    colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
-    known = {label: colour for label, colour in colours.items() if colour is not None}
-    return Framing(manifest.image_size, _camera(manifest, dataset), known)
+    try:
+        colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
+        known = {label: colour for label, colour in colours.items() if colour is not None}
+        framing = Framing(manifest.image_size, _camera(manifest, dataset), known)
+        Framing.from_dict(framing.to_dict())
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, ConfigError) as error:
+        raise DataError(
+            f"dataset {manifest.name}: its recipe does not tell how its pictures are made ({str(error)[:160]}); "
+            "build the dataset again"
+        ) from None
+    return framing
 
 
 def _is_there(manifest: DatasetManifest, data: Path) -> bool:
