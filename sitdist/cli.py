@@ -441,8 +441,9 @@ def _scene_fit(options: argparse.Namespace) -> None:
 
     from sitdist.data.photos import read_photos
     from sitdist.evaluate import metrics
+    from sitdist.io.atomic import check_free
     from sitdist.scene.fit import FitOptions, fit_scene, turntable
-    from sitdist.scene.store import check_free, save_scene
+    from sitdist.scene.store import save_scene
 
     check_free(options.out)
     background = (options.background[0], options.background[1], options.background[2]) if options.background else None

@@ -245,7 +245,7 @@ def test_a_dataset_that_is_not_there_is_named_with_how_to_make_one(tmp_path, ref
 def test_a_codec_is_not_fitted_into_a_folder_that_is_there(tmp_path, refused):
     recipe = write(tmp_path / "recipe.yaml", RECIPE)
     message = refused("codec", "fit", recipe, "--out", tmp_path)
-    assert message == f"{tmp_path}: already exists; give another --out, or remove it"
+    assert message == f"{tmp_path}: already exists; give another name"
 
 
 def test_a_wrong_config_is_refused_before_a_run_is_begun(tmp_path, refused):

@@ -31,6 +31,7 @@ from sitdist.evaluate.report.template import data_uri, render
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import write_atomically
+from sitdist.io.json_file import write_json
 from sitdist.model.codec import Codec, latent_mean, load_codec
 from sitdist.train.checkpoint import dataset_fingerprint
 from sitdist.train.trainer import train
@@ -155,7 +156,7 @@ def ablate(
 def _check_same(out: Path, plan: dict[str, Any]) -> None:
     path = out / "ablation.json"
     if not path.is_file():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(plan) + "\n"))
+        write_json(path, plan)
     begun = json.loads(path.read_text())
     for name, value in plan.items():
         if begun.get(name) != value:
