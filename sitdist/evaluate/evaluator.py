@@ -31,7 +31,7 @@ import sitdist
 from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
-from sitdist.errors import CodecError, ConfigError, DataError
+from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate import calibrate, metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.coverage import coverage_counts
@@ -39,7 +39,7 @@ from sitdist.evaluate.poses import OF_PICTURES, PoseReader
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.units import BINS_AT_MOST, RECORD, Unit, ViewRecord, make_units, merge_pictures, pictured, thinned
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, check_codec, to_uint8
 from sitdist.evaluate.work import Job, Producer, do_jobs, do_left, merge, plan_conflict, prepare
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
@@ -457,7 +457,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
         use_average(loaded.model, run, loaded.step, settings.average)
     data = Path(options.data or loaded.config.data)
     manifest = load_manifest(data)
-    _check_codec(data, manifest, loaded)
+    check_codec(data, manifest, loaded)
     poses = PoseReader.open(loaded, settings)
     views, title = _choose_views(data, manifest, loaded, options, settings, device)
     units = make_units(thinned(views.references(), options.max_views), settings.batch)
@@ -519,17 +519,6 @@ def _calibration(
     if options.split is not None or options.radii is None:
         calibration.refuse_views_of(manifest, options.split or "test")
     return calibration, why_not
-
-
-def _check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:
-    """CodecError with both values unless the dataset was encoded by the run's codec."""
-    ours, theirs = loaded.codec.identity(), manifest.codec
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise CodecError(
-                f"{data / 'manifest.json'}: codec {name} {theirs.get(name)} but the run's is {ours.get(name)}; "
-                "build the dataset with the codec that the run was trained on"
-            )
 
 
 def _training_folder(loaded: LoadedRun, data: Path) -> Path:

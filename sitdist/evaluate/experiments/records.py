@@ -1,13 +1,19 @@
-"""What each experiment says of one view: a row of its records.csv. None is what was not measured."""
+"""What each experiment says of one view, a row of its records.csv, and of many, a row of its results.json.
+
+None is what was not measured.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, with_config
+from pydantic import AfterValidator, TypeAdapter, with_config
 
-from sitdist.evaluate.schema import STRICT, Angle, Count, Length, Number, Pose
+from sitdist.evaluate.schema import STRICT, Angle, Count, Length, Number, Pose, Text
+from sitdist.evaluate.statistics import Summary
+
+Solver = Literal["one_step", "euler", "midpoint", "heun"]
 
 
 @with_config(STRICT)
@@ -62,7 +68,7 @@ class SolversRecord:
 
     key: str
     task: Literal["pose", "picture"]
-    solver: Literal["one_step", "euler", "midpoint", "heun"]
+    solver: Solver
     steps: Count
     function_evaluations: Count
     ms: Length
@@ -76,4 +82,79 @@ RECORDS: dict[str, TypeAdapter[Any]] = {
     "interpolation": TypeAdapter(InterpolationRecord),
     "cycle": TypeAdapter(CycleRecord),
     "solvers": TypeAdapter(SolversRecord),
+}
+
+# ---------------------------------------------------------------------------------------------------------- summaries
+
+
+def _with_interval(summary: Summary) -> Summary:
+    if summary.low is None or summary.high is None:
+        raise ValueError("no interval of the mean")
+    return summary
+
+
+Bounded = Annotated[Summary, AfterValidator(_with_interval)]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class TurntableRow:
+    """All of results.json."""
+
+    experiment: Text
+    n: Count
+    gif: Text | None = None
+    rotation_error_deg: Summary | None = None
+    translation_error: Summary | None = None
+    rendered_rotation_error_deg: Summary | None = None
+    rendered_translation_error: Summary | None = None
+    psnr: Summary | None = None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class InterpolationRow:
+    """One of `rows`: a method."""
+
+    method: Literal["slerp", "blend"]
+    worst_psnr_to_last: Number
+    psnr_to_last: Summary | None = None
+    lpips_to_last: Summary | None = None
+    off_the_way_deg: Summary | None = None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class CycleRow:
+    """One of `rows`: a turn."""
+
+    turn: Count
+    rotation_drift_deg: Bounded
+    translation_drift: Bounded
+    rotation_step_deg: Bounded
+    translation_step: Bounded
+    psnr: Bounded
+    psnr_to_last: Bounded
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class SolversRow:
+    """One of `rows`: a solver with so many steps."""
+
+    task: Literal["pose", "picture"]
+    solver: Solver
+    steps: Count
+    function_evaluations: Count
+    ms: Summary
+    rotation_error_deg: Summary | None = None
+    translation_error: Summary | None = None
+    psnr: Summary | None = None
+
+
+ROWS: dict[str, TypeAdapter[Any]] = {
+    "turntable": TypeAdapter(TurntableRow),
+    "interpolation": TypeAdapter(InterpolationRow),
+    "cycle": TypeAdapter(CycleRow),
+    "solvers": TypeAdapter(SolversRow),
 }
