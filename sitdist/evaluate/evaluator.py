@@ -517,7 +517,7 @@ def _calibration(
     if calibration is None:
         return None, why_not
     if options.split is not None or options.radii is None:
-        calibration.refuse_views_of(manifest, options.split or "test")
+        calibration.refuse_views_of(manifest, "test" if options.split is None else options.split)
     return calibration, why_not
 
 
@@ -554,7 +554,8 @@ def _choose_views(
             "give fewer, or a lower --views-per-radius"
         )
     limits = None if radii is None else (int(radii[0]), int(radii[1]))
-    name = f"radii_{limits[0]}-{limits[1]}" if limits else (options.split or "test")
+    split = "test" if options.split is None else options.split
+    name = f"radii_{limits[0]}-{limits[1]}" if limits else split
     source = parse(Recipe, manifest.recipe, f"{data / 'manifest.json'}: recipe").splits["train"]
     if limits and options.split is None and isinstance(source, SceneSource):
         if count is None:
@@ -563,7 +564,6 @@ def _choose_views(
             )
         codec = loaded.codec
         return SceneViews(source, manifest.image_size, codec, limits, count, settings.seed, device), name
-    split = options.split or "test"
     if split not in manifest.splits:
         raise ConfigError(f"{data}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
     return SplitViews(data, split, limits, count), name if options.split is None or not limits else f"{split}_{name}"

@@ -63,7 +63,7 @@ def split_likelihood(
     Of a pose endpoint: p(latent), over the mixture of all training poses. Of a gaussian one: p(latent | pose).
 
     ConfigError for counts below 1 or too large, and what cannot be integrated; DataError for an `out` that is there
-    already, unless it is to be overwritten, for a split without views, and for densities that are not finite.
+    already, unless it is to be overwritten, and for densities that are not finite.
     """
     if out is not None:
         check_free(out, overwrite)
@@ -81,8 +81,6 @@ def split_likelihood(
     check_codec(folder, manifest, loaded)
     base, reader = _base(loaded, folder), ShardReader(folder, split)
     count = len(reader) if views is None else min(views, len(reader))
-    if count == 0:
-        raise DataError(f"{folder}: split '{split}' has no views; choose another")
     batch = min(batch, count)
     need = PROBE_BYTES * probes * batch * math.prod(_shape(loaded))
     require_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")

@@ -68,8 +68,6 @@ class SplitViews:
 
     def references(self) -> list[ViewRef]:
         keys = self._reader.keys()
-        if not keys:
-            raise DataError(f"{self._reader.folder}: split '{self._split}' has no views; choose another")
         radii = camera_radius(self._camera_to_world).tolist()
         bins, _ = radius_bins(radii, self._radii)
         taken: dict[int, int] = {}

@@ -215,6 +215,13 @@ def test_evaluations_stand_side_by_side(folder, tmp_path, capsys):
     assert ["rotation", "error", "(deg)", "mean", *[f"{row['rotation_error_deg']['mean']:.2f}"] * 2] in lines
     page = (tmp_path / "both.html").read_text()
     assert "<td>700</td><td>900</td>" in page
+    (tmp_path / "both.html").write_text("mine")
+    command = ["report", str(folder), str(tmp_path), "--out", str(tmp_path / "both.html")]
+    assert cli.run(command) == 2
+    assert "both.html: already exists; give another name or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "both.html").read_text() == "mine"
+    assert cli.run([*command, "--overwrite"]) == 0
+    assert (tmp_path / "both.html").read_text() == page
     assert cli.run(["report", str(folder), "--out", str(tmp_path / "x.html")]) == 2
 
 
@@ -327,7 +334,7 @@ def test_strips_that_are_no_pictures_are_refused(folder, tmp_path, strip):
         experiment_pictures(tmp_path / "copy", table)
 
 
-def test_a_folder_of_another_is_read_and_nothing_is_written_there(folder, tmp_path, capsys):
+def test_nothing_is_written_into_a_folder_that_is_no_evaluation_of_ours(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "theirs", ignore=shutil.ignore_patterns("sitdist.*"))
     for name in ("", "theirs", "nowhere"):
         before = sorted(tmp_path.rglob("*"))
@@ -335,15 +342,6 @@ def test_a_folder_of_another_is_read_and_nothing_is_written_there(folder, tmp_pa
             assert cli.run(["report", *command]) == 2
             assert capsys.readouterr().err.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before
-    both = tmp_path / "both.html"
-    command = ["report", str(tmp_path / "theirs"), str(folder), "--out", str(both)]
-    assert cli.run(command) == 0
-    both.write_text("mine")
-    assert cli.run(command) == 2
-    assert "both.html: already exists; give another name or --overwrite" in capsys.readouterr().err
-    assert both.read_text() == "mine"
-    assert cli.run([*command, "--overwrite"]) == 0
-    assert both.read_text() != "mine"
 
 
 def test_a_report_is_not_written_while_another_process_writes_there(folder, tmp_path, capsys):
