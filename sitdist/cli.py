@@ -120,7 +120,7 @@ def _parser() -> _Parser:
     command.add_argument(
         "--transforms", type=Path, metavar="FILE", help="also write the transforms.json of the pictures 00000.png, ..."
     )
-    _add_overwrite(command)
+    command.add_argument("--overwrite", action="store_true", help="overwrite the output files if they exist")
     _add_set(command)
     command.set_defaults(command=_shards_cameras)
     for name, function, text in (

@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, refused):
     (tmp_path / "file").write_text("")
     recipe = write(tmp_path / "recipe.yaml", RECIPE)
     message = refused("shards", "build", recipe, "--out", tmp_path / "file" / "out")
-    assert message.startswith(f"{tmp_path / 'file' / 'out' / 'build.json'}: cannot be written (Not a directory)")
+    assert message.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written (Not a directory)")
 
 
 def test_a_finished_dataset_is_not_built_again(tmp_path, refused, tiny_dataset):

@@ -29,21 +29,19 @@ def write_camera_path(
     """Write the cameras of a recipe's split to `path`, in order of its samples; returns how many there are.
 
     `transforms`: where to write also a transforms.json that names their pictures 00000.png and on, beside it.
-    ConfigError for a split that is not there; DataError for cameras that a camera path cannot say, and for files that
-    are there already, unless they are to be overwritten.
+    ConfigError for a split that is not there; DataError for cameras that a camera path cannot say, and for a file that
+    is there, without `overwrite`.
     """
-    for file in (path, transforms):
-        if file is not None:
-            check_free(file, overwrite)
+    for file in filter(None, (path, transforms)):
+        check_free(file, overwrite)
     splits = open_splits(recipe)
     if split not in splits:
         raise ConfigError(f"--split {split}: the recipe has no such split; it has {', '.join(splits)}")
     chosen = splits[split]
     chosen = Split(split, chosen.source, chosen.indices[~chosen.is_zoomed])  # copies are made of pictures, when built
-    path_of_split = camera_path(chosen)
+    write_json(path, camera_path(chosen))
     if transforms is not None:
         write_json(transforms, transforms_of(chosen))
-    write_json(path, path_of_split)
     return len(chosen)
 
 

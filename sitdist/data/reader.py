@@ -18,7 +18,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sitdist.data.caching import Recent
@@ -28,6 +27,7 @@ from sitdist.data.store import Store, open_store
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import file_sha256
+from sitdist.io.images import open_picture
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +148,8 @@ class ShardReader:
         """Pictures [B, 3, H, W] float32 in [0, 1] of these samples; the training split keeps none."""
         pictures = []
         for index in indices:
-            with Image.open(io.BytesIO(self._png(index)), formats=["PNG"]) as picture:
-                pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
+            picture = open_picture(self._png(index), self._name(index))
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
             pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
         return torch.stack(pictures)
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sitdist.errors import DataError
+
+MAX_PIXELS = 89_478_485  # of a picture; Pillow warns of a decompression bomb beyond
+FOCAL_RANGE = (1e-3, 1e6)  # focal lengths, in widths or heights of the picture
+MAX_OFFSET = 1e3  # of the principal point from the middle of the picture, in its widths or heights
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,27 @@ class Intrinsics:
     def to_list(self) -> list[float]:
         """[fx, fy, cx, cy] in pixels."""
         return [self.fx, self.fy, self.cx, self.cy]
+
+
+def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
+    """DataError, naming `name`, unless they are a pinhole camera's: finite numbers within the bounds above."""
+    width, height = intrinsics.width, intrinsics.height
+    values = [*intrinsics.to_list(), width, height]
+    if not all(isinstance(value, Real) and -1e300 < value < 1e300 for value in values):
+        raise DataError(f"{name}: fx, fy, cx, cy, width, height are {values}; expected finite numbers")
+    if min(width, height) < 1 or width % 1 or height % 1 or width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: a camera for {width:.12g}x{height:.12g} pixels; expected whole numbers above 0, and at most "
+            f"{MAX_PIXELS:,} pixels in all"
+        )
+    for focal, centre, size in ((intrinsics.fx, intrinsics.cx, width), (intrinsics.fy, intrinsics.cy, height)):
+        low, high = (bound * size for bound in FOCAL_RANGE)
+        if not low <= focal <= high:
+            raise DataError(f"{name}: focal length {focal:g} for {size} pixels; expected {low:g} to {high:g} pixels")
+        if abs(centre - 0.5 * size) > MAX_OFFSET * size:
+            raise DataError(
+                f"{name}: principal point {centre:g} for {size} pixels is far outside the picture; give it in pixels"
+            )
 
 
 def camera_radius(camera_to_world: Tensor) -> Tensor:

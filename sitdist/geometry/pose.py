@@ -10,6 +10,7 @@ from torch import Tensor
 from sitdist.errors import PoseError
 
 RIGID_TOLERANCE = 1e-3
+FARTHEST = 1e12  # a camera's coordinate: beyond, squares leave little of float32
 
 
 def check_rigid(camera_to_world: Tensor, name: str) -> None:
@@ -29,6 +30,8 @@ def check_rigid(camera_to_world: Tensor, name: str) -> None:
             f"{name}: pose is not rigid (determinant {determinant:.4g}, |R^T R - I| {residual:.2g} > "
             f"{RIGID_TOLERANCE:g}); divide out scale and shear, and mirror no axis"
         )
+    if pose[:3, 3].abs().max() > FARTHEST:
+        raise PoseError(f"{name}: position {pose[:3, 3].tolist()}; expected at most {FARTHEST:g}, so change the unit")
 
 
 def project_to_so3(matrix: Tensor) -> Tensor:

@@ -58,10 +58,15 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 def check_free(path: Path, overwrite: bool = False) -> None:
     """DataError if something is at `path` that may not be replaced: with `overwrite`, a file may."""
-    if not os.path.lexists(path) or (overwrite and path.is_file()):
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return
-    remedy = " or --overwrite" if path.is_file() else ""
-    raise DataError(f"{path}: already exists; give another name{remedy}")
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise cannot_write(path, error) from None
+    if not (overwrite and path.is_file()):
+        remedy = " or --overwrite" if path.is_file() else ""
+        raise DataError(f"{path}: already exists; give another name{remedy}")
 
 
 def temporary_name(path: Path) -> Path:

@@ -151,8 +151,8 @@ def cut(folder):
     [
         (empty, r"picture\.png: not a readable picture \("),
         (cut, r"picture\.png: not a readable picture \("),
-        (lambda folder: folder / "none.png", r"none\.png: not a readable picture \(No such file or directory\)"),
-        (lambda folder: folder, r"not a readable picture \(Is a directory\)"),
+        (lambda folder: folder / "none.png", r"none\.png: cannot be read \(No such file or directory\)"),
+        (lambda folder: folder, "is a folder, not a file"),
         (lambda _: np.zeros((4, 4, 5)), r"it: an array of shape \[4, 4, 5\] is no picture"),
         (lambda _: np.zeros((0, 4, 3)), r"it: an array of shape \[0, 4, 3\] is no picture"),
         (lambda _: np.full((4, 4), 200.0), r"it: pixels from 200 to 200; float pictures are in \[0, 1\]"),
@@ -170,8 +170,8 @@ def test_what_is_no_picture_is_named(tmp_path, picture, message):
     ("options", "message"),
     [
         ({"intrinsics": Intrinsics.from_fov(40.0, 16, 16)}, "32x32 pixels but its intrinsics are for 16x16"),
-        ({"intrinsics": Intrinsics(0.0, 9.0, 4.0, 4.0, 32, 32)}, "expected focal lengths above 0"),
-        ({"intrinsics": Intrinsics(9.0, float("nan"), 4.0, 4.0, 32, 32)}, "expected focal lengths above 0"),
+        ({"intrinsics": Intrinsics(0.0, 9.0, 4.0, 4.0, 32, 32)}, "focal length 0 for 32 pixels"),
+        ({"intrinsics": Intrinsics(9.0, float("nan"), 4.0, 4.0, 32, 32)}, "expected finite numbers"),
         ({"mask": np.zeros((8, 8))}, "mask of it: 8x8 pixels but the picture has 32x32"),
     ],
 )

@@ -25,6 +25,7 @@ from sitdist.errors import CodecError, DataError
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.model.codec import PcaCodec, VaeCodec, latent_mean, load_codec
 from sitdist.model.codec_fit import latent_sums, make_vae, scaling_factor
+from sitdist.runs.ownership import LOCK, mark
 
 RECIPE = {
     "name": "small",
@@ -296,7 +297,7 @@ def test_a_disk_that_is_full_while_the_codec_is_saved_leaves_no_half_codec(tmp_p
     monkeypatch.setattr(PcaCodec, "save", save)
     with pytest.raises(DataError, match=r"codec: cannot be written \(No space left on device\)"):
         build(recipe(), tmp_path / "out")
-    assert list(contents(tmp_path / "out")) == ["build.json"]
+    assert sorted(contents(tmp_path / "out")) == ["build.json", "sitdist.json", "sitdist.lock"]
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -346,15 +347,19 @@ def test_going_on_in_another_environment_refuses(tmp_path, monkeypatch):
 
 def test_a_damaged_plan_and_folders_of_something_else_refuse(tmp_path):
     cases = {
-        "plan": ("build.json", "not json", "damaged"),
-        "notes": ("notes.txt", "mine", "not empty and no unfinished build"),
+        "plan": ("build.json", "not json", r"build\.json: damaged"),
+        "someone's plan": ("build.json", "not json", "not empty, and no dataset"),
+        "notes": ("notes.txt", "mine", "not empty, and no dataset"),
     }
     for name, (file, text, message) in cases.items():
-        (tmp_path / name).mkdir()
+        if name == "plan":
+            mark(tmp_path / name, "dataset")
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / file).write_text(text)
+        before = contents(tmp_path / name)
         with pytest.raises(DataError, match=message):
             build(recipe(), tmp_path / name)
-        assert contents(tmp_path / name) == {file: text.encode()}
+        assert {**contents(tmp_path / name), LOCK: b""} == {**before, LOCK: b""}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DataError, match="is a file; give another --out"):
         build(recipe(), tmp_path / "file")

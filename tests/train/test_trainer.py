@@ -421,7 +421,7 @@ def test_a_model_that_knows_too_few_labels_is_refused(config, tiny_dataset):
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/run: cannot be written: Not a directory; choose another --out"):
+    with pytest.raises(DataError, match=r"file/run: cannot be written \(Not a directory\)"):
         train(config(), tmp_path / "file" / "run")
 
 

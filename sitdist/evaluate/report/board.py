@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from sitdist.evaluate.experiments.tables import ExperimentTable
 from sitdist.evaluate.plots import METRICS
 from sitdist.evaluate.report.stored import Evaluation, Metrics, Row
 from sitdist.io.atomic import cannot_write, remove_leftovers, temporary_name
+from sitdist.io.images import picture_sizes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -75,7 +74,7 @@ def _picture_summary(tag: str, png: bytes) -> Any:
     """The PNG file as it is; add_image would decode and encode it again."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    width, height = Image.open(io.BytesIO(png)).size
+    width, height = picture_sizes(png)[0]
     image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
