@@ -21,12 +21,14 @@ from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.poses import OF_PICTURES
+from sitdist.evaluate.views import check_codec
 from sitdist.flow.calibration import BAR_LEVELS, FEWEST, LEVELS, Calibration, fit_calibration, rendered_mean
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.io.json_file import read_json, write_json
 from sitdist.model.codec import latent_mean
+from sitdist.runs.ownership import check_ours
 from sitdist.train.build import build_estimate
 from sitdist.train.checkpoint import LoadedRun, load_run
 
@@ -164,6 +166,10 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     ConfigError for the training split, whose errors are smaller than others', and for a model that reads no poses.
     """
     run = Path(run)
+    if options.batch is not None and options.batch < 1:
+        raise ConfigError(f"--batch {options.batch}: expected 1 or more")
+    if not check_ours(run, "run"):
+        raise DataError(f"{run}: no run; give the --out of `sitdist train`")
     loaded = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     settings = loaded.config.evaluate
     why_not = loaded.config.flow.why_no_pose()
@@ -201,8 +207,7 @@ def _check_split(data: Path, manifest: DatasetManifest, loaded: LoadedRun, split
             f"--split {split}: the run was trained on these views, so that their errors are smaller than others'; "
             "calibrate on a split that was held out"
         )
-    if manifest.codec != loaded.manifest.codec:
-        raise ConfigError(f"{data}: encoded by another codec than the run's; build it with the codec in the run")
+    check_codec(data, manifest, loaded)
     if manifest.splits[split].count < FEWEST:
         raise DataError(
             f"{data}: split '{split}' has {manifest.splits[split].count} views, too few to calibrate on; "

@@ -30,7 +30,11 @@ FORMAT_VERSION = 1
 # What folders hold that were written before there was a mark: one of these sets of names.
 UNMARKED: dict[str, tuple[tuple[str, ...], ...]] = {
     "run": (("config.yaml", "dataset.json", "codec/codec.json"),),
-    "evaluation": (("plan.json", "units", "claims"),),
+    "evaluation": (
+        ("plan.json", "units", "claims"),
+        *((f"{name}/plan.json", f"{name}/units") for name in ("turntable", "interpolation", "cycle", "solvers")),
+    ),
+    "ablation": (("ablation.json", "baseline"),),
     "dataset": (("manifest.json", "codec/codec.json"), ("build.json", "codec/codec.json")),
 }
 OPTION = {"cache": "reader.cache"}  # what names a folder of this kind; all others are named by --out

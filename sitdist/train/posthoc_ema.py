@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.errors import CheckpointError, ConfigError
+from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.flow.predict import VelocityModel
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.tensors import read_tensors
+from sitdist.runs.ownership import check_ours
 from sitdist.train.guard import lerp_unless_masked
 from sitdist.train.parts import own_parts, part_of, whole_of
 
@@ -236,10 +237,18 @@ def _names_in(path: Path) -> list[str]:
         raise CheckpointError(f"{path}: damaged ({error}); remove it, and the others will do") from None
 
 
-def reconstruct_to_file(run: Path, sigma_rel: float, step: int | None, out: Path | None) -> str:
-    """`reconstruct` written as .safetensors; returns a line that says where, and how near."""
+def reconstruct_to_file(
+    run: Path, sigma_rel: float, step: int | None, out: Path | None, overwrite: bool = False
+) -> str:
+    """`reconstruct` written as .safetensors; returns a line that says where, and how near.
+
+    `out`: by default a file in the run, in place of an earlier one. DataError if it is there already and not to be
+    overwritten.
+    """
     if out is not None:
-        check_free(out)
+        check_free(out, overwrite)
+    elif not check_ours(run, "run"):
+        raise DataError(f"{run}: no run; give the --out of `sitdist train`")
     found = reconstruct(run, sigma_rel, step)
     place = out or run / "averages" / f"reconstructed_{sigma_rel:g}_at_{found.step}.safetensors"
     write_atomically(place, lambda path: save_file(found.tensors, path))
