@@ -51,7 +51,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def tree(random: Random, original: Any) -> tuple[Any, str]:
-    """A tree of JSON with one to three of its nodes replaced, removed, renamed, repeated or added; and what was done."""
+    """A tree with one to three nodes replaced, removed, renamed, repeated or added; and what was done."""
     changed, done = copy.deepcopy(original), []
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         found = places(changed)
@@ -164,6 +164,63 @@ def data_bytes(random: Random, original: bytes) -> bytes:
         else:
             data[place : place + 4] = random.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80"))
     return bytes(data) if bytes(data) != original else original + b"\x00"
+
+
+def bad_word(random: Random) -> str:
+    """A word of a command line that is no valid value of anything."""
+    pool = (
+        "",
+        " ",
+        "nan",
+        "inf",
+        "-inf",
+        "-1",
+        "0",
+        "1e400",
+        "9" * 400,
+        "x" * 300,
+        "a\nb",
+        "\udcff\udcfe",
+        "--",
+        "None",
+    )
+    return random.choice((*pool, "1,2", "é", "\x1b[2J", "1:1", "7:1", "0x10", "1_0", "٣", "²", "/dev/full", "a" * 5000))
+
+
+def lines(random: Random, data: bytes) -> tuple[bytes, str]:
+    """Lines of JSON with one spoiled, removed or repeated."""
+    found = data.splitlines()
+    place = random.randrange(len(found))
+    how = random.choice(("tree", "tree", "tree", "remove", "repeat", "bytes"))
+    if how == "tree":
+        changed, how = tree(random, json.loads(found[place]))
+        found[place] = json.dumps(changed).encode()
+    elif how == "remove":
+        del found[place]
+    elif how == "repeat":
+        found.insert(place, found[place])
+    else:
+        return data_bytes(random, data), "bytes"
+    return b"".join(line + b"\n" for line in found), how
+
+
+def colmap_text(random: Random, original: str) -> tuple[str, str]:
+    """A COLMAP text with a word or a line replaced, removed or repeated."""
+    found = original.split("\n")
+    place = random.choice([number for number, line in enumerate(found) if line and not line.startswith("#")])
+    how = random.choice(("word", "word", "word", "word", "remove", "repeat", "characters"))
+    if how == "word":
+        words = found[place].split(" ")
+        number = random.randrange(len(words))
+        words[number] = str(value(random)) if random.random() < 0.7 else bad_word(random)
+        found[place], how = " ".join(words), f"word {number} is {words[number][:20]!r}"
+    elif how == "remove":
+        del found[place]
+    elif how == "repeat":
+        found.insert(place, found[place])
+    else:
+        found[place] = text(random, found[place])
+    return "\n".join(found), how
 
 
 # -------------------------------------------------------------------------------------------------------------- arrays
