@@ -69,8 +69,8 @@ def test_builds_killed_at_random_moments_go_on_to_the_same_bytes(tmp_path, world
 
     seconds = timed(lambda: start(tmp_path / "undisturbed"))
     expected, generator, died = contents(tmp_path / "undisturbed"), random.Random(20 + world), 0
+    out = tmp_path / "out"
     while died < KILLS:
-        out = tmp_path / "out"
         died += with_kills(lambda: start(out), seconds, generator)
         assert contents(out) == expected
         assert verify(out) == []
@@ -85,8 +85,8 @@ def test_evaluations_killed_at_random_moments_have_every_view_once(tmp_path, tin
 
     seconds = timed(lambda: start(tmp_path / "undisturbed"))
     expected, generator, died = records(tmp_path / "undisturbed"), random.Random(30 + world), 0
+    out = tmp_path / "out"
     while died < KILLS:
-        out = tmp_path / "out"
         died += with_kills(lambda: start(out), seconds, generator)
         assert records(out) == expected
         assert len({row["key"] for row in expected}) == len(expected) == 12

@@ -87,5 +87,5 @@ def test_one_of_two_works_and_the_other_stops_with_its_name(commands, undisturbe
         assert holder.groups() == ((gate / str(1 - stopped)).read_text(), socket.gethostname())
         assert str(out) in errors[0]
         assert results(kind, out) == expected, attempt
-        assert not [path for path in out.rglob(".sitdist-*")]
+        assert not list(out.rglob(".sitdist-*"))
         assert os.path.lexists(out / "sitdist.json")

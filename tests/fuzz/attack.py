@@ -20,6 +20,7 @@ begin with `sitdist: ` or `sitdist` and a level; they are counted apart. A viola
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -33,6 +34,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
@@ -306,19 +308,20 @@ def import_everything() -> None:
             importlib.import_module(module.name)
 
 
-def worker(own: int, jobs: int, seed: int, wanted: int, first: int, template: Path, folder: Path) -> None:
-    """Attempt inputs own, own + jobs, ... until enough are refused; a line of JSON each in a file."""
-    refused = 0
+def worker(own: int, options: argparse.Namespace, template: Path, folder: Path) -> None:
+    """Attempt every jobs-th input until enough are refused; a line of JSON each in a file."""
+    names, refused = list(inputs.AREAS), 0
+    numbers = (n for n in itertools.count(options.first) if not options.areas or names[n % len(names)] in options.areas)
     folder.mkdir()
     with (folder / "outcomes.jsonl").open("w") as file:
-        for number in range(first + own, first + 20 * wanted + 200, jobs):
-            outcome = attempt(number, seed, template, folder)
+        for number in itertools.islice(numbers, own, None, options.jobs):
+            outcome = attempt(number, options.seed, template, folder)
             refused += outcome.code == 2 and not outcome.wrong
             file.write(json.dumps(asdict(outcome)) + "\n")
             file.flush()
             if outcome.wrong:
                 print(describe(asdict(outcome)), file=sys.stderr, flush=True)
-            if refused >= wanted / jobs:
+            if refused >= options.refused / options.jobs:
                 return
 
 
@@ -355,6 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", type=int, help="attempt this input alone, keep its tree and show what happened")
+    parser.add_argument("--areas", nargs="+", choices=[*inputs.AREAS], help="attack these areas (default: all)")
     parser.add_argument("--report", type=Path, help="file for all outcomes as JSON lines")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="attack-") as temporary:
@@ -366,14 +370,11 @@ def main(arguments: list[str] | None = None) -> int:
             outcome = attempt(options.only, options.seed, folder / "template", kept, keep=True)
             print(describe(asdict(outcome)), outcome, sep="\n")
             return int(bool(outcome.wrong))
-        workers = [
-            _fork(lambda own=own: worker(own, options.jobs, options.seed, options.refused, options.first,
-                                         folder / "template", folder / f"worker-{own}"))
-            for own in range(options.jobs)
-        ]  # fmt: skip
-        for pid in workers:
+        template, own_folders = folder / "template", [folder / f"worker-{own}" for own in range(options.jobs)]
+        starts = [partial(worker, own, options, template, each) for own, each in enumerate(own_folders)]
+        for pid in [_fork(start) for start in starts]:
             assert os.waitpid(pid, 0)[1] == 0, "a worker has failed"
-        outcomes = [outcome for own in range(options.jobs) for outcome in _read(folder / f"worker-{own}")]
+        outcomes = [outcome for each in own_folders for outcome in _read(each)]
     outcomes.sort(key=lambda each: each["number"])
     if options.report:
         options.report.write_text("".join(json.dumps(each) + "\n" for each in outcomes))
