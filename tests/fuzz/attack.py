@@ -240,9 +240,7 @@ def judge(
         wrong.append(f"exit code {outcome.code}")
     if "Traceback (most recent call last)" in err + out:
         wrong.append("traceback")
-    elif (
-        outcome.code == 2 and not (reports and not lines) and (errors != lines[-1:] or (len(lines) > 1 and not reports))
-    ):
+    elif outcome.code == 2 and not is_one_line(lines, errors, reports):
         wrong.append(f"{len(lines)} lines, {len(errors)} of them errors")
     if outcome.code == 0 and errors:
         wrong.append("an error, and exit code 0")
@@ -262,6 +260,13 @@ def judge(
     if (logs / "seen").exists():
         wrong += sorted(set((logs / "seen").read_text("utf-8", "backslashreplace").splitlines()))
         (logs / "seen").unlink()
+
+
+def is_one_line(lines: list[str], errors: list[str], reports: bool) -> bool:
+    """Whether there is one error, the last line and the only one; a report's lines may come before, or in its place."""
+    if reports:
+        return errors == (lines[-1:] if errors else [])
+    return len(lines) == len(errors) == 1
 
 
 def blame(err: str) -> str:
