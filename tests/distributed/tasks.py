@@ -280,3 +280,13 @@ def doctor_to_file(folder: Path, config: str) -> None:
     from sitdist.train.doctor import doctor
 
     (folder / f"doctor_{rank()}.txt").write_text(doctor(Path(config), [], None, folder / "run").report())
+
+
+def start_together(gate: Path, own: int, count: int, *arguments: str) -> None:
+    """A command, once `count` processes stand at the gate, where each leaves its number and its process id."""
+    unfinished = gate / f".{own}"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(gate / str(own))
+    while len(list(gate.glob("[0-9]*"))) < count:
+        time.sleep(0.0005)
+    cli.main(arguments)
