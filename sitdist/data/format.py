@@ -143,10 +143,7 @@ class ObjectEntry(_Entry):
     def _usable(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
         if values is not None:
             _arrays(values, {"scale": (), "rotation": (3, 3), "translation": (3,)})
-            similarity, frame = Similarity.from_dict(values), torch.eye(4, dtype=torch.float64)
-            frame[:3, :3] = similarity.rotation
-            if similarity.scale <= 0 or not are_rigid(frame):
-                raise ValueError("not a positive scale, a rotation and a translation")
+            Similarity.from_dict(values)
         return values
 
 

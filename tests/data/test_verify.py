@@ -345,7 +345,7 @@ MANIFESTS = {  # a change of the manifest, and what the line says of it
     "similarity of text": (change_at("objects", 0, "similarity", to={"scale": "1"}), "not scale and rotation"),
     "similarity that shears": (
         change_at("objects", 0, "similarity", to={"scale": 1, "rotation": [[1, 1, 0]] * 3, "translation": [0, 0, 0]}),
-        "a rotation",
+        "no rotation",
     ),
     "statistics with NaN": (change_at("statistics", "translation", "mean", to=[float("nan"), 0, 0]), "NaN"),
     "statistics of one number": (change_at("statistics", "rotation", "std", to=1.0), "std is not [3, 3]"),
