@@ -51,7 +51,8 @@ LEFT_BEHIND = re.compile(  # by a process that was killed while it wrote or remo
     r"|\.step_[0-9]{8,}(\.(tmp|old|damaged)-[0-9]+|\.safetensors\.tmp)"
 )
 
-# What may differ between a run and its continuation: where things are, how long and how closely it is watched.
+# What may differ between a run and its continuation, and between a checkpoint and the config.yaml beside it: where
+# things are (`data` may have moved), how long it is trained, how closely it is watched, and how it is evaluated.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
     r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|loss_spike|non_finite\.budget|profile(\..*)?|tracker)"
