@@ -321,8 +321,7 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch, path, error, message):
 
 
 @pytest.mark.parametrize(
-    "background",
-    [(0.5, 0.5), (0.5, 0.5, 2.0), (0.5, 0.5, float("nan")), (-0.1, 0.0, 0.0), ("1", "1", "1"), "red", 5, [[1]]],
+    "background", [(0.5, 0.5), (0.5, 0.5, 2.0), (0.5, 0.5, float("nan")), (-0.1, 0.0, 0.0), ("1", "1", "1"), 5, [[1]]]
 )
 def test_what_is_no_colour_is_no_background(exported, background):
     with pytest.raises(ConfigError, match="expected red, green and blue from 0 to 1"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from sitdist.data.writer import open_splits
 from sitdist.errors import ConfigError
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.io.atomic import check_free, write_folder
+from sitdist.io.json_file import write_json
 
 GIF_PER_SECOND = 16.0  # pictures
 
@@ -89,7 +89,7 @@ def write_pictures(
         if gif:
             save_gif([frame for frame in shown if frame is not None], folder / "turntable.gif", GIF_PER_SECOND)
         values = transforms(cameras.camera_to_world, cameras.intrinsics)
-        (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / "transforms.json", values)
 
     write_folder(out, write)
     return len(cameras.intrinsics)
