@@ -148,7 +148,7 @@ class Metrics(_Checked):
     generator: Text
     generator_steps: Count
     guidance: Number | None = None
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
     sigma: Number
     noise_floor: NoiseFloor | None
     no_pose: Text | None = None
