@@ -15,9 +15,11 @@ that of the photos where a scene was fitted to them. Results are on the CPU, whe
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,12 +75,19 @@ def load(
         run = load_run(folder, device, step)
         framing = framing_of(run.manifest, Path(run.config.data))
     if background is not None:
-        framing = replace(framing, backgrounds={entry.label: background for entry in run.manifest.objects})
+        try:
+            given = [float(each) if isinstance(each, Real) else math.nan for each in background]
+        except TypeError:
+            given = []
+        if len(given) != 3 or not all(0.0 <= each <= 1.0 for each in given):
+            raise ConfigError(f"background {background!r:.80}: expected red, green and blue from 0 to 1")
+        colour = (given[0], given[1], given[2])
+        framing = replace(framing, backgrounds={entry.label: colour for entry in run.manifest.objects})
     return Flow(run, framing, device, folder)
 
 
 def _folder_of(path: str) -> Path:
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # and no error for names that no folder can have
         return Path(path)
     if not HUB_ID.fullmatch(path):
         raise DataError(f"{path}: no such folder; give a run, an exported folder, or a hub id such as user/chair")

@@ -128,7 +128,7 @@ def _parser() -> _Parser:
         ("info", _shards_info, "say what a dataset holds"),
     ):
         command = shards.add_parser(name, help=text)
-        command.add_argument("dataset", type=Path)
+        command.add_argument("dataset", help="folder or fsspec URL")
         command.set_defaults(command=function)
 
     codec = commands.add_parser("codec", help="make codecs").add_subparsers(required=True, metavar="ACTION")
@@ -449,8 +449,9 @@ def _scene_fit(options: argparse.Namespace) -> None:
 
     from sitdist.data.photos import read_photos
     from sitdist.evaluate import metrics
+    from sitdist.io.atomic import check_free
     from sitdist.scene.fit import FitOptions, fit_scene, turntable
-    from sitdist.scene.store import check_free, save_scene
+    from sitdist.scene.store import save_scene
 
     check_free(options.out)
     background = (options.background[0], options.background[1], options.background[2]) if options.background else None

@@ -309,13 +309,24 @@ def test_a_hub_id_is_had_from_the_hub_or_refused_in_one_line(exported, monkeypat
     [
         ("/nowhere/at/all", DataError, "/nowhere/at/all: no such folder; give a run, an exported folder, or a hub id"),
         ("nowhere", DataError, "nowhere: no such folder"),
-        (".", CheckpointError, "holds no config.yaml, so it is no run"),
+        (".", CheckpointError, "has no whole checkpoint"),
+        ("x" * 300, DataError, "no such folder"),
+        ("a\0b", DataError, "no such folder"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path, monkeypatch, path, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         sitdist.load(path)
+
+
+@pytest.mark.parametrize(
+    "background",
+    [(0.5, 0.5), (0.5, 0.5, 2.0), (0.5, 0.5, float("nan")), (-0.1, 0.0, 0.0), ("1", "1", "1"), "red", 5, [[1]]],
+)
+def test_what_is_no_colour_is_no_background(exported, background):
+    with pytest.raises(ConfigError, match="expected red, green and blue from 0 to 1"):
+        sitdist.load(exported, background=background)
 
 
 def test_the_package_has_no_other_names():

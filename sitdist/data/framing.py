@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
+from sitdist.config import Colour, Schema, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.scene import scene_background
 from sitdist.data.zoom import kernel_weights
-from sitdist.errors import DataError
+from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.images import check_camera_size, open_picture, picture_sizes, to_array
@@ -59,10 +61,18 @@ class Framing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Framing:
-        """What `to_dict` gave."""
-        camera, size = values["camera"], int(values["size"])
-        colours = {int(label): (float(r), float(g), float(b)) for label, (r, g, b) in values["backgrounds"].items()}
-        return cls(size, None if camera is None else square_camera(camera, size), colours)
+        """What `to_dict` gave; ConfigError or DataError if it cannot be that of training pictures."""
+        given = parse(_Framing, values, "framing")
+        camera = None if given.camera is None else square_camera(given.camera, given.size)
+        if camera is not None:
+            check_intrinsics(camera, "framing.camera")
+        return cls(given.size, camera, {int(label): colour for label, colour in given.backgrounds.items()})
+
+
+class _Framing(Schema):
+    size: Annotated[int, Field(gt=0, le=1 << 14)]
+    camera: Annotated[tuple[float, float, float, float], Field(strict=False)] | None
+    backgrounds: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Colour]
 
 
 def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
@@ -72,11 +82,22 @@ def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
 
 
 def framing_of(manifest: DatasetManifest, data: Path) -> Framing:
-    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand."""
+    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand.
+
+    DataError where its recipe tells no camera or colour that pictures can have.
+    """
     dataset = data if _is_there(manifest, data) else None
-    colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
-    known = {label: colour for label, colour in colours.items() if colour is not None}
-    return Framing(manifest.image_size, _camera(manifest, dataset), known)
+    try:
+        colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
+        known = {label: colour for label, colour in colours.items() if colour is not None}
+        framing = Framing(manifest.image_size, _camera(manifest, dataset), known)
+        Framing.from_dict(framing.to_dict())
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, ConfigError) as error:
+        raise DataError(
+            f"dataset {manifest.name}: its recipe does not tell how its pictures are made ({str(error)[:160]}); "
+            "build the dataset again"
+        ) from None
+    return framing
 
 
 def _is_there(manifest: DatasetManifest, data: Path) -> bool:

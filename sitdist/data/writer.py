@@ -35,7 +35,7 @@ from sitdist.data.shard import SampleMaker, Shard, Split, Written, shards_of, wr
 from sitdist.data.sources import open_source
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.flow import draws
-from sitdist.geometry.camera import camera_radius
+from sitdist.geometry.camera import camera_radius, is_upright, looks_at_origin
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import PREFIX, file_sha256, write_atomically, write_folder
 from sitdist.io.json_file import read_json, write_json
@@ -359,16 +359,10 @@ def _split_entry(split: Split, written: Sequence[Written]) -> SplitEntry:
 
 
 def _camera_facts(split: Split) -> CameraFacts:
-    poses = split.camera_to_world
-    right, up, backward, position = poses[:, :3, :4].unbind(-1)  # [n, 3] each
-    distance = (position * backward).sum(-1)  # of the origin, along the line of sight
-    beside = torch.linalg.vector_norm(position - distance[:, None] * backward, dim=-1)
-    aimed = (beside <= 1e-4 * camera_radius(poses)) & (distance > 0)
-    level = (right[:, 2].abs() <= 1e-4) & (up[:, 2] >= -1e-4)
     first = split.source.intrinsics(int(split.indices[0]))
     return CameraFacts(
-        looks_at_origin=bool(aimed.all()),
-        upright=bool(level.all()),
+        looks_at_origin=bool(looks_at_origin(split.camera_to_world).all()),
+        upright=bool(is_upright(split.camera_to_world).all()),
         same_intrinsics=all(split.source.intrinsics(view) == first for view in split.indices.tolist()),
     )
 

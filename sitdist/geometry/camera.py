@@ -95,6 +95,20 @@ def camera_radius(camera_to_world: Tensor) -> Tensor:
     return torch.linalg.vector_norm(camera_to_world[..., :3, 3], dim=-1)
 
 
+def looks_at_origin(camera_to_world: Tensor) -> Tensor:
+    """Whether the optical axis of each camera [N, 4, 4] meets the origin, in front of it, to 1e-4 of its distance."""
+    backward, position = camera_to_world[:, :3, 2], camera_to_world[:, :3, 3]
+    distance = (position * backward).sum(-1)  # of the origin, along the line of sight
+    beside = torch.linalg.vector_norm(position - distance[:, None] * backward, dim=-1)
+    return (beside <= 1e-4 * camera_radius(camera_to_world)) & (distance > 0)
+
+
+def is_upright(camera_to_world: Tensor) -> Tensor:
+    """Whether the x axis of each camera [N, 4, 4] is level and its y axis does not point down, to 1e-4."""
+    right, up = camera_to_world[:, :3, 0], camera_to_world[:, :3, 1]
+    return (right[:, 2].abs() <= 1e-4) & (up[:, 2] >= -1e-4)
+
+
 def look_at(position: Tensor, target: Sequence[float] | Tensor = (0.0, 0.0, 0.0)) -> Tensor:
     """Upright camera_to_world [..., 4, 4] (float64) of cameras at `position` [..., 3] that look at `target` [..., 3].
 

@@ -34,6 +34,17 @@ def check_rigid(camera_to_world: Tensor, name: str) -> None:
         raise PoseError(f"{name}: position {pose[:3, 3].tolist()}; expected at most {FARTHEST:g}, so change the unit")
 
 
+def are_rigid(camera_to_world: Tensor) -> Tensor:
+    """Whether `check_rigid` accepts each of the matrices [..., 4, 4]; [...] bool."""
+    pose = camera_to_world.to(torch.float64)
+    rotation, last = pose[..., :3, :3], pose.new_tensor([0.0, 0.0, 0.0, 1.0])
+    residual = (rotation.mT @ rotation - torch.eye(3).to(pose)).abs().amax((-2, -1))
+    first, second, third = rotation.unbind(-2)
+    determinant = (torch.linalg.cross(first, second) * third).sum(-1)
+    proper = (residual <= RIGID_TOLERANCE) & (determinant >= 0)
+    return proper & torch.isclose(pose[..., 3, :], last, atol=1e-6).all(-1) & pose.isfinite().all(-1).all(-1)
+
+
 def project_to_so3(matrix: Tensor) -> Tensor:
     """The rotation nearest to `matrix` [..., 3, 3] in Frobenius norm, determinant +1, float64.
 

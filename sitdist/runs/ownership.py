@@ -37,6 +37,7 @@ UNMARKED: dict[str, tuple[tuple[str, ...], ...]] = {
     "ablation": (("ablation.json", "baseline"),),
     "dataset": (("manifest.json", "codec/codec.json"), ("build.json", "codec/codec.json")),
 }
+OPTION = {"cache": "reader.cache"}  # what names a folder of this kind; all others are named by --out
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 BEAT = 2.0  # seconds between two counts of a holder
 PATIENCE = 10.0  # seconds without a count, after which a holder on another machine has ended
@@ -47,32 +48,39 @@ def check_ours(folder: Path, kind: Kind) -> bool:
     """Whether `folder` is one of ours; False where it is new or empty. DataError if it is another's, or of another
     kind: nothing may be written there.
     """
+    remedy = f"give another {OPTION.get(kind, '--out')}"
     try:
         if not os.path.lexists(folder):
             return False
         if not folder.is_dir():
-            raise DataError(f"{folder}: is a file; give another --out")
+            raise DataError(f"{folder}: is a file; {remedy}")
         if os.path.lexists(folder / MARK):
-            found = read_json(folder / MARK, "give another --out").get("kind")
+            found = read_json(folder / MARK, remedy).get("kind")
             if found != kind:
-                raise DataError(f"{folder}: holds a sitdist {_shown(found)}, not a {kind}; give another --out")
+                raise DataError(f"{folder}: holds a sitdist {_shown(found)}, not a {kind}; {remedy}")
             return True
         if any(all((folder / name).exists() for name in names) for names in UNMARKED.get(kind, ())):
             return True
         if all(entry.name.startswith(PREFIX) for entry in folder.iterdir()):
             return False
+        if os.path.lexists(folder / MARK):  # another process has just written it
+            return check_ours(folder, kind)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}); give another --out") from None
-    raise DataError(f"{folder}: not empty, and no {kind} of sitdist's; give another --out, or an empty folder")
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); {remedy}") from None
+    raise DataError(f"{folder}: not empty, and no {kind} of sitdist's; {remedy}, or an empty folder")
 
 
 def _shown(kind: Any) -> str:
     return str(kind)[:40] if isinstance(kind, str) else "folder"
 
 
-def mark(folder: Path, kind: Kind) -> bool:
-    """Make `folder` ours; whether it was not before. DataError if it is another's or cannot be written."""
-    new = not check_ours(folder, kind)
+def mark(folder: Path, kind: Kind, adopt: bool = False) -> bool:
+    """Make `folder` ours; whether it was not before. DataError if it is another's or cannot be written.
+
+    `adopt`: the caller knows that it is ours, although it may have no mark.
+    """
+    adopted = adopt and not os.path.lexists(folder / MARK)
+    new = not adopted and not check_ours(folder, kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -188,12 +188,13 @@ class Monitor:
         return {f"train_speed/{name}": value for name, value in speed.items()}
 
     def write_scalars(self, step: int, scalars: dict[str, float], group: str) -> None:
-        """One line of metrics.jsonl, and a TensorBoard scalar for each value."""
+        """One line of metrics.jsonl, in which what is not finite is null, and a TensorBoard scalar for each value."""
         self._write(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         if self._lines is not None:
-            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             self._lines.flush()
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)

@@ -203,3 +203,23 @@ def test_what_the_recipe_does_not_tell_is_read_from_the_dataset(tiny_dataset, tm
         unknown.background(0)
     with pytest.raises(DataError, match="the training pictures' intrinsics are not known here"):
         framed(np.zeros((16, 16, 3)), unknown, "it", intrinsics=CAMERA)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"background": "red"},
+        {"background": [0.5]},
+        {"background": [2.0, 0.0, 0.0]},
+        {"fov_deg": "wide"},
+        {"fov_deg": 0.0},
+        {"fov_deg": [40.0]},
+        {"radius_augmentation": 3},
+    ],
+)
+def test_a_recipe_that_tells_no_camera_or_colour_is_refused_in_one_line(tiny_dataset, tmp_path, source):
+    manifest = load_manifest(tiny_dataset)
+    recipe = manifest.recipe | {"splits": {"train": manifest.recipe["splits"]["train"] | source}}
+    with pytest.raises(DataError, match=r"dataset tiny|framing") as refused:
+        framing_of(manifest.model_copy(update={"recipe": recipe}), tmp_path)
+    assert "\n" not in str(refused.value)

@@ -469,9 +469,9 @@ def test_verify_finds_an_altered_index_and_missing_files(damaged):
     (damaged / "train" / "00001.index.npz").unlink()
     (damaged / "train" / "00002.tar").unlink()
     assert verify(damaged) == [
-        "train/00000.tar: index altered; build the dataset again",
-        "train/00001.tar: missing (index); build the dataset again",
-        "train/00002.tar: missing (tar); build the dataset again",
+        "train/00000.index.npz: missing or damaged index (Bad CRC-32 for file 'start.npy'); build the dataset again",
+        "train/00001.index.npz: missing or damaged index (no such file); build the dataset again",
+        "train/00002.tar: cannot be read (no such file); build the dataset again",
     ]
 
 
@@ -491,15 +491,16 @@ def test_verify_finds_an_altered_codec(damaged):
 
 
 def test_verify_names_both_values_where_manifest_and_codec_disagree(damaged):
-    edit_manifest(damaged, lambda values: values["codec"].update(downsample=8))
+    edit_manifest(damaged, lambda values: values["codec"].update(kind="vae"))
     assert verify(damaged) == [
-        "manifest.json: codec downsample is 8 but the codec folder's is 4; build again",
+        "manifest.json: codec kind is vae but the codec folder's is pca; build again",
     ]
 
 
 def test_verify_finds_a_split_whose_shards_do_not_add_up(damaged):
     edit_manifest(damaged, lambda values: values["splits"]["val"].update(count=2))
-    assert verify(damaged) == ["manifest.json: the shards of val do not hold 2 samples; build again"]
+    with pytest.raises(DataError, match=r"manifest\.json: damaged \(splits\.val: shards of 3 samples but count 2\)"):
+        verify(damaged)
 
 
 # ------------------------------------------------------------------------------------------------- packed intrinsics
@@ -571,5 +572,5 @@ def test_a_missing_newer_or_damaged_manifest_is_named(dataset, damaged, tmp_path
 
 def test_a_codec_folder_without_its_weights_is_named(damaged):
     (damaged / "codec" / "weights.safetensors").write_bytes(b"short")
-    with pytest.raises(CodecError, match="codec: no readable codec"):
+    with pytest.raises(CodecError, match=r"weights\.safetensors: no safetensors file"):
         load_codec(damaged / "codec")
