@@ -19,7 +19,7 @@ from sitdist.evaluate.views import check_codec
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import check_free, write_atomically
-from sitdist.io.memory import require_memory
+from sitdist.io.files import check_memory
 from sitdist.model.codec import latent_mean
 from sitdist.train.checkpoint import LoadedRun, load_run
 
@@ -83,7 +83,7 @@ def split_likelihood(
     count = len(reader) if views is None else min(views, len(reader))
     batch = min(batch, count)
     need = PROBE_BYTES * probes * batch * math.prod(_shape(loaded))
-    require_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")
+    check_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")
     densities = []
     for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
         indices = list(range(start, min(start + batch, count)))
