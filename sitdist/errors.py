@@ -38,6 +38,10 @@ class ProcessError(SitdistError):
     """Another process of this command has failed, ended, or does not answer."""
 
 
+class OutOfMemoryError(SitdistError):
+    """More memory than there is."""
+
+
 class RunInterrupted(BaseException):
     """A signal asked the run to stop; everything is saved and the run can be resumed (exit code 75)."""
 

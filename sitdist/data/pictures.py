@@ -17,9 +17,9 @@ from sitdist.data.animation import save_gif
 from sitdist.data.camera_path import transforms
 from sitdist.data.scene import backdrop, look, open_scene
 from sitdist.data.writer import open_splits
-from sitdist.errors import ConfigError, DataError
+from sitdist.errors import ConfigError
 from sitdist.geometry.camera import Intrinsics, look_at
-from sitdist.io.atomic import write_folder
+from sitdist.io.atomic import check_free, write_folder
 
 GIF_PER_SECOND = 16.0  # pictures
 
@@ -71,8 +71,7 @@ def write_pictures(
     `alpha` leaves the background out: the colour is the object's own and alpha its share of the pixel. `gif`: also
     turntable.gif, a loop of all pictures. DataError if `out` exists; it is there when it is whole, or not at all.
     """
-    if out.exists():
-        raise DataError(f"{out}: already exists; give another --out, or remove it")
+    check_free(out)
     scene = open_scene(scene_folder)
     behind = backdrop(scene, background)
 
