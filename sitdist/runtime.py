@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError
+from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError, as_told, one_line, shortened, shown
 from sitdist.heartbeat import Heartbeat
 
 log = logging.getLogger("sitdist")
@@ -141,6 +141,21 @@ def _use_cpu() -> bool:
     return asked or not torch.cuda.is_available()
 
 
+def find_device(device: torch.device | str) -> torch.device:
+    """The device of that name, `auto` for the first GPU or else the CPU; ConfigError where it is not there."""
+    gpus, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    try:
+        name = ("cuda" if gpus else "cpu") if str(device) == "auto" else device
+        found = torch.device(name) if isinstance(name, str | torch.device) else torch.device("meta")
+    except RuntimeError:  # no such kind
+        found = torch.device("meta")
+    number = found.index or 0
+    if not {"cpu": number == 0, "cuda": number < gpus, "mps": mps}.get(found.type, False):
+        there = ", ".join(["auto", "cpu", *(f"cuda:{each}" for each in range(gpus)), *["mps"] * mps])
+        raise ConfigError(f"device {shown(device)}: there is none here; choose one of {there}")
+    return found
+
+
 def computes_in_bf16(cpu: bool) -> bool:
     """Whether the CPU, or else the GPU, has instructions for bfloat16 instead of emulating it."""
     if not cpu:
@@ -223,8 +238,10 @@ class Agreement:
 
     def raise_first(self, failure: Exception | None) -> NoReturn:
         """Raise on every process what one of them met; `failure` is what this one has met, if anything."""
-        bug = failure is not None and not isinstance(failure, SitdistError)
-        told = ProcessError(f"{type(failure).__name__}: {failure}") if bug else failure
+        told = None if failure is None else as_told(failure)
+        bug = failure is not None and told is None
+        if bug:
+            told = ProcessError(f"{type(failure).__name__}: {shortened(str(failure))}; it says where its traceback is")
         errors = [(rank, error) for rank, error in enumerate(self.gather(told)) if error is not None]
         rank, first = min(errors, key=lambda entry: not isinstance(entry[1], ProcessError))  # bugs before the rest
         if failure is not None and bug:
@@ -334,7 +351,7 @@ class _StderrLines(logging.Handler):
     """Messages on stderr, above a progress bar that may be there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(one_line(self.format(record)), file=sys.stderr)
 
 
 def log_on_main(accelerator: Accelerator) -> None:

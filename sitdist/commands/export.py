@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sitdist.commands.arguments import positive
+from sitdist.commands.outcome import tell
 
 
 def add(commands: Any) -> None:
@@ -22,4 +23,4 @@ def _run(options: argparse.Namespace) -> None:
     from sitdist.export import export_run
 
     loaded = export_run(options.run, options.out, options.step)
-    print(f"{options.out}: {loaded.config.name} after {loaded.step} steps")
+    tell(f"{options.out}: {loaded.config.name} after {loaded.step} steps")
