@@ -26,7 +26,6 @@ from sitdist.commands.arguments import (
     count,
     elevation,
     names,
-    number,
     positive,
     positive_number,
     radii,
@@ -172,7 +171,7 @@ def _parser() -> _Parser:
     command.add_argument("--radius", type=positive_number, default=4.0, help="of the turntable (default: 4)")
     command.add_argument("--elevation", type=elevation, default=20.0, help="of the turntable in degrees (default: 20)")
     command.add_argument(
-        "--fov", type=number(1.0, 170.0), default=40.0, help="of the turntable in degrees (default: 40)"
+        "--fov", type=positive_number, default=40.0, help="of the turntable in degrees (default: 40)"
     )
     command.add_argument(
         "--size", type=whole(1, 16384), default=256, help="pixels of the turntable's side (default: 256)"
@@ -585,7 +584,7 @@ def _bench_pose(options: argparse.Namespace) -> None:
     from sitdist.io.atomic import write_atomically
     from sitdist.runtime import find_device
 
-    bench = bench_pose(options.runs, options.split, options.views, options.batch, find_device(options.device))
+    bench = bench_pose(options.runs, options.split, options.views, options.batch, str(find_device(options.device)))
     if options.json:
         text = json.dumps(bench.to_dict(), indent=2) + "\n"
         write_atomically(options.json, lambda path: path.write_text(text))

@@ -215,7 +215,7 @@ class PcaCodecConfig(Schema):
 
     kind: Literal["pca"]
     channels: Annotated[int, Field(gt=0, le=4096, multiple_of=4)] = 4
-    patch: Pixels = 4
+    patch: Annotated[int, Field(gt=0, le=64)] = 4
     fit_views: Positive = 1000
 
 

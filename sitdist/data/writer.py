@@ -42,6 +42,7 @@ from sitdist.flow import draws
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, flush_folder, write_atomically, write_folder
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
 from sitdist.runtime import Agreement, helper_threads
 
@@ -62,6 +63,7 @@ def build(
     with one_thread_each() as (pool, depth), ExitStack() as held:
         with agreement.together():
             splits = open_splits(recipe, only)
+            _check_memory(recipe, len(splits["train"]))
             plan = _plan(recipe, splits)
         plans = agreement.gather(plan)
         with agreement.together():
@@ -84,6 +86,14 @@ def build(
                 manifest = _manifest(recipe, out, splits, written, make)
                 _finish(out, manifest)
         return agreement.of_main(manifest)
+
+
+def _check_memory(recipe: Recipe, views: int) -> None:
+    """OutOfMemoryError where the pictures that are held at once cannot have room; a cautious bound."""
+    fitted = min(views, recipe.codec.fit_views) if isinstance(recipe.codec, PcaCodecConfig) else 0
+    held = max(2 * fitted, min(views, recipe.encode_batch))
+    what = f"{held:,} pictures of {recipe.image_size}x{recipe.image_size} pixels at once"
+    require_memory(12 * held * recipe.image_size**2, what, "lower encode_batch, codec.fit_views or image_size")
 
 
 @contextmanager
