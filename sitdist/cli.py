@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
+from sitdist.checks import find_device
 from sitdist.commands import export, pose, render, view
 from sitdist.commands.arguments import (
     ESTIMATORS,
@@ -170,9 +171,7 @@ def _parser() -> _Parser:
     command.add_argument("--split", default="train", help="(default: train)")
     command.add_argument("--radius", type=positive_number, default=4.0, help="of the turntable (default: 4)")
     command.add_argument("--elevation", type=elevation, default=20.0, help="of the turntable in degrees (default: 20)")
-    command.add_argument(
-        "--fov", type=positive_number, default=40.0, help="of the turntable in degrees (default: 40)"
-    )
+    command.add_argument("--fov", type=positive_number, default=40.0, help="of the turntable in degrees (default: 40)")
     command.add_argument(
         "--size", type=whole(1, 16384), default=256, help="pixels of the turntable's side (default: 256)"
     )
@@ -441,7 +440,6 @@ def _scene_render(options: argparse.Namespace) -> None:
 def _scene_fit(options: argparse.Namespace) -> None:
     from sitdist.data.photos import read_photos
     from sitdist.evaluate import metrics
-    from sitdist.runtime import find_device
     from sitdist.scene.fit import FitOptions, fit_scene, turntable
     from sitdist.scene.store import check_free, save_scene
 
@@ -582,7 +580,6 @@ def _bench_pose(options: argparse.Namespace) -> None:
 
     from sitdist.evaluate.bench_pose import bench_pose, format_bench
     from sitdist.io.atomic import write_atomically
-    from sitdist.runtime import find_device
 
     bench = bench_pose(options.runs, options.split, options.views, options.batch, str(find_device(options.device)))
     if options.json:

@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError, as_told, one_line, shortened, shown
+from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError, as_told, one_line, shortened
 from sitdist.heartbeat import Heartbeat
 
 log = logging.getLogger("sitdist")
@@ -139,21 +139,6 @@ def helper_threads(count: int, name: str) -> ThreadPoolExecutor:
 def _use_cpu() -> bool:
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.cuda.is_available()
-
-
-def find_device(device: torch.device | str) -> torch.device:
-    """The device of that name, `auto` for the first GPU or else the CPU; ConfigError where it is not there."""
-    gpus, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
-    try:
-        name = ("cuda" if gpus else "cpu") if str(device) == "auto" else device
-        found = torch.device(name) if isinstance(name, str | torch.device) else torch.device("meta")
-    except RuntimeError:  # no such kind
-        found = torch.device("meta")
-    number = found.index or 0
-    if not {"cpu": number == 0, "cuda": number < gpus, "mps": mps}.get(found.type, False):
-        there = ", ".join(["auto", "cpu", *(f"cuda:{each}" for each in range(gpus)), *["mps"] * mps])
-        raise ConfigError(f"device {shown(device)}: there is none here; choose one of {there}")
-    return found
 
 
 def computes_in_bf16(cpu: bool) -> bool:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sitdist.checks import number, whole
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.scene import scene_background
@@ -148,7 +149,12 @@ def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(picture, Tensor):
         if picture.ndim == 3:
             picture = picture.permute(1, 2, 0)
-        picture = picture.detach().cpu().numpy()
+        try:
+            picture = (
+                (picture.float() if picture.is_floating_point() else picture).detach().cpu().resolve_conj().numpy()
+            )
+        except (TypeError, RuntimeError):
+            raise DataError(f"{name}: a tensor of {picture.dtype} is no picture; give a dense one of numbers") from None
     if not isinstance(picture, np.ndarray):
         raise DataError(
             f"{name}: {type(picture).__name__} is no picture; give a file, a PIL image, an array or a tensor"
@@ -256,9 +262,18 @@ def framed(
 
 def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
     """DataError unless they are those of a pinhole camera."""
-    numbers = intrinsics.to_list()
-    if not all(map(math.isfinite, numbers)) or min(intrinsics.fx, intrinsics.fy) <= 0:
-        raise DataError(f"{name}: fx, fy, cx, cy are {numbers}; expected focal lengths above 0, in pixels")
+    width, height = (
+        whole(f"{name}: {side}", getattr(intrinsics, side), 1, 2**16, DataError) for side in ("width", "height")
+    )
+    fx, fy, cx, cy = (
+        number(f"{name}: {key}", getattr(intrinsics, key), error=DataError) for key in ("fx", "fy", "cx", "cy")
+    )
+    side = max(width, height)
+    if not 0.01 * side <= min(fx, fy) <= max(fx, fy) <= 1e4 * side or max(abs(cx), abs(cy)) > 100.0 * side:
+        raise DataError(
+            f"{name}: fx, fy, cx, cy are {[fx, fy, cx, cy]} for {width}x{height} pixels; expected focal lengths above "
+            "0 and a principal point, in pixels of that picture"
+        )
 
 
 def _mask(mask: Any, size: tuple[int, int], name: str) -> Tensor:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sitdist import checks
 from sitdist.flow import draws
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.path import Path
 from sitdist.flow.predict import guided
 from sitdist.flow.sde import SdeOptions, generate_sde
-from sitdist.flow.solve import Model, generate
+from sitdist.flow.solve import SOLVERS, Model, generate
 
 STOCHASTIC = {"euler_maruyama": "euler_maruyama", "stochastic_heun": "heun"}  # generators, and their SDE methods
 
@@ -35,6 +36,13 @@ class SampleOptions:
     diffusion_norm: float = 1.0
     last_step: str | None = "Mean"
     last_step_size: float = 0.04
+
+    def __post_init__(self) -> None:
+        checks.choice("generator", self.generator, (*SOLVERS, *STOCHASTIC))
+        checks.whole("generator steps", self.steps, 1)
+        checks.number("generator tolerance", self.tolerance, 1e-30)
+        if self.guidance is not None:
+            checks.number("guidance", self.guidance, 0.0)
 
 
 @torch.no_grad()

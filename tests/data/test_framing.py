@@ -171,7 +171,7 @@ def test_what_is_no_picture_is_named(tmp_path, picture, message):
     [
         ({"intrinsics": Intrinsics.from_fov(40.0, 16, 16)}, "32x32 pixels but its intrinsics are for 16x16"),
         ({"intrinsics": Intrinsics(0.0, 9.0, 4.0, 4.0, 32, 32)}, "expected focal lengths above 0"),
-        ({"intrinsics": Intrinsics(9.0, float("nan"), 4.0, 4.0, 32, 32)}, "expected focal lengths above 0"),
+        ({"intrinsics": Intrinsics(9.0, float("nan"), 4.0, 4.0, 32, 32)}, "it: fy nan: expected a number"),
         ({"mask": np.zeros((8, 8))}, "mask of it: 8x8 pixels but the picture has 32x32"),
     ],
 )
