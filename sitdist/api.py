@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sitdist.checks import LARGEST, LARGEST_SEED, array, choice, find_device, number, whole
 from sitdist.data.framing import Framing, Picture, check_intrinsics, framed, framing_of, resampled, to_pixels
-from sitdist.errors import ConfigError, DataError, PoseError, shown
+from sitdist.errors import ConfigError, DataError, PoseError, as_told, shown
 from sitdist.evaluate.calibrate import RunCalibration, load_calibration
 from sitdist.evaluate.poses import PoseReader, check_reading
 from sitdist.evaluate.refinement import SceneRefiner
@@ -372,7 +372,10 @@ class Flow:
 
     def _refiner(self, scene: str) -> SceneRefiner:
         if scene not in self._refiners:
-            self._refiners[scene] = SceneRefiner.open(scene, self.run.manifest, self.device)
+            try:
+                self._refiners[scene] = SceneRefiner.open(scene, self.run.manifest, self.device)
+            except OSError as error:
+                raise as_told(error) or error from None
         if self.camera is None and not self._statistics.has_intrinsics:
             raise ConfigError(
                 f"scene {scene}: the training pictures' intrinsics are not known here, as the dataset is not at hand; "

@@ -56,7 +56,7 @@ def array(name: str, value: Any, error: type[SitdistError] = ConfigError) -> tor
 
     try:
         if isinstance(value, torch.Tensor):
-            if value.dtype != torch.bool and not value.is_complex():
+            if value.dtype != torch.bool and not value.is_complex() and value.layout == torch.strided:
                 return value.detach().cpu().to(torch.float64)
         else:
             given = np.asarray(value)

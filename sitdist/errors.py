@@ -71,7 +71,7 @@ def one_line(text: str) -> str:
 
 def shortened(text: str, limit: int = 160) -> str:
     """At most `limit` characters of a text: its beginning and its end."""
-    return text if len(text) <= limit else f"{text[: limit - 40]}...{text[-30:]}"
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[3 - limit // 3 :]}"
 
 
 def shown(value: Any, limit: int = 160) -> str:

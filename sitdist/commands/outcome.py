@@ -79,7 +79,7 @@ def exit_code(error: BaseException) -> int:
 
 def _say(text: str, code: int) -> int:
     with suppress(OSError):
-        print(f"sitdist: {one_line(text)}", file=sys.stderr, flush=True)
+        print(f"sitdist: {shortened(one_line(text), 2000)}", file=sys.stderr, flush=True)
     return code
 
 
