@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
+import sys
+import tempfile
+import traceback
 from typing import Any
+
+from sitdist import __version__
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 OF_THE_DISK = (*FULL, *FORBIDDEN, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # told also where no file is named
+SHOW_TRACEBACK = "SITDIST_TRACEBACK"  # set: tracebacks are shown, too
 NO_MEMORY = re.compile(
     r"not enough memory|[Oo]ut of memory|(can't|Cannot|cannot|Unable to) allocate|Storage size calculation overflowed|"
     r"multiplication overflow|array is too big"
@@ -106,3 +113,17 @@ def as_told(error: BaseException) -> SitdistError | None:
     elif error.errno in FORBIDDEN:
         remedy = "name a place you may use, or change its permissions"
     return DataError(f"{where}: {error.strerror or type(error).__name__}; {remedy}")
+
+
+def save_traceback(error: BaseException) -> str:
+    """Save a traceback to a file that its owner alone can read; what a line says of it."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="sitdist-", suffix=".txt")  # mode 0600
+        with os.fdopen(handle, "w", errors="backslashreplace") as file:
+            file.write(
+                f"sitdist {__version__}, Python {platform.python_version()}, {platform.platform()}\n{sys.argv}\n\n"
+            )
+            traceback.print_exception(error, file=file)
+    except OSError as failure:
+        return f"its traceback, which {SHOW_TRACEBACK}=1 shows ({failure.strerror}, so it was not saved)"
+    return f"the traceback that was saved in {path}"

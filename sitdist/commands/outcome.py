@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-import platform
 import select
 import sys
-import tempfile
 import traceback
 from contextlib import suppress
 from io import TextIOWrapper
 
-from sitdist import __version__
-from sitdist.errors import ConfigError, RunInterrupted, as_told, one_line, shortened, shown
+from sitdist.errors import (
+    SHOW_TRACEBACK,
+    ConfigError,
+    RunInterrupted,
+    as_told,
+    one_line,
+    save_traceback,
+    shortened,
+    shown,
+)
 
 EXIT_BUG, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 75, 130, 141
-SHOW_TRACEBACK = "SITDIST_TRACEBACK"
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -72,7 +77,7 @@ def exit_code(error: BaseException) -> int:
     text = shortened(str(error).strip().partition("\n")[0])
     return _say(
         f"{prefix}{type(error).__name__}: {text}; sitdist did not expect this: open an issue in its repository with "
-        f"{_save_traceback(error)}",
+        f"{save_traceback(error)}",
         EXIT_BUG,
     )
 
@@ -81,19 +86,6 @@ def _say(text: str, code: int) -> int:
     with suppress(OSError):
         print(f"sitdist: {shortened(one_line(text), 2000)}", file=sys.stderr, flush=True)
     return code
-
-
-def _save_traceback(error: BaseException) -> str:
-    """Save the traceback to a file that its owner alone can read; what the line says of it."""
-    words = " ".join(map(shown, sys.argv))
-    try:
-        handle, path = tempfile.mkstemp(prefix="sitdist-", suffix=".txt")  # mode 0600
-        with os.fdopen(handle, "w", errors="backslashreplace") as file:
-            file.write(f"sitdist {__version__}, Python {platform.python_version()}, {platform.platform()}\n{words}\n\n")
-            traceback.print_exception(error, file=file)
-    except OSError as failure:
-        return f"its traceback, which {SHOW_TRACEBACK}=1 shows ({failure.strerror}, so it was not saved)"
-    return f"the traceback that was saved in {path}"
 
 
 def _output_is_closed() -> bool:
