@@ -27,6 +27,7 @@ from sitdist.commands.arguments import (
     count,
     elevation,
     names,
+    output,
     positive,
     positive_number,
     radii,
@@ -104,7 +105,7 @@ def _parser() -> _Parser:
     )
     command = shards.add_parser("build", help="render or load views, encode them and pack them into shards")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML)")
-    command.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    command.add_argument("--out", type=output, required=True, help="folder of the dataset")
     command.add_argument(
         "--splits", type=names, metavar="A,B", help="build only these splits, train among them (default: all)"
     )
@@ -113,9 +114,12 @@ def _parser() -> _Parser:
     command = shards.add_parser("cameras", help="write the cameras of a split for nerfstudio to render")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML)")
     command.add_argument("--split", required=True, help="split of the recipe")
-    command.add_argument("--out", type=Path, required=True, help="camera path to write (JSON)")
+    command.add_argument("--out", type=output, required=True, help="camera path to write (JSON)")
     command.add_argument(
-        "--transforms", type=Path, metavar="FILE", help="also write the transforms.json of the pictures 00000.png, ..."
+        "--transforms",
+        type=output,
+        metavar="FILE",
+        help="also write the transforms.json of the pictures 00000.png, ...",
     )
     _add_set(command)
     command.set_defaults(command=_shards_cameras)
@@ -130,7 +134,7 @@ def _parser() -> _Parser:
     codec = commands.add_parser("codec", help="make codecs").add_subparsers(required=True, metavar="ACTION")
     command = codec.add_parser("fit", help="train an AutoencoderKL on the training views of a recipe")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML); its codec is not used")
-    command.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
+    command.add_argument("--out", type=output, required=True, help="diffusers folder to write")
     command.add_argument("--steps", type=positive, help="(default: 2000)")
     command.add_argument("--batch", type=positive, help="views a step, of all processes together (default: 32)")
     command.add_argument("--views", type=positive, help="fit on at most this many views (default: 4000)")
@@ -147,7 +151,7 @@ def _parser() -> _Parser:
     scene = commands.add_parser("scene", help="make scenes from photos").add_subparsers(required=True, metavar="ACTION")
     command = scene.add_parser("fit", help="fit a radiance field to posed photos of one object")
     command.add_argument("photos", type=Path, help=".npz or a folder of them, transforms.json, or a COLMAP folder")
-    command.add_argument("--out", type=Path, required=True, help="folder of the scene")
+    command.add_argument("--out", type=output, required=True, help="folder of the scene")
     command.add_argument("--images", type=Path, help="folder of the pictures that a COLMAP model names")
     command.add_argument(
         "--background", type=share, nargs=3, metavar=("R", "G", "B"), help="colour behind the object, 0 to 1 each"
@@ -164,7 +168,7 @@ def _parser() -> _Parser:
 
     command = scene.add_parser("render", help="pictures of a scene, with their transforms.json")
     command.add_argument("scene", help="folder of a fitted scene, or built-in")
-    command.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    command.add_argument("--out", type=output, required=True, help="folder of the pictures")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--turntable", type=positive, metavar="N", help="N views on a closed circle, also as a GIF")
     which.add_argument("--recipe", type=Path, help="the cameras of a recipe's --split")
@@ -187,7 +191,7 @@ def _parser() -> _Parser:
 
     command = commands.add_parser("train", help="train a flow, or go on with a run")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
-    command.add_argument("--out", type=Path, required=True, help="folder of the run")
+    command.add_argument("--out", type=output, required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="what happens anyway: go on from the newest checkpoint")
     _add_set(command)
     command.set_defaults(command=_train)
@@ -195,7 +199,7 @@ def _parser() -> _Parser:
     command = commands.add_parser("doctor", help="what a training run will do, and what would stop it")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
     command.add_argument("--launch", type=Path, metavar="FILE", help="accelerate config that it will be started with")
-    command.add_argument("--out", type=Path, default=Path("runs"), help="where the run will be (default: runs)")
+    command.add_argument("--out", type=output, default=Path("runs"), help="where the run will be (default: runs)")
     _add_set(command)
     command.set_defaults(command=_doctor)
 
@@ -212,7 +216,7 @@ def _parser() -> _Parser:
 
     command = checkpoint.add_parser("convert", help="write a run's weights as one file that other code loads")
     command.add_argument("source", type=Path, metavar="RUN", help="folder of the run, or a file of weights")
-    command.add_argument("out", type=Path, metavar="FILE", help="file to write: .safetensors, or .pt for torch.load")
+    command.add_argument("out", type=output, metavar="FILE", help="file to write: .safetensors, or .pt for torch.load")
     command.add_argument("--step", type=positive, metavar="N", help="checkpoint (default: the newest whole one)")
     command.add_argument("--weights", choices=("ema", "model"), default="ema", help="average or not (default: ema)")
     command.set_defaults(command=_checkpoint_convert)
@@ -225,7 +229,7 @@ def _parser() -> _Parser:
     command.add_argument("--experiment", choices=EXPERIMENTS, default="radii", help="what to measure (default: radii)")
     command.add_argument("--max-views", type=positive, metavar="N", help="at most N views in each experiment")
     command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
-    command.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval/...)")
+    command.add_argument("--out", type=output, help="folder of the results (default: RUN/eval/...)")
     command.add_argument("--estimator", choices=ESTIMATORS)
     command.add_argument("--estimator-steps", type=positive)
     command.add_argument("--readout", choices=READOUTS, help="how a pose is fitted to its sixteen numbers")
@@ -251,7 +255,7 @@ def _parser() -> _Parser:
     command = commands.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
     command.add_argument("dataset", type=Path)
     command.add_argument(
-        "--out", type=Path, required=True, help="folder of the runs and the table; started again, it goes on"
+        "--out", type=output, required=True, help="folder of the runs and the table; started again, it goes on"
     )
     command.add_argument("--steps", type=positive, default=1500, help="steps of every run")
     command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
@@ -267,7 +271,7 @@ def _parser() -> _Parser:
     command.add_argument("--steps", type=positive, default=25, help="(default: 25)")
     command.add_argument("--batch", type=positive, default=64)
     command.add_argument("--seed", type=seed, default=0, help="of the probes")
-    command.add_argument("--out", type=Path, metavar="FILE", help="also write a CSV of every view's")
+    command.add_argument("--out", type=output, metavar="FILE", help="also write a CSV of every view's")
     command.set_defaults(command=_likelihood)
 
     command = commands.add_parser("sigma", help="predict the noise floor of a dataset's packing, before any training")
@@ -319,7 +323,7 @@ def _parser() -> _Parser:
     command.add_argument("run", type=Path, help="folder of the run")
     command.add_argument("--sigma-rel", type=positive_number, required=True, metavar="S", help="relative width")
     command.add_argument("--step", type=positive, help="after this many steps (default: the last snapshot)")
-    command.add_argument("--out", type=Path, help="file of the weights, for --set evaluate.average=FILE")
+    command.add_argument("--out", type=output, help="file of the weights, for --set evaluate.average=FILE")
     command.set_defaults(command=_ema_reconstruct)
 
     command = bench.add_parser("pose", help="errors and speed of every pose estimator, beside the source's protocol")
@@ -328,12 +332,12 @@ def _parser() -> _Parser:
     command.add_argument("--views", type=positive, metavar="N", help="its first N views (default: all)")
     command.add_argument("--batch", type=positive, default=64, help="(default: 64)")
     add_device(command)
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    command.add_argument("--json", type=output, metavar="FILE", help="also write the numbers to this file")
     command.set_defaults(command=_bench_pose)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, nargs="+", help="folder that holds metrics.json and records.csv")
-    command.add_argument("--out", type=Path, help="page of several, side by side (default: FIRST/comparison.html)")
+    command.add_argument("--out", type=output, help="page of several, side by side (default: FIRST/comparison.html)")
     command.set_defaults(command=_report)
     return parser
 

@@ -32,6 +32,7 @@ from sitdist.errors import ConfigError, shortened, shown
 
 Positive = Annotated[int, Field(gt=0, le=10**9)]  # so that no product of two counts overflows
 NonNegative = Annotated[int, Field(ge=0, le=10**9)]
+Steps = Annotated[int, Field(gt=0, le=10**6)]  # of a solver; in float32 their times differ
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Pixels = Annotated[int, Field(gt=0, le=16384)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e9)]
@@ -597,8 +598,8 @@ class EvaluateConfig(Schema):
     estimator: Literal[
         "one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom"
     ] = "one_step"
-    estimator_steps: Positive = 50
-    estimator_draws: Positive = 4
+    estimator_steps: Steps = 50
+    estimator_draws: Steps = 4
     estimator_time: Annotated[float, Field(gt=0, lt=1)] = 0.97
     readout: Literal["svd", "weighted", "look_at"] = "svd"
     zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = [
@@ -611,7 +612,7 @@ class EvaluateConfig(Schema):
     background: Colour | None = None
     refine: Word | None = None
     generator: Literal[FixedSolver, AdaptiveSolver, StochasticSolver] = "heun"
-    generator_steps: Positive = 10
+    generator_steps: Steps = 10
     tolerance: PositiveNumber = 1e-6
     guidance: NonNegativeNumber | None = None
     guidance_channels: Literal["all", "three"] = "all"

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sitdist.checks import LARGEST, LARGEST_SEED
@@ -25,6 +26,17 @@ def names(text: str) -> list[str]:
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no list of names; write them once each, such as train,val")
     return names
+
+
+def output(text: str) -> Path:
+    """Where to write; a name in UTF-8, as some of what is written there can have no other."""
+    try:
+        usable = bool(text.encode())
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no name in UTF-8 for what is written; give another")
+    return Path(text)
 
 
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:

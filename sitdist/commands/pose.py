@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sitdist.commands.arguments import add_device, add_estimator, estimate_arguments, positive, whole
+from sitdist.commands.arguments import add_device, add_estimator, estimate_arguments, output, positive, whole
 from sitdist.commands.outcome import tell
 from sitdist.errors import DataError
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     command.add_argument("run", help="a run, an exported folder, or a hub id")
     command.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     command.add_argument("--format", choices=FORMATS, default="jsonl", help="(default: jsonl)")
-    command.add_argument("--out", type=Path, help="file, for colmap a new folder (default: print)")
+    command.add_argument("--out", type=output, help="file, for colmap a new folder (default: print)")
     command.add_argument("--overwrite", action="store_true", help="write over --out if it is a file that is there")
     command.add_argument(
         "--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="of all pictures, in pixels"

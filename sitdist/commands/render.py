@@ -11,6 +11,7 @@ from sitdist.commands.arguments import (
     add_generator,
     elevation,
     number,
+    output,
     positive,
     positive_number,
     sample_options,
@@ -26,7 +27,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser("render", help="render pictures with a trained model")
     command.add_argument("run", help="a run, an exported folder, or a hub id")
     command.add_argument(
-        "--out", type=Path, required=True, help="new folder of PNGs and transforms.json; or a file, .gif or .mp4"
+        "--out", type=output, required=True, help="new folder of PNGs and transforms.json; or a file, .gif or .mp4"
     )
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--turntable", type=positive, metavar="N", help="N views on a closed circle")

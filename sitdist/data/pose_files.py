@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sitdist.data.camera_path import transforms
 from sitdist.data.colmap import find_model, read_model
-from sitdist.errors import DataError
+from sitdist.errors import DataError, one_line
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.atomic import write_atomically, write_folder
@@ -66,7 +66,7 @@ def write_poses(posed: Sequence[PosedPicture], kind: str, out: Path, overwrite: 
         write_folder(out, lambda folder: _write_all(folder, files))
         return
     text = to_text(posed, kind, out.parent)
-    write_atomically(out, lambda path: path.write_text(text))
+    write_atomically(out, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
 
 
 def _write_all(folder: Path, files: dict[str, str]) -> None:
@@ -164,7 +164,7 @@ def _opencv_camera_to_world(posed: Sequence[PosedPicture]) -> tuple[Tensor, Tens
 def tum_text(posed: Sequence[PosedPicture]) -> str:
     """Lines of timestamp, tx ty tz, qx qy qz qw of camera-to-world; the timestamp is the picture's number, from 0."""
     rotation, position = _opencv_camera_to_world(posed)
-    lines = [f"# {number} is {name}" for number, name in enumerate(_names_in_one_folder(posed))]
+    lines = [f"# {number} is {one_line(name)}" for number, name in enumerate(_names_in_one_folder(posed))]
     for number, (q, place) in enumerate(zip(quaternions(rotation).tolist(), position.tolist(), strict=True)):
         lines.append(_words(float(number), *place, *q[1:], q[0]))
     return "\n".join(lines) + "\n"
@@ -189,6 +189,8 @@ def colmap_files(posed: Sequence[PosedPicture]) -> dict[str, str]:
         strict=True,
     )
     for number, (name, camera, q, t) in enumerate(rows, 1):
+        if name != one_line(name):
+            raise DataError(f"{name}: no name that a COLMAP model can hold; rename the picture")
         image_lines += [f"{number} {_words(*q, *t)} {cameras[camera]} {name}", ""]
     camera_lines = ["# CAMERA_ID MODEL WIDTH HEIGHT PARAMS"]
     for camera, number in cameras.items():

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sitdist import checks
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
+from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import write_atomically
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 from sitdist.train.checkpoint import LoadedRun, load_run
 
@@ -57,6 +60,7 @@ def split_likelihood(
 
     Of a pose endpoint: p(latent), over the mixture of all training poses. Of a gaussian one: p(latent | pose).
     """
+    checks.whole("--steps", steps, 1, MOST_STEPS)
     loaded = load_run(run, device)
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:
@@ -67,6 +71,10 @@ def split_likelihood(
         raise ConfigError(f"{folder}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
     base, reader = _base(loaded, folder), ShardReader(folder, split)
     count = len(reader) if views is None else min(views, len(reader))
+    need = 60 * probes * min(batch, count) * math.prod(_shape(loaded))
+    require_memory(
+        need, f"{probes:,} probes of {min(batch, count):,} views", "give fewer --probes or a smaller --batch"
+    )
     densities = []
     for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
         indices = list(range(start, min(start + batch, count)))

@@ -16,7 +16,7 @@ from sitdist.flow.exact import Inversion, invert_exactly
 from sitdist.flow.path import Path
 from sitdist.flow.readout import READOUTS, read_camera
 from sitdist.flow.sample import STOCHASTIC
-from sitdist.flow.solve import SOLVERS, Model, function_evaluations, invert, invert_at_arrival
+from sitdist.flow.solve import MOST_STEPS, SOLVERS, Model, function_evaluations, invert, invert_at_arrival
 from sitdist.geometry.packing import PoseStatistics, entries, packed_intrinsics
 from sitdist.geometry.pose import project_to_so3
 
@@ -54,7 +54,7 @@ class EstimateOptions:
         checks.choice("readout", self.readout, READOUTS)
         checks.choice("estimator generator", self.generator, (*SOLVERS, *STOCHASTIC))
         for name in ("steps", "generator_steps", "max_iterations", "draws"):
-            checks.whole(f"estimator {name}", getattr(self, name), 1)
+            checks.whole(f"estimator {name}", getattr(self, name), 1, MOST_STEPS)
         checks.whole("estimator seed", self.seed, 0, checks.LARGEST_SEED)
         checks.number("estimator time", self.time, 1e-9, 1.0 - 1e-9)
         checks.number("estimator tolerance", self.tolerance, 1e-30)

@@ -19,7 +19,7 @@ from sitdist import checks
 from sitdist.errors import ConfigError
 from sitdist.flow.path import EPSILON, Path
 from sitdist.flow.predict import require_gaussian
-from sitdist.flow.solve import Model
+from sitdist.flow.solve import MOST_STEPS, Model
 
 SDE_METHODS = ("euler_maruyama", "heun")
 DIFFUSIONS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -45,7 +45,7 @@ class SdeOptions:
     def __post_init__(self) -> None:
         checks.choice("SDE solver", self.method, SDE_METHODS)
         checks.choice("SDE diffusion", self.diffusion, (*DIFFUSIONS, *PUBLISHED_SPELLING))
-        checks.whole("SDE steps", self.steps, 1)
+        checks.whole("SDE steps", self.steps, 1, MOST_STEPS)
         checks.number("SDE norm", self.norm, 1e-9)
         if self.last_step is not None:
             checks.choice("SDE last step", self.last_step, LAST_STEPS)
