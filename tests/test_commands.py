@@ -359,7 +359,7 @@ def test_a_gif_loops_at_its_speed_and_replaces_nothing_unasked(run, refused, tin
     turn = ("render", tiny_run, "--turntable", 2, "--out", out)
     assert "5.gif: already exists; give another name or --overwrite" in refused(*turn)
     assert out.read_bytes() == b"precious"
-    assert "--fps 1e-09: expected 0.01 to 1000" in refused(*turn, "--overwrite", "--fps", 1e-9)
+    assert "--fps: '1e-09' is not a number from 0.01 to 1000" in refused(*turn, "--overwrite", "--fps", 1e-9)
     run(*turn, "--overwrite")
     assert out.read_bytes() != b"precious"
     (tmp_path / "link.gif").symlink_to(tmp_path / "nowhere")

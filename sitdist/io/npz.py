@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.errors import DataError
+from sitdist.errors import DataError, SitdistError
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.atomic import write_atomically
@@ -101,7 +101,7 @@ def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
             with zipfile.ZipFile(opened) as archive:
                 members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
                 return [_read_member(archive, members, name, file) for name in names]
-        except DataError:
+        except SitdistError:
             raise
         except Exception as error:  # zipfile, zlib and numpy raise what they like at bytes made to harm
             raise DataError(f"{file}: not a readable array ({' '.join(str(error).split())[:160]}); {REMEDY}") from None
