@@ -55,7 +55,7 @@ ROW_BYTES = sum(
     np.dtype(dtype).itemsize * (16 if name == "camera_to_world" else 1) for name, dtype in INDEX_FIELDS.items()
 )
 BLOCK = 512  # bytes; a tar's headers are one, and data is padded to whole ones
-META_BYTES = 64 * BLOCK  # at most of meta.json and of all tar headers of a sample
+META_BYTES = 64 * BLOCK  # at most of meta.json, of all tar headers of a sample, and of padding
 PSNR = (0.0, 100.0)  # dB, of pictures in [0, 1]; the mean square error is taken as at least 1e-10
 RADIUS_TOLERANCE = 1e-6  # relative
 
@@ -102,7 +102,7 @@ class SplitEntry(_Entry):
     `radius_augmented`: how many of its views are zoomed copies of others.
     """
 
-    count: Annotated[int, Field(ge=1)]
+    count: Size
     radius: Annotated[tuple[float, float], Field(strict=False)]
     radius_augmented: Count = 0
     shards: list[ShardEntry]  # none in the manifest of an exported model
@@ -407,33 +407,32 @@ def check_index(
 
     Looks at no sample: places, labels, poses and the codec's round trip, all at once.
     """
-    start, stop = index["start"], index["stop"]
-    entry, keeps_images = manifest.splits[split], split != "train"
+    start, stop, image, image_bytes = (index[name] for name in ("start", "stop", "image", "image_bytes"))
     least, most = manifest.sample_bytes()
-    largest_image = 4 * manifest.image_size**2 + META_BYTES
-    image, image_bytes, psnr = index["image"], index["image_bytes"], index["codec_psnr"]
+    most_of_image = 4 * manifest.image_size**2 + META_BYTES
+    placed = np.logical_and.reduce(
+        [_inside(index, name, npy_size(*manifest.arrays()[name])) for name in ("moments", "packed_pose")]
+    )
+    psnr, unknown = index["codec_psnr"], np.isnan(index["codec_psnr"])
+    if split == "train":
+        pictured, measured = (image == 0) & (image_bytes == 0), unknown
+    else:
+        pictured = _inside(index, "image", image_bytes) & (image_bytes > 0) & (image_bytes <= most_of_image)
+        measured = unknown if unknown.all() else (psnr > PSNR[0] - 1e-3) & (psnr < PSNR[1] + 1e-3)
     labels = [each.label for each in manifest.objects if each.views.get(split, 0)]
-    poses = torch.from_numpy(index["camera_to_world"])
+    poses, (low, high) = torch.from_numpy(index["camera_to_world"]), manifest.splits[split].radius
     rigid, radius = are_rigid(poses).numpy(), camera_radius(poses).numpy()
-    low, high = entry.radius[0] * (1 - RADIUS_TOLERANCE), entry.radius[1] * (1 + RADIUS_TOLERANCE)
+    beside = (radius < low * (1 - RADIUS_TOLERANCE)) | (radius > high * (1 + RADIUS_TOLERANCE))
     wrong = {
         "does not begin where the one before it ends": start != np.concatenate([[0], stop[:-1]]),
         f"does not lie in the {shard.bytes:,} bytes of the tar": (start < 0) | (stop < 0) | (stop > shard.bytes),
         "has another size than its arrays and its picture": (stop - start < least)
-        | (stop - start - most > np.where(image_bytes > 0, largest_image, 0)),
-        "has an array outside of it": ~_inside(index, "moments", npy_size(*manifest.arrays()["moments"]))
-        | ~_inside(index, "packed_pose", npy_size(*manifest.arrays()["packed_pose"])),
-        "has a picture outside of it, or of another size than it may have": ~_inside(index, "image", image_bytes)
-        | (image_bytes < 1)
-        | (image_bytes > largest_image)
-        if keeps_images
-        else (image != 0) | (image_bytes != 0),
+        | (stop - start > most + np.where(pictured, image_bytes, 0)),
+        "has an array outside of it": ~placed,
+        "has a picture outside of it, or of a size that none has": ~pictured,
         f"has a label that no object of {split} has": ~np.isin(index["label"], labels),
-        f"has a camera outside of the split's radius {list(entry.radius)}": rigid
-        & ~((radius >= low) & (radius <= high)),
-        "has a codec_psnr that no round trip gives": ~(
-            np.isnan(psnr) | (keeps_images & (psnr > PSNR[0] - 1e-3) & (psnr < PSNR[1] + 1e-3))
-        ),
+        f"has a camera outside of the split's radius {[low, high]}": rigid & beside,
+        "has a codec_psnr that no round trip gives": ~measured,
     }
     for what, rows in wrong.items():
         if rows.any():

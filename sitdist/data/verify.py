@@ -79,9 +79,10 @@ def _verify_codec(store: Store, manifest: DatasetManifest) -> Iterator[str]:
     except SitdistError as error:
         yield str(error)
         return
-    for key, value in identity.items():
-        if manifest.codec.get(key) != value:
-            yield f"{MANIFEST}: codec {key} is {manifest.codec.get(key)} but the codec folder's is {value}; build again"
+    for key in identity | manifest.codec:
+        ours, theirs = manifest.codec.get(key), identity.get(key)
+        if ours != theirs:
+            yield f"{MANIFEST}: codec {key} is {ours!r:.80} but the codec folder's is {theirs!r:.80}; {BUILD_AGAIN}"
 
 
 def _verify_split(reader: ShardReader) -> Iterator[str]:

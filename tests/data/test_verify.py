@@ -167,6 +167,7 @@ INDEXES = {  # an index of both splits: change, who refuses
     "moments at the pose": (at("packed_pose"), ALL),
     "picture where none is": (row("image", 1 << 40), ALL),
     "round trip infinite": (row("codec_psnr", np.inf), ALL),
+    "round trip known for some": (lambda index: index["codec_psnr"].__setitem__(slice(3), [1.0, np.nan, 1.0]), ALL),
     "round trip negative": (row("codec_psnr", -3.0), ALL),
     "float labels": (lambda index: index.__setitem__("label", index["label"].astype(np.float64)), ALL),
     "short labels": (lambda index: index.__setitem__("label", index["label"][:-1]), ALL),
@@ -313,6 +314,7 @@ def change_at(*keys, to):
 SHARD = ("splits", "train", "shards", 0)
 MANIFESTS = {  # a change of the manifest, and what the line says of it
     "count 10^12": (change_at("splits", "train", "count", to=10**12), "GB of memory"),
+    "count 10^400": (change_at("splits", "train", "count", to=10**400), "count = 1000"),
     "count negative": (change_at("splits", "train", "count", to=-1), "count = -1"),
     "count of text": (change_at("splits", "train", "count", to="48"), "count = '48'"),
     "count a fraction": (change_at("splits", "train", "count", to=48.0), "count = 48.0"),
@@ -384,6 +386,7 @@ def two_objects(values):
 
 
 FACTS = {  # true of every sample for itself, but not of the split
+    "a codec of more": (change_at("codec", "more", to=1), VERIFY),
     "radius too wide": (change_at("splits", "test", "radius", to=[0.5, 9.0]), VIEWS),
     "views of two objects": (two_objects, VIEWS),
     "another round trip": (change_at("codec_psnr", "mean", to=20.0), VERIFY),

@@ -493,7 +493,7 @@ def test_verify_finds_an_altered_codec(damaged):
 def test_verify_names_both_values_where_manifest_and_codec_disagree(damaged):
     edit_manifest(damaged, lambda values: values["codec"].update(kind="vae"))
     assert verify(damaged) == [
-        "manifest.json: codec kind is vae but the codec folder's is pca; build again",
+        "manifest.json: codec kind is 'vae' but the codec folder's is 'pca'; build the dataset again",
     ]
 
 
