@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.config import Config, NonNegative, Positive, S, Schema, load_yaml, parse
+from sitdist.config import Config, NonNegative, Positive, S, Schema, parse, read_yaml
 from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, ConfigError, one_line
 from sitdist.flow.endpoint import Endpoint
@@ -85,12 +85,6 @@ class _State(Schema):
     precision: str | None = None
     scaler: dict[str, float] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
-
-
-class _AsItIs(Schema):
-    """A mapping in a YAML file, whatever its keys."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 @dataclass(frozen=True)
@@ -322,6 +316,8 @@ def stored_config(values: dict[str, Any], where: Path) -> Config:
     """
     try:
         return Config.model_validate(values)
+    except UnicodeEncodeError:  # text with half a surrogate pair, which `parse` tells
+        unknown = []
     except ValidationError as error:
         unknown = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
     for location in unknown:
@@ -451,7 +447,7 @@ def _config_of(run: Path, checkpoint: Checkpoint) -> Config:
     path, stored = run / "config.yaml", checkpoint.state["config"]
     if not path.is_file():
         return stored_config(stored, checkpoint.folder / "state.json")
-    beside = stored_config(load_yaml(_AsItIs, path).model_dump(), path)
+    beside = stored_config(read_yaml(path, "config"), path)
     config = stored_config(stored, checkpoint.folder / "state.json")
     _check_same(config, beside, f"{path}: ", checkpoint.folder)
     return config.model_copy(update={key: getattr(beside, key) for key in ("name", "data", "evaluate")})
