@@ -84,7 +84,7 @@ def shortened(text: str, limit: int = 160) -> str:
 def shown(value: Any, limit: int = 160) -> str:
     """A value as Python writes it, shortened; never fails."""
     try:
-        return shortened(repr(value), limit)
+        return shortened(repr(value).replace("\n", " "), limit)
     except Exception:  # more digits than Python writes, nested too deeply, or a __repr__ that fails
         return f"<{type(value).__name__}>"
 

@@ -32,7 +32,7 @@ def require_memory(need: int, what: str, remedy: str) -> None:
 
 def _limits() -> Iterator[tuple[int, int]]:
     """What is free and what there is, in bytes, of the machine and of every control group of this process."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, LookupError):
         lines = (ROOT / "proc/meminfo").read_text().splitlines()
         size = {name: 1024 * int(words.split()[0]) for name, _, words in (line.partition(":") for line in lines)}
         yield size["MemAvailable"] + size["SwapFree"], size["MemTotal"] + size["SwapTotal"]
