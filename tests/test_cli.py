@@ -226,7 +226,7 @@ def test_verify_names_everything_that_is_damaged(tmp_path, capsys, tiny_dataset)
     assert cli.run(["shards", "verify", str(damaged)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    missing = "00000.tar: cannot be read (no such file); build the dataset again"
+    missing = "00000.tar: cannot be read (No such file or directory); build the dataset again"
     assert lines[0] == f"test/{missing}"
     assert lines[1].endswith(f"train/{missing} (and 1 more, above)")
 

@@ -273,7 +273,7 @@ def test_pictures_are_read_by_their_headers_before_the_model_is_loaded(refused, 
         (long, "File name too long"),
     ):
         assert message in refused("pose", "nowhere", folder, path)
-    assert "no such folder" in refused("pose", "nowhere", folder, "--out", long)
+    assert "File name too long" in refused("pose", "nowhere", folder, "--out", long)
     assert "no mask for" in refused("pose", "nowhere", folder, "--masks", long)
     assert "no such file" in refused("render", "nowhere", "--poses", long, "--out", tmp_path / "out")
 

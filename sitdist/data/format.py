@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sitdist.errors import DataError, PoseError
-from sitdist.geometry.camera import Intrinsics, camera_radius
+from sitdist.geometry.camera import Intrinsics, camera_radius, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import are_rigid, check_rigid
 from sitdist.geometry.similarity import Similarity
+from sitdist.io.files import open_file
 from sitdist.io.json_file import parse_json, read_json
 
 MANIFEST = "manifest.json"
@@ -47,6 +49,7 @@ INDEX_FIELDS = {
 
 BUILD_AGAIN = "build the dataset again"
 MAX_SAMPLES = 10**9  # of a split: the keys have nine digits
+MAX_SHARD = 10**7  # of a shard: what shuffles a window of shards is allocated before they are opened
 MAX_LATENT = 2**26  # numbers in the moments of one sample
 ROW_BYTES = sum(
     np.dtype(dtype).itemsize * (16 if name == "camera_to_world" else 1) for name, dtype in INDEX_FIELDS.items()
@@ -65,8 +68,6 @@ CodecFile = Annotated[
     str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
 ]
 Label = Annotated[int, Field(ge=0, lt=10**6)]
-Focal = Annotated[float, Field(gt=0, le=1e9)]
-Pixel = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 class _Entry(BaseModel):
@@ -77,7 +78,7 @@ class ShardEntry(_Entry):
     """One tar and its index, by name, size and SHA-256."""
 
     name: TarName
-    count: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1, le=MAX_SHARD)]
     bytes: Size
     sha256: Hash
     index_sha256: Hash
@@ -143,10 +144,7 @@ class ObjectEntry(_Entry):
     def _usable(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
         if values is not None:
             _arrays(values, {"scale": (), "rotation": (3, 3), "translation": (3,)})
-            similarity, frame = Similarity.from_dict(values), torch.eye(4, dtype=torch.float64)
-            frame[:3, :3] = similarity.rotation
-            if similarity.scale <= 0 or not are_rigid(frame):
-                raise ValueError("not a positive scale, a rotation and a translation")
+            Similarity.from_dict(values)
         return values
 
 
@@ -276,10 +274,10 @@ class DatasetManifest(_Entry):
 class SampleMeta(_Entry):
     """meta.json of a sample: the camera in pixels, the object's label, and the camera's distance to the origin."""
 
-    fx: Focal
-    fy: Focal
-    cx: Pixel
-    cy: Pixel
+    fx: float
+    fy: float
+    cx: float
+    cy: float
     width: Size
     height: Size
     label: Label
@@ -378,24 +376,27 @@ def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:
 
     No more is allocated than the file holds. `count`: the length that the manifest names.
     """
-    try:
-        if not path.is_file():
-            raise ValueError("no such file" if not path.exists() else "not a regular file")
-        with zipfile.ZipFile(path) as file:
-            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
-            if sizes.keys() != {f"{name}.npy" for name in INDEX_FIELDS} or len(file.infolist()) > len(sizes):
-                raise ValueError(f"holds {', '.join(sizes)[:160]}")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("compressed")
-            length = (sizes["start.npy"] - npy_size("<i8", (0,))) // 8 if count is None else count
-            index = {}
-            for name, dtype in INDEX_FIELDS.items():
-                shape = (length, 4, 4) if name == "camera_to_world" else (length,)
-                if sizes[f"{name}.npy"] != npy_size(dtype, shape) or sizes[f"{name}.npy"] > path.stat().st_size:
-                    raise ValueError(f"{name} is not of {length} samples")
-                index[name] = parse_npy(file.read(f"{name}.npy"), dtype, shape)
-    except Exception as error:  # zipfile has many
-        raise DataError(f"{path}: missing or damaged index ({str(error)[:200]}); {BUILD_AGAIN}") from None
+    with open_file(path, BUILD_AGAIN) as opened:
+        try:
+            return _parse_index(opened, count)
+        except Exception as error:  # zipfile has many
+            raise DataError(f"{path}: damaged index ({str(error)[:200]}); {BUILD_AGAIN}") from None
+
+
+def _parse_index(opened: BinaryIO, count: int | None) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(opened) as file:
+        entries = {entry.filename: entry for entry in file.infolist()}
+        if entries.keys() != {f"{name}.npy" for name in INDEX_FIELDS} or len(file.infolist()) > len(entries):
+            raise ValueError(f"holds {', '.join(entries)[:160]}")
+        length = (entries["start.npy"].file_size - npy_size("<i8", (0,))) // 8 if count is None else count
+        index = {}
+        for name, dtype in INDEX_FIELDS.items():
+            shape, entry = (length, 4, 4) if name == "camera_to_world" else (length,), entries[f"{name}.npy"]
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            if entry.file_size != npy_size(dtype, shape) or entry.file_size > os.fstat(opened.fileno()).st_size:
+                raise ValueError(f"{name} is not of {length} samples")
+            index[name] = parse_npy(file.read(entry), dtype, shape)
     return index
 
 
@@ -501,6 +502,7 @@ def parse_meta(data: bytes, image_size: int, where: str) -> SampleMeta:
         raise DataError(f"{where}: damaged ({_first(error)}); {BUILD_AGAIN}") from None
     if not meta.width == meta.height == image_size:
         raise DataError(f"{where}: {meta.width}x{meta.height} pixels but pictures have {image_size}; {BUILD_AGAIN}")
+    check_intrinsics(meta.camera, where)
     return meta
 
 

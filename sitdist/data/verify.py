@@ -89,7 +89,7 @@ def _verify_split(reader: ShardReader) -> Iterator[str]:
     for number, shard in enumerate(reader.shards):
         try:
             index = reader.index(number)
-            with reader.tar(number).open("rb") as file:
+            with reader.open_tar(number) as file:
                 for problem in _verify_tar(file, shard, index, samples, first):
                     yield f"{reader.split}/{shard.name}: {problem}"
                     whole = False
@@ -160,7 +160,7 @@ class _Samples:
             meta = parse_meta(members["meta.json"][1], self._reader.manifest.image_size, "meta.json")
             if IMAGE_MEMBER in members:
                 self._reader.images([number])
-        except (DataError, ValueError, OSError) as error:
+        except (DataError, ValueError) as error:
             return str(error).rpartition(f"sample {number:09d}: ")[2]
         self._camera = self._camera or meta.camera
         self.same_camera = self.same_camera and meta.camera == self._camera

@@ -45,9 +45,9 @@ from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
-from sitdist.io.arrays import save_arrays
 from sitdist.io.atomic import write_atomically
 from sitdist.io.json_file import write_json
+from sitdist.io.npz import save_arrays
 from sitdist.model.codec import latent_mean
 from sitdist.runs.ownership import check_ours, only_writer
 from sitdist.runtime import log, processes

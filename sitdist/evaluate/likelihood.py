@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sitdist import checks
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.views import check_codec
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
+from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.memory import require_memory
@@ -67,9 +69,10 @@ def split_likelihood(
     """
     if out is not None:
         check_free(out, overwrite)
-    for name, value in (("views", views), ("probes", probes), ("steps", steps), ("batch", batch)):
-        if value is not None and not 1 <= value <= (STEPS_AT_MOST if name == "steps" else value):
-            raise ConfigError(f"--{name} {value}: expected 1 or more, and at most {STEPS_AT_MOST:,} steps")
+    checks.whole("--steps", steps, 1, MOST_STEPS)
+    for name, value in (("views", views), ("probes", probes), ("batch", batch)):
+        if value is not None:
+            checks.whole(f"--{name}", value, 1)
     loaded = load_run(run, device)
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sitdist.errors import DataError, one_line
+from sitdist.io.files import open_file
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 LARGEST = 1e12
@@ -37,12 +38,10 @@ def damaged(path: Path, reason: object) -> DataError:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a records.csv by the names of its columns, all as text; DataError where there are none."""
+    with open_file(path, "run `sitdist eval` again", TABLE_BYTES) as file:
+        data = file.read()
     try:
-        if path.stat().st_size > TABLE_BYTES:
-            raise damaged(path, f"more than {TABLE_BYTES:,} bytes")
-        text = path.read_text()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); run `sitdist eval` first") from None
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise damaged(path, error) from None
     if not text.endswith("\n"):

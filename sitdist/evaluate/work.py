@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.schema import fault
-from sitdist.io.arrays import read_arrays, save_arrays
 from sitdist.io.atomic import file_sha256, write_atomically
+from sitdist.io.files import open_file
 from sitdist.io.json_file import MAX_BYTES, parse_json, read_json, write_json
+from sitdist.io.npz import load_arrays, save_arrays
 
 log = logging.getLogger("sitdist")
 
@@ -277,14 +278,10 @@ def write_unit(producer: Producer, job: Job, records: list[dict[str, Any]], arra
 def read_unit(producer: Producer, job: Job, remedy: str = "start the evaluation again to measure it") -> Unit:
     """What a finished job left; DataError unless it is whole, of this plan and job, and of each of its keys once."""
     path = unit_path(producer.out, job)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path}: more than {MAX_BYTES:,} bytes; {remedy}")
-        head, _, body = path.read_bytes().partition(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    with open_file(path, remedy, MAX_BYTES) as file:
+        head, _, body = file.read().partition(b"\n")
     header, beside = parse_json(head, str(path), remedy), path.with_suffix(".npz")
-    arrays = {} if header.get("arrays") is None else read_arrays(beside, remedy)
+    arrays = {} if header.get("arrays") is None else load_arrays(beside, remedy)
     expected = _header(producer, job, body, file_sha256(beside) if arrays else None)
     if "unit" not in header:
         raise DataError(f"{path}: has no checksum, as those of earlier versions; {remedy}")

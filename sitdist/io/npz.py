@@ -20,7 +20,9 @@ from torch import Tensor
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
-from sitdist.io.files import check_memory, open_file
+from sitdist.io.atomic import write_atomically
+from sitdist.io.files import open_file
+from sitdist.io.memory import require_memory
 
 REMEDY = "save it again with numpy"
 
@@ -105,6 +107,40 @@ def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
             raise DataError(f"{file}: not a readable array ({' '.join(str(error).split())[:160]}); {REMEDY}") from None
 
 
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write named arrays as an uncompressed .npz file, atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
+
+
+def load_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
+    """All arrays in a file that `save_arrays` wrote; DataError, which ends with `remedy`, for any other.
+
+    As nothing in it is compressed, and no byte is used twice, they are together no larger than the file.
+    """
+    with open_file(file, remedy) as opened:
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                infos = archive.infolist()
+                stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+                if not stored or sum(info.file_size for info in infos) > os.fstat(opened.fileno()).st_size:
+                    raise ValueError("compressed, or members that overlap")
+                arrays = {}
+                for info in infos:
+                    with archive.open(info) as member:
+                        name = info.filename.removesuffix(".npy")
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                return arrays
+        except OSError:
+            raise
+        except Exception as error:  # zipfile and numpy raise what they like at bytes made to harm
+            raise DataError(f"{file}: damaged ({' '.join(str(error).split())[:160]}); {remedy}") from None
+
+
 def _read_member(archive: zipfile.ZipFile, members: list[str], name: str, file: Path) -> np.ndarray:
     if members.count(name) != 1:
         count = "several arrays" if name in members else "no array"
@@ -127,6 +163,6 @@ def _read_array(stream: IO[Any], size: int, name: str) -> np.ndarray:
     need = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or need > size or (shape and not dtype.itemsize):
         raise DataError(f"{name}: shape {list(shape)} of {dtype} needs {need:,} bytes and {size:,} are there; {REMEDY}")
-    check_memory(need, name, "split the file")
+    require_memory(need, name, "split the file")
     stream.seek(0)
     return np.lib.format.read_array(stream, allow_pickle=False)

@@ -51,7 +51,8 @@ LEFT_BEHIND = re.compile(  # by a process that was killed while it wrote or remo
     r"|\.step_[0-9]{8,}(\.(tmp|old|damaged)-[0-9]+|\.safetensors\.tmp)"
 )
 
-# What may differ between a run and its continuation: where things are, how long and how closely it is watched.
+# What may differ between a run and its continuation, and between a checkpoint and the config.yaml beside it: where
+# things are (`data` may have moved), how long it is trained, how closely it is watched, and how it is evaluated.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
     r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|loss_spike|non_finite\.budget|profile(\..*)?|tracker)"
@@ -164,7 +165,11 @@ def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> N
     """Hide, then remove all checkpoints but the newest `keep` and the milestones, and what was left half-removed."""
     try:
         for old in [other for other in list_checkpoints(run) if step_of(other) <= step_of(newest)][:-keep]:
-            if (keep_every is None or step_of(old) % keep_every) and not _foreign(old):
+            if keep_every is not None and step_of(old) % keep_every == 0:
+                continue
+            if foreign := _foreign(old):
+                log.warning("%s: kept, as it holds %s", old, one_line(min(foreign)))
+            else:
                 os.rename(old, temporary_name(old))
         remove_unfinished(run)
     except OSError as error:
@@ -245,7 +250,7 @@ def describe_checkpoints(run: Path, verify: bool = False) -> tuple[str, bool]:
 
 def _size_and_versions(checkpoint: Checkpoint, verified: bool) -> str:
     state = checkpoint.state
-    megabytes = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
+    megabytes = sum(file.bytes for file in _files(checkpoint.folder).values()) / 1e6
     versions = " ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
     what = "whole, every hash is right" if verified else "whole by its sizes"
     return f"{megabytes:.1f} MB  {state.get('world_size', '?')} processes  {versions}  {what}"
@@ -261,7 +266,7 @@ def _files(folder: Path) -> dict[str, _File]:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format_version {version!r}, but this version of sitdist reads {FORMAT_VERSION}; {REMEDY}"
+                f"{path}: format_version {version!r:.80}, but this version of sitdist reads {FORMAT_VERSION}; {REMEDY}"
             )
         files = checked(_Manifest, values, path).files
         if set(files) != FILES:
@@ -300,11 +305,11 @@ def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
 
 def _check_same(stored: Config, config: Config, where: str, folder: Path) -> None:
     """What MAY_CHANGE is not compared."""
-    before = _flatten(stored.model_dump(mode="json"))
-    for key, value in _flatten(config.model_dump(mode="json")).items():
-        if before.get(key) != value and not MAY_CHANGE.fullmatch(key):
+    before, now = _flatten(stored.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
+    for key in [*before, *(key for key in now if key not in before)]:
+        if before.get(key) != now.get(key) and not MAY_CHANGE.fullmatch(key):
             raise ConfigError(
-                f"{where}{key} is {value!r} but {folder} was trained with {before.get(key)!r}; "
+                f"{where}{key} is {now.get(key)!r} but {folder} was trained with {before.get(key)!r}; "
                 "set it back, or start another run with another --out"
             )
 

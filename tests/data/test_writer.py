@@ -469,9 +469,9 @@ def test_verify_finds_an_altered_index_and_missing_files(damaged):
     (damaged / "train" / "00001.index.npz").unlink()
     (damaged / "train" / "00002.tar").unlink()
     assert verify(damaged) == [
-        "train/00000.index.npz: missing or damaged index (Bad CRC-32 for file 'start.npy'); build the dataset again",
-        "train/00001.index.npz: missing or damaged index (no such file); build the dataset again",
-        "train/00002.tar: cannot be read (no such file); build the dataset again",
+        "train/00000.index.npz: damaged index (Bad CRC-32 for file 'start.npy'); build the dataset again",
+        "train/00001.index.npz: cannot be read (No such file or directory); build the dataset again",
+        "train/00002.tar: cannot be read (No such file or directory); build the dataset again",
     ]
 
 

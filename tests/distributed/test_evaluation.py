@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 import signal
 import time
@@ -134,12 +135,12 @@ def claims(folder):
     return {path.name: path.read_bytes() for path in (folder / "claims").glob("*")}
 
 
-def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_path):
-    out = tmp_path / "out"
+def assert_one_works_and_the_other_names_it(run, on_one, folder):
+    out = folder / "out"
     arguments = ("eval", run, "--split", "test", "--batch", 1, "--out", out)
-    both = [ranks.sitdist(tmp_path / name, 1, *arguments) for name in ("a", "b")]
+    both = [ranks.sitdist(folder / name, 1, *arguments) for name in ("a", "b")]
     codes = [started.wait(120)[0] for started in both]
-    assert sorted(codes) == [0, 2]
+    assert sorted(codes) == [0, 2], [started.errors() for started in both]
     stopped, worked = both[codes.index(2)], both[codes.index(0)]
     assert re.fullmatch(
         rf"sitdist: error: {out}: in use by process {worked.pids()[0]} on \S+, since [-0-9]+ [:0-9]+\+00:00; "
@@ -148,6 +149,38 @@ def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_pat
     )
     assert "12 of 12 work units to evaluate" in worked.errors()
     assert_same(out, on_one)
+
+
+def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_path):
+    assert_one_works_and_the_other_names_it(run, on_one, tmp_path)
+
+
+@pytest.mark.slow
+def test_twenty_starts_of_two_evaluators(run, on_one, tmp_path):
+    for number in range(20):
+        assert_one_works_and_the_other_names_it(run, on_one, tmp_path / f"{number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_twenty_kills_of_an_evaluation(run, on_one, tmp_path, world):
+    """Killed at random moments and started again at once, it has every view once; half of the kills on each world."""
+    generator, kills, number = random.Random(world), 0, 0
+    while kills < 10:
+        number += 1
+        out = tmp_path / f"out_{number}"
+        arguments = ("eval", run, "--split", "test", "--batch", 1, "--out", out)
+        while True:
+            started = ranks.sitdist(tmp_path / "log", world, *arguments)
+            started.wait(60, until=(out / "claims").exists)
+            time.sleep(generator.uniform(0.0, 2.0))
+            codes = started.kill()
+            assert set(codes) <= {0, -signal.SIGKILL}, started.errors()
+            if not any(codes):
+                break
+            kills += 1
+        assert_same(out, on_one)
+        assert len(units(out)) == 12
 
 
 def test_the_next_start_leaves_a_unit_to_a_process_that_still_measures_it(run, on_one, tmp_path):

@@ -22,8 +22,8 @@ from sitdist.evaluate.plots.views import side_by_side
 from sitdist.evaluate.report import Row, format_table, report_again, write_report
 from sitdist.evaluate.results import MEASURES, summary_rows
 from sitdist.evaluate.units import ViewRecord
-from sitdist.io.arrays import save_arrays
 from sitdist.io.atomic import temporary_name
+from sitdist.io.npz import save_arrays
 from sitdist.runs.ownership import mark
 
 BINS = (2, 3, 4, 6)  # no view has a radius in [5, 6)
@@ -583,7 +583,7 @@ def flip_a_pixel(folder):
         (change_pictures(bin=lambda bin_: bin_ + 0.5), r"bin float64"),
         (change_pictures(true=lambda true: true[:, :0], rendered=lambda true: true[:, :0]), r"true \[8, 0, 16, 3\]"),
         (change_pictures(key=lambda key: key.astype(object)), r"images\.npz: damaged \(Object arrays"),
-        (compressed, r"images\.npz: damaged \(compressed\)"),
+        (compressed, r"images\.npz: damaged \(compressed, "),
         (lambda folder: save_arrays(folder / "images.npz", {"key": np.array(["v2_0"])}), r"damaged \(no bin\)"),
     ],
 )

@@ -557,9 +557,8 @@ def attack_run(random: Random, tree: Path) -> Attack:
         safe = how == "tensors"
         path.write_bytes(spoil.safetensors(random, data)[0] if safe else spoil.data_bytes(random, data))
         what = str(path.relative_to(tree))
-    return Attack(
-        "run", name, COMMANDS[name], f"{how}: {what}", same="calibration" not in what and "checkpoints" not in what
-    )
+    same = "calibration" not in what and "checkpoints" not in what
+    return Attack("run", name, COMMANDS[name], f"{how}: {what}", same=same)
 
 
 def attack_checkpoint(random: Random, tree: Path) -> Attack:

@@ -490,6 +490,10 @@ def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny
     }.items():
         with pytest.raises(ConfigError, match=message):
             check_same_config(loaded, config(override))
+    averaging = state_at(2, config("train.averages={decays: [0.5]}").model_dump(mode="json"))
+    loaded = read_checkpoint(save_checkpoint(tmp_path, averaging, tensors_at(2), keep=1))
+    with pytest.raises(ConfigError, match=r"train\.averages\.decays is None but .* was trained with \[0\.5\]"):
+        check_same_config(loaded, config())
 
 
 def test_a_key_that_did_not_exist_when_the_run_began_had_its_default(tmp_path, tiny_yaml):

@@ -18,7 +18,7 @@ from sitdist.evaluate.work import Job
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize
 from sitdist.geometry.pose import rotation_error_deg
-from sitdist.io.arrays import save_arrays
+from sitdist.io.npz import save_arrays
 
 PAIRS, STEPS = 8, 9
 MEASURES = ("psnr_to_last", "lpips_to_last", "off_the_way_deg")

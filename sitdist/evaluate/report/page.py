@@ -17,7 +17,8 @@ from sitdist.evaluate.report.template import data_uri, picture_uri, render
 from sitdist.evaluate.schema import damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION
 from sitdist.evaluate.units import ViewRecord, view_error
-from sitdist.io.arrays import read_arrays
+from sitdist.io.files import open_file
+from sitdist.io.npz import load_arrays
 
 WORST_SHOWN = 12  # of all views, and of every bin
 STRIPS_SHOWN = 8
@@ -162,11 +163,13 @@ def experiment_pictures(folder: Path, table: ExperimentTable) -> dict[str, str]:
     pictures = {}
     gif, strips = folder / table.name / "turntable.gif", folder / table.name / "strips.npz"
     if gif.is_file():
-        if gif.stat().st_size > GIF_BYTES or (data := gif.read_bytes())[:3] != b"GIF":
-            raise damaged(gif, f"not a GIF of at most {GIF_BYTES:,} bytes")
+        with open_file(gif, "run `sitdist eval` again", GIF_BYTES) as file:
+            data = file.read()
+        if data[:3] != b"GIF":
+            raise damaged(gif, "not a GIF")
         pictures[f"{table.rows[0].get('gif', '')}, a closed circle"] = data_uri(data, "image/gif")
     if strips.is_file():
-        for name, strip in list(read_arrays(strips, "run `sitdist eval` again").items())[:STRIPS_SHOWN]:
+        for name, strip in list(load_arrays(strips, "run `sitdist eval` again").items())[:STRIPS_SHOWN]:
             if strip.dtype != np.uint8 or strip.ndim != 3 or strip.shape[2] != 3 or not strip.size:
                 raise damaged(strips, f"{name} is {strip.dtype} {list(strip.shape)}")
             pictures[name.replace("_", ": ")] = picture_uri(strip)

@@ -18,8 +18,8 @@ from sitdist.evaluate.schema import Count, Length, Number, Share, Text, damaged,
 from sitdist.evaluate.statistics import Summary
 from sitdist.evaluate.symmetry import Symmetries
 from sitdist.evaluate.units import BINS_AT_MOST, POSE_ENTRIES, RECORD, ViewRecord
-from sitdist.io.arrays import read_arrays
 from sitdist.io.json_file import read_json
+from sitdist.io.npz import load_arrays
 
 CAMERAS_SHOWN = 64
 PICTURES = ("key", "bin", "true", "rendered")
@@ -148,7 +148,7 @@ class Metrics(_Checked):
     generator: Text
     generator_steps: Count
     guidance: Number | None = None
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
     sigma: Number
     noise_floor: NoiseFloor | None
     no_pose: Text | None = None
@@ -299,7 +299,7 @@ def _load_pictures(path: Path, metrics: Metrics, records: list[ViewRecord]) -> d
 
     Nothing is rendered where metrics.json says so.
     """
-    arrays = read_arrays(path, AGAIN)
+    arrays = load_arrays(path, AGAIN)
     names = [name for name in PICTURES if name != "rendered" or not metrics.no_picture]
     missing = [name for name in names if name not in arrays]
     if missing:
