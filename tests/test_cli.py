@@ -404,6 +404,61 @@ def test_a_dataset_that_is_not_there_is_named_with_how_to_make_one(tmp_path, ref
     )
 
 
+# ------------------------------------------------------------------------------------------------------- too large
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["shards", "build", "RECIPE"], ["splits.train.views=1000000000"], "the cameras of 1,000,000,000 views: about"),
+        (
+            ["shards", "build", "RECIPE"],
+            ["splits.train.radius_augmentation={range: [1.0, 2.0], copies: 1000000000}"],
+            "the cameras of 5 views",
+        ),
+        (
+            ["shards", "build", "RECIPE"],
+            ["image_size=16384", "splits.train.views=100000", "codec.fit_views=99999"],
+            "199,998 pictures of 16384x16384 pixels at once",
+        ),
+        (["shards", "cameras", "RECIPE", "--split", "train"], ["splits.train.views=1000000000"], "the cameras of"),
+        (["codec", "fit", "RECIPE", "--channels", "100000", "100000"], [], "fitting a codec of 2,000,000 M weights"),
+        (["codec", "fit", "RECIPE", "--batch", "1000000000"], [], "with 1000000000 views a step"),
+        (["scene", "render", "built-in", "--turntable", "1000000000"], [], "a turntable of 1,000,000,000 views"),
+        (["scene", "render", "built-in", "--turntable", "1000000", "--size", "16384"], [], "a GIF of 1,000,000 views"),
+        (
+            ["scene", "render", "built-in", "--turntable", "1", "--size", "16384", "--supersample", "16"],
+            [],
+            "a picture of 16384x16384 pixels of 16^2 rays",
+        ),
+    ],
+)
+def test_too_large_a_request_is_refused_with_what_it_needs(tmp_path, capsys, arguments, changes, message):
+    recipe, out = write(tmp_path / "recipe.yaml", RECIPE), tmp_path / "out"
+    line = [str(recipe) if word == "RECIPE" else word for word in arguments]
+    code = cli.run([*line, "--out", str(out), *(f"--set={change}" for change in changes)])
+    told = [each for each in capsys.readouterr().err.splitlines() if each.startswith("sitdist: error: ")]
+    assert (code, len(told)) == (2, 1)
+    assert message in told[0]
+    assert re.search(r"about [\d,.]+ GB of memory, and [\d,.]+ are free; ", told[0])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.hidden_size=65536", "model.num_heads=16", "model.depth=1000"], "a model of 77,3"),
+        (["model.num_classes=1000000", "model.hidden_size=65536"], "a model of 220,1"),
+        (["model.hidden_size=256", "model.depth=4", "train.global_batch=1000000"], "with 1000000 samples at a time"),
+    ],
+)
+def test_training_that_cannot_have_room_is_refused_with_what_it_needs(tmp_path, refused, tiny_yaml, changes, message):
+    line = refused("train", tiny_yaml, "--out", tmp_path / "run", *(f"--set={change}" for change in changes))
+    assert message in line
+    assert re.search(r"about [\d,.]+ GB of memory, and [\d,.]+ are free; ", line)
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------ codec, training, results
 
 

@@ -1,5 +1,7 @@
 """What a process finds out about the device that it runs on."""
 
+import logging
+
 import pytest
 import torch
 
@@ -38,6 +40,13 @@ def test_emulated_bf16_is_warned_of(cpu, capsys):
 
     assert "this CPU emulates it" in told("bf16")
     assert told("auto") == told("bf16", avx512_bf16=True) == ""
+
+
+def test_a_line_of_the_log_is_one_line_whatever_is_in_it(cpu, capsys):
+    cpu()
+    with processes():
+        logging.getLogger("sitdist").warning("%s: read", "a\nname\x1b[31m\udcff")
+    assert capsys.readouterr().err == "sitdist: a\\nname\\x1b[31m\\udcff: read\n"
 
 
 def fsdp(**more):

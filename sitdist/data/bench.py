@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from sitdist.io.memory import require_memory
+
 ROUNDS = 3
 
 
@@ -67,10 +69,14 @@ def bench_data(
     dataset: str, split: str, batch: int, samples: int, synthetic: int | None, views: int, scene: str | None
 ) -> str:
     """The report: the machine, then reading `samples` samples a measure, and rendering, encoding, building `views`."""
-    from sitdist.data.bench_reading import bench_first_batch, bench_reading, bench_synthetic
+    from sitdist.data.bench_reading import SAMPLES_PER_SHARD, bench_first_batch, bench_reading, bench_synthetic
     from sitdist.data.bench_views import bench_views
     from sitdist.data.scene import open_scene
 
+    require_memory(200 * batch, f"batches of {batch:,} samples", "give a smaller --batch")
+    require_memory(
+        3000 * (synthetic or 0) // SAMPLES_PER_SHARD, f"{synthetic or 0:,} samples", "give fewer --synthetic ones"
+    )
     open_scene(scene)  # before minutes are spent on what comes first
     lines = [machine(), ""]
     if synthetic is not None:  # first, as memory is measured by its peak

@@ -149,6 +149,21 @@ def train_with_nan_on(own: int, *arguments: str) -> None:
     cli.main(arguments)
 
 
+def train_failing_on(own: int, where: str, error: Exception, *arguments: str) -> None:
+    """Train, and meet an error on one rank alone, in a step or while all begin together."""
+    owner: Any = trainer_module if where == "step" else checkpoints
+    name = "make_inputs" if where == "step" else "dataset_fingerprint"
+    function = getattr(owner, name)
+
+    def fail(*given: Any) -> Any:
+        if rank() == own:
+            raise error
+        return function(*given)
+
+    setattr(owner, name, fail)
+    cli.main(arguments)
+
+
 def train_leaving_out(step: int, *arguments: str) -> None:
     """Train, and call nothing that changes weights, optimizer and their average in one step."""
     clip, update, average = Trainer._clip_gradients, torch.optim.AdamW.step, Ema.update

@@ -1,6 +1,7 @@
 """What one process meets ends all of them, soon, with a single line that names it."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import ranks
@@ -92,6 +93,32 @@ def test_a_bug_shows_its_traceback_once_and_ends_all(tmp_path, where):
     assert "RuntimeError: a bug" in started.errors(1)
     told = "RuntimeError: a bug" if where == "inside" else "rank 1 (process "
     assert f"ProcessError: {told}" in started.errors(0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["step", "start"])
+def test_a_bug_in_a_command_is_one_line_on_each_process_and_a_traceback_in_a_file(train, tmp_path, where):
+    from tasks import train_failing_on
+
+    error = RuntimeError("a bug\nof two lines")
+    started = train(2, tmp_path / "run", task=train_failing_on, task_arguments=[1, where, error])
+    assert started.wait(grace=GRACE) == [2, 1]
+    met, told = (line for line in reversed(started.errors().splitlines()) if "error: " in line)
+    assert met.startswith("sitdist: error: rank 1: RuntimeError: a bug; ")
+    saved = Path(met.rpartition(" ")[2])
+    assert "in fail\n" in saved.read_text()
+    saved.unlink()
+    assert ("rank 1: RuntimeError: a bug" if where == "start" else "rank 1 (process ") in told
+    assert "Traceback" not in started.errors()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/a/file"), MemoryError("too large")])
+def test_what_the_system_refuses_one_process_is_one_line_of_all(train, tmp_path, error):
+    from tasks import train_failing_on
+
+    started = train(2, tmp_path / "run", task=train_failing_on, task_arguments=[1, "start", error])
+    assert_one_line(started, "sitdist: error: rank 1: ", "/a/file: Permission" if error.args[0] == 13 else "too large")
 
 
 # ----------------------------------------------------------------------------------------------- what cannot be started
