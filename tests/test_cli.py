@@ -498,3 +498,9 @@ def test_training_on_a_dataset_with_an_altered_byte_stops_with_its_shard_and_sam
     message = refused("train", config, "--out", tmp_path / "run")
     assert "altered bytes (CRC differs)" in message
     assert f"{damaged}/train/0000" in message
+
+
+def test_a_warning_of_a_command_that_shows_no_log_is_one_line_that_names_us():
+    warn = "import logging, sitdist.commands.outcome as o; o.prepare_output(); logging.getLogger('x').warning('a\\nb')"
+    done = subprocess.run([sys.executable, "-c", warn], capture_output=True, text=True, check=True)
+    assert done.stderr == "sitdist: a\\nb\n"
