@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sitdist.checks import LARGEST, LARGEST_SEED, array, choice, find_device, number, whole
 from sitdist.data.framing import Framing, Picture, camera_of, framed, framing_of, resampled
-from sitdist.errors import ConfigError, DataError, PoseError
+from sitdist.errors import ConfigError, DataError, PoseError, as_told, shown
 from sitdist.evaluate.calibrate import RunCalibration, load_calibration
 from sitdist.evaluate.poses import PoseReader, check_reading
 from sitdist.evaluate.refinement import SceneRefiner
@@ -39,6 +40,7 @@ from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import check_rigid
 from sitdist.geometry.similarity import Similarity
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 from sitdist.train.build import build_latent_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
@@ -50,6 +52,7 @@ LOOKS_AWAY = (
     "world-to-camera matrices, and negate columns 2 and 3 of OpenCV poses"
 )
 
+Options = TypeVar("Options", SampleOptions, EstimateOptions)
 Frame = Literal["dataset", "user"]
 Camera = Any  # Intrinsics, a sequence of them, or numbers [4] or [N, 4]
 
@@ -66,6 +69,7 @@ def load(
     place of the training pictures' own. A hub id is downloaded by huggingface_hub (weights are safetensors, nothing is
     unpickled). A SitdistError says what is missing, in one line.
     """
+    device = find_device(device)
     folder = _folder_of(str(path))
     if is_exported(folder):
         if step is not None:
@@ -118,7 +122,7 @@ class Flow:
     def __init__(
         self, run: LoadedRun, framing: Framing, device: torch.device | str = "cpu", folder: Path | None = None
     ) -> None:
-        self.run, self.framing, self.device, self.folder = run, framing, torch.device(device), folder
+        self.run, self.framing, self.device, self.folder = run, framing, find_device(device), folder
         self._calibrations: dict[EstimateOptions, RunCalibration | None] = {}
         self._refiners: dict[str, SceneRefiner] = {}
         self._statistics = PoseStatistics.from_dict(run.manifest.statistics)
@@ -159,8 +163,8 @@ class Flow:
         return build_sampling(self.run.config.evaluate)
 
     def to(self, device: torch.device | str) -> Flow:
-        """Move the model; returns itself."""
-        self.device = torch.device(device)
+        """Move the model, to `auto`, `cpu`, `cuda` and the like; returns itself."""
+        self.device = find_device(device)
         self.run.model.to(self.device)
         self.run.codec.to(self.device)
         return self
@@ -170,18 +174,21 @@ class Flow:
 
         radius: by default the middle of the training radii. elevation_deg: above the horizon.
         """
-        if views < 1 or not -90.0 <= elevation_deg <= 90.0:
-            raise ConfigError(f"a turntable of {views} views at {elevation_deg:g} degrees; give 1 or more, -90 to 90")
+        views = whole("views", views, 1)
+        require_memory(700 * views, f"a turntable of {views:,} views", "ask for fewer")
         angle = torch.arange(views, dtype=torch.float64) * (2.0 * math.pi / views)
         return look_at(self.position(angle.rad2deg(), elevation_deg, radius))
 
     def position(self, azimuth_deg: Tensor, elevation_deg: float, radius: float | None = None) -> Tensor:
         """Points [..., 3] float64 about the origin: azimuths [...] from +x towards +y, elevation above the horizon."""
-        azimuth, elevation = azimuth_deg.to(torch.float64).deg2rad(), math.radians(elevation_deg)
+        azimuth = array("azimuth_deg", azimuth_deg)
+        if not (azimuth.abs() <= 1e6).all():  # a NaN is not, either
+            raise ConfigError("azimuth_deg: angles in degrees, within a million, and no NaN; give such")
+        azimuth, elevation = azimuth.deg2rad(), math.radians(number("elevation_deg", elevation_deg, -90.0, 90.0))
         ring = math.cos(elevation)
         up = torch.full_like(azimuth, math.sin(elevation))
         direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), up], dim=-1)
-        return (0.5 * sum(self.training_radius) if radius is None else radius) * direction
+        return (0.5 * sum(self.training_radius) if radius is None else number("radius", radius, 1e-6)) * direction
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -210,18 +217,28 @@ class Flow:
         why_not = self.run.config.flow.why_no_picture()
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: renders no pictures: {why_not}")
-        self._check_label(label)
-        options = options or self.sample_options
+        label, seed, batch = self._check_label(label), whole("seed", seed, 0, LARGEST_SEED), whole("batch", batch, 1)
+        options = _options(options, SampleOptions) or self.sample_options
         poses = self._to_dataset(self._check_poses(camera_to_world, frame), label, frame)
         size = (self.image_size, self.image_size)
         cameras = [
-            camera_of(given, size, f"pose {number}") for number, given in enumerate(_per_view(intrinsics, len(poses)))
+            camera_of(given, size, f"pose {index}") for index, given in enumerate(_per_view(intrinsics, len(poses)))
         ]
+        self._check_memory(cameras, min(batch, len(poses)))
         pictures = [
             self._render(poses[start : start + batch], cameras[start : start + batch], label, seed, options)
             for start in range(0, len(poses), batch)
         ]
         return torch.cat(pictures)
+
+    def _check_memory(self, cameras: Sequence[Intrinsics | None], batch: int) -> None:
+        """OutOfMemoryError where the pictures of all cameras cannot have room; a cautious bound."""
+        sizes = [(self.image_size, self.image_size) if each is None else (each.width, each.height) for each in cameras]
+        pixels, latent = sum(width * height for width, height in sizes), self.run.manifest.latent
+        tokens = latent.height * latent.width // self.run.config.model.sizes()["patch_size"] ** 2
+        each = 12 * self.image_size**2 + 40 * tokens * self.run.config.model.sizes()["hidden_size"]
+        what = f"{len(cameras):,} pictures of up to {max(sizes)[0]}x{max(sizes)[1]} pixels, {batch} at a time"
+        require_memory(24 * pixels + batch * each, what, "render fewer at a time, or a smaller batch")
 
     def _render(
         self,
@@ -308,8 +325,10 @@ class Flow:
         `estimate_options`. zooms: read every picture at each of these zooms about its centre, such as `flow.zooms`, and
         average. scene: the folder of a scene in the dataset's frame (or "built-in"), by which the poses are refined:
         error bars are then left out, and `converged` is False where the scene does not explain a picture.
-        DataError for what is no picture or no scene; ConfigError for a model that reads no poses, or not so.
+        DataError for what is no picture or no scene, and for none at all; ConfigError for a model that reads no poses,
+        or not so.
         """
+        batch = whole("batch", batch, 1)
         pictures = _as_list(images)
         masks = [None] * len(pictures) if mask is None else _as_list(mask, channels=False)
         if len(masks) != len(pictures):
@@ -340,14 +359,18 @@ class Flow:
         why_not = self.run.config.flow.why_no_pose()
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: reads no poses: {why_not}")
-        options, config = options or self.estimate_options, self.run.config.evaluate
-        self._check_label(label)
+        options, config = _options(options, EstimateOptions) or self.estimate_options, self.run.config.evaluate
+        known = self._check_label(label) in self.framing.backgrounds
+        if zooms is not None:
+            values = array("zooms", zooms)
+            if values.ndim != 1 or not 1 <= len(values) <= 100 or not ((values >= 0.01) & (values <= 100.0)).all():
+                raise ConfigError(f"zooms {shown(zooms)}: give one or more, from 0.01 to 100 each")
+            if not known and float(values.min()) < 1.0:
+                raise ConfigError(f"zooms {shown(zooms)}: below 1, the colour around the picture must be known")
+            zooms = values.tolist()
+        if scene is not None and not isinstance(scene, str | Path):
+            raise ConfigError(f"scene {shown(scene)}: expected the folder of a scene, or built-in")
         check_reading(self.run, options, zooms)
-        known = label in self.framing.backgrounds
-        if zooms is not None and (not zooms or min(zooms) <= 0.0 or (min(zooms) < 1.0 and not known)):
-            raise ConfigError(
-                f"zooms {list(zooms)}: give one or more above 0; below 1, the colour around the picture must be known"
-            )
         return PoseReader(
             self.run,
             options,
@@ -359,7 +382,10 @@ class Flow:
 
     def _refiner(self, scene: str) -> SceneRefiner:
         if scene not in self._refiners:
-            self._refiners[scene] = SceneRefiner.open(scene, self.run.manifest, self.device)
+            try:
+                self._refiners[scene] = SceneRefiner.open(scene, self.run.manifest, self.device)
+            except OSError as error:
+                raise as_told(error) or error from None
         if self.camera is None and not self._statistics.has_intrinsics:
             raise ConfigError(
                 f"scene {scene}: the training pictures' intrinsics are not known here, as the dataset is not at hand; "
@@ -397,7 +423,7 @@ class Flow:
 
     def calibration(self, options: EstimateOptions | None = None) -> RunCalibration | None:
         """The error bars and the trust that `sitdist calibrate` fitted for poses read so; None where it did not."""
-        options = options or self.estimate_options
+        options = _options(options, EstimateOptions) or self.estimate_options
         if self.folder is not None and options not in self._calibrations:
             self._calibrations[options] = load_calibration(self.folder, self.run, options)[0]
         return self._calibrations.get(options)
@@ -406,7 +432,7 @@ class Flow:
 
     def similarity(self, label: int = 0) -> Similarity:
         """What takes the user's frame to the dataset's; the identity where the poses were not moved."""
-        self._check_label(label)
+        label = self._check_label(label)
         values = next(entry.similarity for entry in self.run.manifest.objects if entry.label == label)
         return Similarity.identity() if values is None else Similarity.from_dict(values)
 
@@ -437,23 +463,26 @@ class Flow:
 
     # --------------------------------------------------------------------------------------------------------- checks
 
-    def _check_label(self, label: int) -> None:
+    def _check_label(self, label: int) -> int:
+        label = whole("label", label)
         if label not in self.objects:
             known = ", ".join(f"{number} ({name})" for number, name in self.objects.items())
             raise DataError(f"label {label}: the model knows no such object; it knows {known}")
+        return label
 
     def _check_poses(self, camera_to_world: Any, frame: Frame) -> Tensor:
         _is_user(frame)
-        try:
-            poses = torch.as_tensor(np.asarray(camera_to_world, dtype=np.float64))
-        except (ValueError, TypeError):
-            raise PoseError("camera_to_world: no matrices of numbers; expected [N, 4, 4] or [4, 4]") from None
+        poses = array("camera_to_world", camera_to_world, PoseError)
         if poses.ndim == 2:
             poses = poses[None]
         if poses.ndim != 3 or poses.shape[1:] != (4, 4) or len(poses) == 0:
             raise PoseError(f"camera_to_world: shape {list(poses.shape)}; expected [N, 4, 4] or [4, 4], N above 0")
-        for number, pose in enumerate(poses):
-            check_rigid(pose, f"pose {number}")
+        for index, pose in enumerate(poses):
+            check_rigid(pose, f"pose {index}")
+        if poses.abs().max() > LARGEST:
+            raise PoseError(
+                f"camera_to_world: a position is {float(poses.abs().max()):g} from the origin; scale the poses"
+            )
         return poses
 
 
@@ -462,10 +491,10 @@ def _per_view(intrinsics: Camera, count: int) -> list[Intrinsics | list[float] |
     given: list[Intrinsics | list[float] | None]
     if intrinsics is None or isinstance(intrinsics, Intrinsics):
         given = [intrinsics] * count
-    elif all(isinstance(each, Intrinsics) for each in intrinsics):
+    elif isinstance(intrinsics, list | tuple) and all(isinstance(each, Intrinsics) for each in intrinsics):
         given = list(intrinsics)
     else:
-        values = np.asarray(intrinsics, dtype=np.float64)
+        values = array("intrinsics", intrinsics, DataError).numpy()
         if values.shape == (4,):
             values = np.tile(values, (count, 1))
         if values.ndim != 2 or values.shape[1] != 4:
@@ -477,9 +506,16 @@ def _per_view(intrinsics: Camera, count: int) -> list[Intrinsics | list[float] |
 
 
 def _is_user(frame: str) -> bool:
-    if frame not in ("dataset", "user"):
-        raise ConfigError(f"frame '{frame}': unknown; choose dataset or user")
-    return frame == "user"
+    return choice("frame", frame, ("dataset", "user")) == "user"
+
+
+def _options(options: Any, kind: type[Options]) -> Options | None:
+    """Options of that kind or none; ConfigError for anything else."""
+    if options is not None and not isinstance(options, kind):
+        raise ConfigError(
+            f"options {shown(options)}: expected {kind.__name__}; dataclasses.replace changes a part of it"
+        )
+    return options
 
 
 def _as_list(images: Any, channels: bool = True) -> list[Picture]:

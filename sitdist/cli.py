@@ -1,14 +1,14 @@
 """The command line: `sitdist COMMAND`, or `python -m sitdist COMMAND` under a launcher.
 
 Commands are thin; what is heavy is imported when a command runs. A user's mistake is one line on stderr and exit code
-2; a run that was asked to stop, saved everything and can be resumed exits with 75.
+2, a bug of sitdist one line and exit code 1; a run that was asked to stop, saved everything and can be resumed exits
+with 75.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import os
 import re
 import signal
@@ -18,19 +18,26 @@ from pathlib import Path
 from typing import NoReturn
 
 from sitdist import __version__
+from sitdist.checks import find_device
 from sitdist.commands import export, pose, render, view
-from sitdist.commands.arguments import ESTIMATORS, READOUTS
-from sitdist.commands.arguments import count as _count
-from sitdist.commands.arguments import elevation as _elevation
-from sitdist.commands.arguments import names as _names
-from sitdist.commands.arguments import positive as _positive
-from sitdist.commands.arguments import positive_number as _positive_number
-from sitdist.commands.arguments import radii as _radii
-from sitdist.commands.arguments import share as _share
-from sitdist.errors import ConfigError, DataError, RunInterrupted, SitdistError
+from sitdist.commands.arguments import (
+    ESTIMATORS,
+    READOUTS,
+    add_device,
+    count,
+    elevation,
+    names,
+    output,
+    positive,
+    positive_number,
+    radii,
+    seed,
+    share,
+    whole,
+)
+from sitdist.commands.outcome import EXIT_RESUME, EXIT_USAGE, check_launcher, exit_code, prepare_output, show, tell
+from sitdist.errors import ConfigError, DataError, RunInterrupted, one_line, shortened
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
-EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 2, 75, 130
 FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers", "all")
@@ -51,7 +58,11 @@ class _Parser(argparse.ArgumentParser):
             what = "unknown option" if word.startswith("-") else "unknown"
             remedy = f"did you mean '{near[0]}'?" if near else f"see `{self.prog} --help`"
             message = f"{what} '{word}'; {remedy}"
-        raise ConfigError(f"{self.prog}: {message}")
+        raise ConfigError(f"{self.prog}: {shortened(message, 400)}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # of --help and --version, where a closed pipe can still be told
+        super().exit(status, message)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         namespace, rest = super().parse_known_args(args, namespace)
@@ -62,6 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
+    prepare_output()
     code = run(arguments)
     if code == EXIT_RESUME:  # launchers pass on what a terminal has already sent: the answer stays the same
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -72,27 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     try:
+        check_launcher()
         options = _parser().parse_args(arguments)
-        return options.command(options) or 0
-    except SitdistError as error:
-        own = int(os.environ.get("RANK", "0"))
-        rank = own if error.of_rank is None else error.of_rank
-        if own == 0 or error.of_rank is None:
-            print(f"sitdist: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"sitdist: error: {where}{error.strerror}; free space or name a place you may use", file=sys.stderr)
-        return EXIT_USAGE
-    except RunInterrupted as stop:  # every process raises it
-        if os.environ.get("RANK", "0") == "0":
-            print(f"sitdist: {stop}", file=sys.stderr, flush=True)
-        return EXIT_RESUME
-    except KeyboardInterrupt:
-        print("sitdist: interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        code = options.command(options) or 0
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt, RunInterrupted) as error:
+        return exit_code(error)
 
 
 def _parser() -> _Parser:
@@ -107,18 +105,21 @@ def _parser() -> _Parser:
     )
     command = shards.add_parser("build", help="render or load views, encode them and pack them into shards")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML)")
-    command.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    command.add_argument("--out", type=output, required=True, help="folder of the dataset")
     command.add_argument(
-        "--splits", type=_names, metavar="A,B", help="build only these splits, train among them (default: all)"
+        "--splits", type=names, metavar="A,B", help="build only these splits, train among them (default: all)"
     )
     _add_set(command)
     command.set_defaults(command=_shards_build)
     command = shards.add_parser("cameras", help="write the cameras of a split for nerfstudio to render")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML)")
     command.add_argument("--split", required=True, help="split of the recipe")
-    command.add_argument("--out", type=Path, required=True, help="camera path to write (JSON)")
+    command.add_argument("--out", type=output, required=True, help="camera path to write (JSON)")
     command.add_argument(
-        "--transforms", type=Path, metavar="FILE", help="also write the transforms.json of the pictures 00000.png, ..."
+        "--transforms",
+        type=output,
+        metavar="FILE",
+        help="also write the transforms.json of the pictures 00000.png, ...",
     )
     command.add_argument("--overwrite", action="store_true", help="overwrite the output files if they exist")
     _add_set(command)
@@ -134,52 +135,56 @@ def _parser() -> _Parser:
     codec = commands.add_parser("codec", help="make codecs").add_subparsers(required=True, metavar="ACTION")
     command = codec.add_parser("fit", help="train an AutoencoderKL on the training views of a recipe")
     command.add_argument("recipe", type=Path, help="dataset recipe (YAML); its codec is not used")
-    command.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    command.add_argument("--steps", type=_positive, help="(default: 2000)")
-    command.add_argument("--batch", type=_positive, help="views a step, of all processes together (default: 32)")
-    command.add_argument("--views", type=_positive, help="fit on at most this many views (default: 4000)")
-    command.add_argument("--channels", type=_positive, nargs="+", help="channels of every level (default: 16 32 32)")
-    command.add_argument("--latent-channels", type=_positive, help="(default: 4)")
+    command.add_argument("--out", type=output, required=True, help="diffusers folder to write")
+    command.add_argument("--steps", type=positive, help="(default: 2000)")
+    command.add_argument("--batch", type=positive, help="views a step, of all processes together (default: 32)")
+    command.add_argument("--views", type=positive, help="fit on at most this many views (default: 4000)")
+    command.add_argument("--channels", type=positive, nargs="+", help="channels of every level (default: 16 32 32)")
+    command.add_argument("--latent-channels", type=positive, help="(default: 4)")
     command.add_argument("--loss", choices=("mse", "l1"), help="error of the pixels (default: mse)")
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights: adds LPIPS")
-    command.add_argument("--lr", type=_positive_number, help="largest learning rate (default: 2e-3)")
+    command.add_argument("--lr", type=positive_number, help="largest learning rate (default: 2e-3)")
     command.add_argument("--precision", choices=("fp32", "bf16"), help="of the network in training (default: fp32)")
-    command.add_argument("--seed", type=int, help="(default: 0)")
+    command.add_argument("--seed", type=seed, help="(default: 0)")
     _add_set(command)
     command.set_defaults(command=_codec_fit)
 
     scene = commands.add_parser("scene", help="make scenes from photos").add_subparsers(required=True, metavar="ACTION")
     command = scene.add_parser("fit", help="fit a radiance field to posed photos of one object")
     command.add_argument("photos", type=Path, help=".npz or a folder of them, transforms.json, or a COLMAP folder")
-    command.add_argument("--out", type=Path, required=True, help="folder of the scene")
+    command.add_argument("--out", type=output, required=True, help="folder of the scene")
     command.add_argument("--images", type=Path, help="folder of the pictures that a COLMAP model names")
     command.add_argument(
-        "--background", type=_share, nargs=3, metavar=("R", "G", "B"), help="colour behind the object, 0 to 1 each"
+        "--background", type=share, nargs=3, metavar=("R", "G", "B"), help="colour behind the object, 0 to 1 each"
     )
-    command.add_argument("--max-views", type=_positive, metavar="N", help="fit N photos, evenly spaced (default: all)")
+    command.add_argument("--max-views", type=positive, metavar="N", help="fit N photos, evenly spaced (default: all)")
     command.add_argument("--keep-frame", action="store_true", help="give the scene's poses in the capture's own frame")
     command.add_argument("--no-view-dependence", action="store_true", help="one colour from all sides: 3 times smaller")
-    command.add_argument("--resolutions", type=_positive, nargs="+", metavar="N", help="N^3 voxels at every level")
-    command.add_argument("--steps", type=_positive, nargs="+", metavar="N", help="steps at every level")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    command.add_argument("--resolutions", type=positive, nargs="+", metavar="N", help="N^3 voxels at every level")
+    command.add_argument("--steps", type=positive, nargs="+", metavar="N", help="steps at every level")
+    command.add_argument("--seed", type=seed, default=0)
+    add_device(command)
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     command.set_defaults(command=_scene_fit)
 
     command = scene.add_parser("render", help="pictures of a scene, with their transforms.json")
     command.add_argument("scene", help="folder of a fitted scene, or built-in")
-    command.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    command.add_argument("--out", type=output, required=True, help="folder of the pictures")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--turntable", type=_positive, metavar="N", help="N views on a closed circle, also as a GIF")
+    which.add_argument("--turntable", type=positive, metavar="N", help="N views on a closed circle, also as a GIF")
     which.add_argument("--recipe", type=Path, help="the cameras of a recipe's --split")
     command.add_argument("--split", default="train", help="(default: train)")
-    command.add_argument("--radius", type=_positive_number, default=4.0, help="of the turntable (default: 4)")
-    command.add_argument("--elevation", type=_elevation, default=20.0, help="of the turntable in degrees (default: 20)")
-    command.add_argument("--fov", type=_positive_number, default=40.0, help="of the turntable in degrees (default: 40)")
-    command.add_argument("--size", type=_positive, default=256, help="pixels of the turntable's side (default: 256)")
-    command.add_argument("--supersample", type=_positive, default=2, help="its square is the rays a pixel (default: 2)")
+    command.add_argument("--radius", type=positive_number, default=4.0, help="of the turntable (default: 4)")
+    command.add_argument("--elevation", type=elevation, default=20.0, help="of the turntable in degrees (default: 20)")
+    command.add_argument("--fov", type=positive_number, default=40.0, help="of the turntable in degrees (default: 40)")
     command.add_argument(
-        "--background", type=_share, nargs=3, metavar=("R", "G", "B"), help="in the place of the scene's own"
+        "--size", type=whole(1, 16384), default=256, help="pixels of the turntable's side (default: 256)"
+    )
+    command.add_argument(
+        "--supersample", type=whole(1, 16), default=2, help="its square is the rays a pixel (default: 2)"
+    )
+    command.add_argument(
+        "--background", type=share, nargs=3, metavar=("R", "G", "B"), help="in the place of the scene's own"
     )
     command.add_argument("--alpha", action="store_true", help="leave the background out, keep the object's share")
     _add_set(command)
@@ -187,7 +192,7 @@ def _parser() -> _Parser:
 
     command = commands.add_parser("train", help="train a flow, or go on with a run")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
-    command.add_argument("--out", type=Path, required=True, help="folder of the run")
+    command.add_argument("--out", type=output, required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="what happens anyway: go on from the newest checkpoint")
     _add_set(command)
     command.set_defaults(command=_train)
@@ -195,7 +200,7 @@ def _parser() -> _Parser:
     command = commands.add_parser("doctor", help="what a training run will do, and what would stop it")
     command.add_argument("config", type=Path, help="experiment config (YAML)")
     command.add_argument("--launch", type=Path, metavar="FILE", help="accelerate config that it will be started with")
-    command.add_argument("--out", type=Path, default=Path("runs"), help="where the run will be (default: runs)")
+    command.add_argument("--out", type=output, default=Path("runs"), help="where the run will be (default: runs)")
     _add_set(command)
     command.set_defaults(command=_doctor)
 
@@ -212,28 +217,28 @@ def _parser() -> _Parser:
 
     command = checkpoint.add_parser("convert", help="write a run's weights as one file that other code loads")
     command.add_argument("source", type=Path, metavar="RUN", help="folder of the run, or a file of weights")
-    command.add_argument("out", type=Path, metavar="FILE", help="file to write: .safetensors, or .pt for torch.load")
-    command.add_argument("--step", type=_positive, metavar="N", help="checkpoint (default: the newest whole one)")
+    command.add_argument("out", type=output, metavar="FILE", help="file to write: .safetensors, or .pt for torch.load")
+    command.add_argument("--step", type=positive, metavar="N", help="checkpoint (default: the newest whole one)")
     command.add_argument("--weights", choices=("ema", "model"), default="ema", help="average or not (default: ema)")
     command.set_defaults(command=_checkpoint_convert)
 
     command = commands.add_parser("eval", help="measure a run on views it has not seen, and write the report")
     command.add_argument("run", type=Path, help="folder of the run")
     command.add_argument("--split", help="evaluate a split of the dataset (default: test)")
-    command.add_argument("--radii", type=_radii, metavar="A:B", help="evaluate radii A to B in bins of width 1")
-    command.add_argument("--views-per-radius", type=_positive, metavar="N", help="views in every bin")
+    command.add_argument("--radii", type=radii, metavar="A:B", help="evaluate radii A to B in bins of width 1")
+    command.add_argument("--views-per-radius", type=positive, metavar="N", help="views in every bin")
     command.add_argument("--experiment", choices=EXPERIMENTS, default="radii", help="what to measure (default: radii)")
-    command.add_argument("--max-views", type=_positive, metavar="N", help="at most N views in each experiment")
+    command.add_argument("--max-views", type=positive, metavar="N", help="at most N views in each experiment")
     command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
-    command.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval/...)")
+    command.add_argument("--out", type=output, help="folder of the results (default: RUN/eval/...)")
     command.add_argument("--estimator", choices=ESTIMATORS)
-    command.add_argument("--estimator-steps", type=_positive)
+    command.add_argument("--estimator-steps", type=positive)
     command.add_argument("--readout", choices=READOUTS, help="how a pose is fitted to its sixteen numbers")
     command.add_argument("--refine", metavar="SCENE", help="move poses to where this scene (or built-in) shows them")
     command.add_argument("--generator", choices=GENERATORS)
-    command.add_argument("--generator-steps", type=_positive)
-    command.add_argument("--batch", type=_positive)
-    command.add_argument("--seed", type=int)
+    command.add_argument("--generator-steps", type=positive)
+    command.add_argument("--batch", type=positive)
+    command.add_argument("--seed", type=seed)
     command.add_argument("--lpips-backbone", metavar="FILE", help="torchvision AlexNet or VGG weights for LPIPS")
     _add_set(command, "evaluate.guidance=2")
     command.add_argument("--uncalibrated", action="store_true", help="leave out the run's error bars and trust")
@@ -244,16 +249,16 @@ def _parser() -> _Parser:
     command.add_argument("--split", required=True, help="held-out views, such as val; at least 20, better 500")
     command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
     command.add_argument("--estimator", choices=ESTIMATORS)
-    command.add_argument("--estimator-steps", type=_positive)
-    command.add_argument("--batch", type=_positive)
+    command.add_argument("--estimator-steps", type=positive)
+    command.add_argument("--batch", type=positive)
     command.set_defaults(command=_calibrate)
 
     command = commands.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
     command.add_argument("dataset", type=Path)
     command.add_argument(
-        "--out", type=Path, required=True, help="folder of the runs and the table; started again, it goes on"
+        "--out", type=output, required=True, help="folder of the runs and the table; started again, it goes on"
     )
-    command.add_argument("--steps", type=_positive, default=1500, help="steps of every run")
+    command.add_argument("--steps", type=positive, default=1500, help="steps of every run")
     command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
     command.set_defaults(command=_ablate)
 
@@ -261,20 +266,20 @@ def _parser() -> _Parser:
     command.add_argument("run", type=Path, help="folder of the run")
     command.add_argument("--split", default="test", help="(default: test)")
     command.add_argument("--data", type=Path, help="dataset (default: the one trained on)")
-    command.add_argument("--views", type=_positive, metavar="N", help="the first N views (default: all)")
-    command.add_argument("--probes", type=_positive, default=4, help="Hutchinson probes a view (default: 4)")
+    command.add_argument("--views", type=positive, metavar="N", help="the first N views (default: all)")
+    command.add_argument("--probes", type=positive, default=4, help="Hutchinson probes a view (default: 4)")
     command.add_argument("--method", choices=(*FIXED_STEP, *ADAPTIVE), default="heun", help="(default: heun)")
-    command.add_argument("--steps", type=_positive, default=25, help="(default: 25)")
-    command.add_argument("--batch", type=_positive, default=64)
-    command.add_argument("--seed", type=int, default=0, help="of the probes")
-    command.add_argument("--out", type=Path, metavar="FILE", help="also write a CSV of every view's")
+    command.add_argument("--steps", type=positive, default=25, help="(default: 25)")
+    command.add_argument("--batch", type=positive, default=64)
+    command.add_argument("--seed", type=seed, default=0, help="of the probes")
+    command.add_argument("--out", type=output, metavar="FILE", help="also write a CSV of every view's")
     _add_overwrite(command)
     command.set_defaults(command=_likelihood)
 
     command = commands.add_parser("sigma", help="predict the noise floor of a dataset's packing, before any training")
     command.add_argument("dataset", type=Path)
     command.add_argument(
-        "--target-deg", type=_positive_number, required=True, metavar="D", help="rotation error to stay below"
+        "--target-deg", type=positive_number, required=True, metavar="D", help="rotation error to stay below"
     )
     command.set_defaults(command=_sigma)
 
@@ -284,32 +289,32 @@ def _parser() -> _Parser:
     )
     command.add_argument("dataset", help="folder or URL of a dataset")
     command.add_argument("--split", default="train")
-    command.add_argument("--batch", type=_positive, default=256)
-    command.add_argument("--samples", type=_positive, default=20_000, help="samples a measure")
-    command.add_argument("--synthetic", type=_count, metavar="N", help="also the order of N samples, such as 1e9")
-    command.add_argument("--views", type=_positive, default=128, metavar="N", help="views to render, encode and build")
+    command.add_argument("--batch", type=positive, default=256)
+    command.add_argument("--samples", type=positive, default=20_000, help="samples a measure")
+    command.add_argument("--synthetic", type=count, metavar="N", help="also the order of N samples, such as 1e9")
+    command.add_argument("--views", type=positive, default=128, metavar="N", help="views to render, encode and build")
     command.add_argument("--scene", metavar="FOLDER", help="fitted scene to render (default: the recipe's, if any)")
     command.set_defaults(command=_bench_data)
     command = bench.add_parser("train", help="training steps beside a plain loop, in pairs")
     command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
-    command.add_argument("--latent", type=_positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
-    command.add_argument("--batch", type=_positive, default=32, help="samples a step (default: 32)")
+    command.add_argument("--latent", type=positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
+    command.add_argument("--batch", type=positive, default=32, help="samples a step (default: 32)")
     command.add_argument(
         "--backends", nargs="+", help="such as bf16-full (default: fp32, and bf16 where the device computes in it)"
     )
     command.add_argument(
         "--baseline", choices=("latents", "vae"), default="latents", help="latents computed before, or in the step"
     )
-    command.add_argument("--pairs", type=_positive, default=5, help="(default: 5)")
-    command.add_argument("--steps", type=_positive, default=1, help="steps of either side of a pair (default: 1)")
+    command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
+    command.add_argument("--steps", type=positive, default=1, help="steps of either side of a pair (default: 1)")
     command.set_defaults(command=_bench_train)
 
     command = bench.add_parser("checkpoint", help="what saving costs the steps, beside a save that they wait for")
     command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
-    command.add_argument("--latent", type=_positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
-    command.add_argument("--batch", type=_positive, default=32, help="samples a step (default: 32)")
+    command.add_argument("--latent", type=positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
+    command.add_argument("--batch", type=positive, default=32, help="samples a step (default: 32)")
     command.add_argument("--backend", default="fp32", help="such as bf16-full (default: fp32)")
-    command.add_argument("--pairs", type=_positive, default=5, help="(default: 5)")
+    command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
     command.set_defaults(command=_bench_checkpoint)
 
     for module in (pose, render, view, export):
@@ -318,25 +323,25 @@ def _parser() -> _Parser:
     ema = commands.add_parser("ema", help="averages of a run's weights").add_subparsers(required=True, metavar="ACTION")
     command = ema.add_parser("reconstruct", help="the average of any width from the snapshots of train.averages")
     command.add_argument("run", type=Path, help="folder of the run")
-    command.add_argument("--sigma-rel", type=_positive_number, required=True, metavar="S", help="relative width")
-    command.add_argument("--step", type=_positive, help="after this many steps (default: the last snapshot)")
-    command.add_argument("--out", type=Path, help="file of the weights, for --set evaluate.average=FILE")
+    command.add_argument("--sigma-rel", type=positive_number, required=True, metavar="S", help="relative width")
+    command.add_argument("--step", type=positive, help="after this many steps (default: the last snapshot)")
+    command.add_argument("--out", type=output, help="file of the weights, for --set evaluate.average=FILE")
     _add_overwrite(command)
     command.set_defaults(command=_ema_reconstruct)
 
     command = bench.add_parser("pose", help="errors and speed of every pose estimator, beside the source's protocol")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     command.add_argument("--split", default="test", help="(default: test)")
-    command.add_argument("--views", type=_positive, metavar="N", help="its first N views (default: all)")
-    command.add_argument("--batch", type=_positive, default=64, help="(default: 64)")
-    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    command.add_argument("--views", type=positive, metavar="N", help="its first N views (default: all)")
+    command.add_argument("--batch", type=positive, default=64, help="(default: 64)")
+    add_device(command)
+    command.add_argument("--json", type=output, metavar="FILE", help="also write the numbers to this file")
     _add_overwrite(command)
     command.set_defaults(command=_bench_pose)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, nargs="+", help="folder that holds metrics.json and records.csv")
-    command.add_argument("--out", type=Path, help="page of several, side by side (default: FIRST/comparison.html)")
+    command.add_argument("--out", type=output, help="page of several, side by side (default: FIRST/comparison.html)")
     _add_overwrite(command)
     command.set_defaults(command=_report)
     return parser
@@ -369,7 +374,7 @@ def _shards_build(options: argparse.Namespace) -> None:
         with processes() as (_, agreement):
             build(recipe, options.out, options.splits, agreement)
     if os.environ.get("RANK", "0") == "0":
-        print(info(options.out))
+        show(info(options.out))
 
 
 def _shards_cameras(options: argparse.Namespace) -> None:
@@ -378,7 +383,7 @@ def _shards_cameras(options: argparse.Namespace) -> None:
 
     recipe = load_yaml(Recipe, options.recipe, options.set)
     count = write_camera_path(recipe, options.split, options.out, options.transforms, options.overwrite)
-    print(f"{options.out}: {count} cameras of {options.split}")
+    tell(f"{options.out}: {count} cameras of {options.split}")
 
 
 def _shards_verify(options: argparse.Namespace) -> None:
@@ -386,18 +391,18 @@ def _shards_verify(options: argparse.Namespace) -> None:
 
     problems = verify(options.dataset)
     for problem in problems[1:]:
-        print(problem, file=sys.stderr)
+        print(one_line(problem), file=sys.stderr)
     if problems:
         more = f" (and {len(problems) - 1} more, above)" if len(problems) > 1 else ""
         raise DataError(f"{options.dataset}: {problems[0]}{more}")
-    print(info(options.dataset))
-    print("verified: every sample and every hash is right")
+    show(info(options.dataset))
+    show("verified: every sample and every hash is right")
 
 
 def _shards_info(options: argparse.Namespace) -> None:
     from sitdist.data.verify import info
 
-    print(info(options.dataset))
+    show(info(options.dataset))
 
 
 def _codec_fit(options: argparse.Namespace) -> None:
@@ -417,10 +422,11 @@ def _codec_fit(options: argparse.Namespace) -> None:
         (lambda device: Lpips(backbone, device).distance) if backbone else None,
     )
     if os.environ.get("RANK", "0") == "0":
-        print(
+        text = (
             f"{options.out}: held-out round trip {result.psnr:.2f} dB on {result.held_out} views, scaling factor "
             f"{result.scaling_factor:.4f}; put codec: {{kind: vae, path: {options.out}}} into the recipe"
         )
+        tell(text)
 
 
 def _scene_render(options: argparse.Namespace) -> None:
@@ -441,12 +447,10 @@ def _scene_render(options: argparse.Namespace) -> None:
         options.alpha,
         gif=bool(options.turntable),
     )
-    print(f"{options.out}: {count} pictures")
+    tell(f"{options.out}: {count} pictures")
 
 
 def _scene_fit(options: argparse.Namespace) -> None:
-    import torch
-
     from sitdist.data.photos import read_photos
     from sitdist.evaluate import metrics
     from sitdist.io.atomic import check_free
@@ -454,9 +458,9 @@ def _scene_fit(options: argparse.Namespace) -> None:
     from sitdist.scene.store import save_scene
 
     check_free(options.out)
+    device = find_device(options.device)
     background = (options.background[0], options.background[1], options.background[2]) if options.background else None
     photos = read_photos(options.photos, background, options.images).thinned(options.max_views)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     measures = {"psnr": metrics.psnr}
     if min(photos.images.shape[-2:]) >= metrics.SSIM_WINDOW:
         measures["ssim"] = metrics.ssim
@@ -474,7 +478,8 @@ def _scene_fit(options: argparse.Namespace) -> None:
     save_scene(scene, options.out, turntable(scene, photos))
     names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}"}
     held_out = ", ".join(names[name].format(scene.held_out[name]) for name in measures)
-    print(f"{options.out}: {held_out} on {scene.held_out['views']:.0f} of {len(photos)} photos, held out from the fit")
+    views = f"{scene.held_out['views']:.0f} of {len(photos)} photos, held out from the fit"
+    tell(f"{options.out}: {held_out} on {views}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -491,7 +496,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     found = doctor(options.config, options.set, options.launch, options.out)
     if os.environ.get("RANK", "0") == "0":
-        print(found.report())
+        show(found.report())
     return EXIT_USAGE if found.wrong else 0
 
 
@@ -499,14 +504,14 @@ def _checkpoint(options: argparse.Namespace) -> int:
     from sitdist.train.checkpoint import describe_checkpoints
 
     text, whole = describe_checkpoints(options.run, options.verify)
-    print(text)
+    show(text)
     return 0 if whole else EXIT_USAGE
 
 
 def _checkpoint_convert(options: argparse.Namespace) -> None:
     from sitdist.train.convert import convert
 
-    print(convert(options.source, options.out, options.step, options.weights))
+    tell(convert(options.source, options.out, options.step, options.weights))
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -523,41 +528,41 @@ def _eval(options: argparse.Namespace) -> None:
 def _print_experiments(folder: Path) -> None:
     from sitdist.evaluate.experiments.tables import format_experiments
 
-    print(format_experiments(folder), end="")
+    show(format_experiments(folder))
 
 
 def _calibrate(options: argparse.Namespace) -> None:
     from sitdist.evaluate.calibrate import CalibrateOptions, calibrate, format_calibration
 
     given = {name: getattr(options, name) for name in CalibrateOptions.__dataclass_fields__}
-    print(format_calibration(options.run, calibrate(options.run, CalibrateOptions(**given))))
+    show(format_calibration(options.run, calibrate(options.run, CalibrateOptions(**given))))
 
 
 def _ablate(options: argparse.Namespace) -> None:
     from sitdist.evaluate.ablate import ablate
 
-    print(ablate(options.dataset, options.out, options.steps, options.split), end="")
-    print(f"pictures: {options.out / 'table.html'}")
+    show(ablate(options.dataset, options.out, options.steps, options.split))
+    tell(f"pictures: {options.out / 'table.html'}")
 
 
 def _likelihood(options: argparse.Namespace) -> None:
     from sitdist.evaluate.likelihood import split_likelihood
 
     names = ("run", "split", "data", "views", "probes", "method", "steps", "batch", "seed", "out", "overwrite")
-    print(split_likelihood(**{name: getattr(options, name) for name in names}).line(options.split))
+    tell(split_likelihood(**{name: getattr(options, name) for name in names}).line(options.split))
 
 
 def _sigma(options: argparse.Namespace) -> None:
     from sitdist.evaluate.sigma import sigma_table
 
-    print(sigma_table(options.dataset, options.target_deg))
+    show(sigma_table(options.dataset, options.target_deg))
 
 
 def _bench_data(options: argparse.Namespace) -> None:
     from sitdist.data.bench import bench_data
 
     names = ("dataset", "split", "batch", "samples", "synthetic", "views", "scene")
-    print(bench_data(**{name: getattr(options, name) for name in names}))
+    show(bench_data(**{name: getattr(options, name) for name in names}))
 
 
 def _bench_train(options: argparse.Namespace) -> None:
@@ -567,13 +572,13 @@ def _bench_train(options: argparse.Namespace) -> None:
     values = {name: getattr(options, name) for name in names}
     if options.backends:
         values["backends"] = tuple(options.backends)
-    print(bench_train(BenchOptions(**values)))
+    show(bench_train(BenchOptions(**values)))
 
 
 def _ema_reconstruct(options: argparse.Namespace) -> None:
     from sitdist.train.posthoc_ema import reconstruct_to_file
 
-    print(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out, options.overwrite))
+    tell(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out, options.overwrite))
 
 
 def _bench_checkpoint(options: argparse.Namespace) -> None:
@@ -581,11 +586,10 @@ def _bench_checkpoint(options: argparse.Namespace) -> None:
     from sitdist.train.bench_checkpoint import bench_checkpoint
 
     named = {name: getattr(options, name) for name in ("model", "latent", "batch", "pairs")}
-    print(bench_checkpoint(BenchOptions(backends=(options.backend,), **named)))
+    show(bench_checkpoint(BenchOptions(backends=(options.backend,), **named)))
 
 
 def _bench_pose(options: argparse.Namespace) -> None:
-    import torch
 
     from sitdist.evaluate.bench_pose import bench_pose, format_bench
     from sitdist.io.atomic import check_free
@@ -593,18 +597,17 @@ def _bench_pose(options: argparse.Namespace) -> None:
 
     if options.json:
         check_free(options.json, options.overwrite)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bench = bench_pose(options.runs, options.split, options.views, options.batch, device)
+    bench = bench_pose(options.runs, options.split, options.views, options.batch, str(find_device(options.device)))
     if options.json:
         write_json(options.json, bench.to_dict())
-    print(format_bench(bench))
+    show(format_bench(bench))
 
 
 def _report(options: argparse.Namespace) -> None:
     if len(options.evaluation) > 1:
         from sitdist.evaluate.report.compare import compare
 
-        print(compare(options.evaluation, options.out, options.overwrite))
+        show(compare(options.evaluation, options.out, options.overwrite))
         return
     if options.out:
         raise ConfigError("--out: only for several evaluations; the report of one is in its own folder")
@@ -620,5 +623,5 @@ def _print_results(folder: Path) -> None:
     from sitdist.evaluate.report import format_table
     from sitdist.io.json_file import read_json
 
-    print(format_table(read_json(folder / "metrics.json", "run `sitdist eval` again")))
-    print(f"report: {folder / 'report.html'}")
+    show(format_table(read_json(folder / "metrics.json", "run `sitdist eval` again")))
+    tell(f"report: {folder / 'report.html'}")

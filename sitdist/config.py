@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -25,15 +28,29 @@ from pydantic import (
     model_validator,
 )
 
-from sitdist.errors import ConfigError
+from sitdist.errors import ConfigError, shortened, shown
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]  # so that no product of two counts overflows
+NonNegative = Annotated[int, Field(ge=0, le=10**9)]
+Steps = Annotated[int, Field(gt=0, le=10**6)]  # of a solver; in float32 their times differ
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Pixels = Annotated[int, Field(gt=0, le=16384)]
+PositiveNumber = Annotated[float, Field(gt=0, le=1e9)]
+NonNegativeNumber = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Word = Annotated[str, Field(min_length=1)]
+
+
+def _name(text: str) -> str:
+    """A text that can be a path or a name."""
+    if "\0" in text:
+        raise ValueError("holds a NUL, which no name can have; write another")
+    return text
+
+
+Word = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_name)]
 
 # YAML has lists, no tuples: these take a list, whose items are as strict as all others.
-RadiusRange = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
+RadiusRange = Annotated[tuple[PositiveNumber, PositiveNumber], Field(strict=False)]
 Colour = Annotated[tuple[Share, Share, Share], Field(strict=False)]
 Elevation = Annotated[float, Field(ge=-90.0, le=90.0)]
 ElevationRange = Annotated[tuple[Elevation, Elevation], Field(strict=False)]
@@ -65,7 +82,7 @@ class RadiusAugmentation(Schema):
     range: RadiusRange
     copies: Positive = 1
     background: Colour | None = None
-    seed: NonNegative = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _ordered(self) -> RadiusAugmentation:
@@ -87,18 +104,18 @@ class SceneSource(Schema):
     kind: Literal["scene"]
     views: Positive
     radius: RadiusRange = (3.0, 5.0)
-    radius_bins: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)] | None = None
+    radius_bins: Annotated[list[PositiveNumber], Field(min_length=2)] | None = None
     sphere: Literal["upper", "full"] = "upper"
     elevation_deg: ElevationRange | None = None
     azimuth_deg: AzimuthRange = (0.0, 360.0)
     fov_deg: Fov = 40.0
     fov_range_deg: FovRange | None = None
-    target_jitter: Annotated[float, Field(ge=0)] = 0.0
+    target_jitter: NonNegativeNumber = 0.0
     roll_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
     background: Colour | None = None
     scene: Word | None = None
     supersample: Annotated[int, Field(ge=1, le=8)] = 2
-    seed: NonNegative = 0
+    seed: Seed = 0
     label: NonNegative = 0
     name: Word | None = None
     radius_augmentation: RadiusAugmentation | None = None
@@ -198,8 +215,8 @@ class PcaCodecConfig(Schema):
     """Closed-form linear patch codec, fitted on the first training views."""
 
     kind: Literal["pca"]
-    channels: Annotated[int, Field(gt=0, multiple_of=4)] = 4
-    patch: Positive = 4
+    channels: Annotated[int, Field(gt=0, le=4096, multiple_of=4)] = 4
+    patch: Annotated[int, Field(gt=0, le=64)] = 4
     fit_views: Positive = 1000
 
 
@@ -228,14 +245,14 @@ class Recipe(Schema):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    image_size: Positive
+    image_size: Pixels
     codec: Codec
     packing: Literal["pose", "intrinsics"] = "pose"
     splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sources]
     val_views: NonNegative = 64
     samples_per_shard: Positive = 1000
     encode_batch: Positive = 64
-    seed: NonNegative = 0
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -293,9 +310,9 @@ class Recipe(Schema):
     @model_validator(mode="after")
     def _no_view_twice(self) -> Recipe:
         for split in self.splits:
-            cameras = [(each.label, each.seed) for each in self.sources(split) if isinstance(each, SceneSource)]
-            for label, seed in cameras:
-                if cameras.count((label, seed)) > 1:
+            cameras = Counter((each.label, each.seed) for each in self.sources(split) if isinstance(each, SceneSource))
+            for (label, seed), count in cameras.items():
+                if count > 1:
                     raise ValueError(
                         f"split '{split}' has label {label} with seed {seed} twice, so the same cameras twice; give "
                         "another object its own label, or the same one another seed"
@@ -328,13 +345,13 @@ class ModelConfig(Schema):
     """
 
     preset: str | None = None
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    patch_size: Pixels | None = None
+    hidden_size: Annotated[int, Field(gt=0, le=65536, multiple_of=4)] | None = None
+    depth: Annotated[int, Field(gt=0, le=1000)] | None = None
+    num_heads: Annotated[int, Field(gt=0, le=4096)] | None = None
+    mlp_ratio: Annotated[float, Field(ge=0.25, le=64)] = 4.0
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    num_classes: Positive = 1
+    num_classes: Annotated[int, Field(gt=0, le=10**6)] = 1
     class_dropout_prob: Share = 0.1
     learn_sigma: bool = False
     init_from: Word | None = None
@@ -378,14 +395,14 @@ class FlowConfig(Schema):
 
     path: Literal["linear", "gvp", "vp"] = "linear"
     endpoint: Literal["pose", "gaussian"] = "pose"
-    sigma: Annotated[float, Field(ge=0)] = 0.1
-    gain: Annotated[float, Field(gt=0)] = 1.0
+    sigma: NonNegativeNumber = 0.1
+    gain: PositiveNumber = 1.0
     layout: Literal["quadrants", "interleaved"] = "quadrants"
     prediction: Literal["velocity", "x0", "score"] = "velocity"
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     share_at_one: Share = 0.25
     share_at_zero: Share = 0.15
-    weight_at_one: Annotated[float, Field(gt=0)] = 1.0
+    weight_at_one: PositiveNumber = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -459,11 +476,11 @@ class OptimizerConfig(Schema):
     """torch.optim.AdamW or SGD."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: PositiveNumber = 1e-4
     betas: Betas = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeNumber = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: PositiveNumber | None = 1.0
 
 
 class ScheduleConfig(Schema):
@@ -523,7 +540,7 @@ class TrainConfig(Schema):
     """
 
     steps: Positive
-    global_batch: Positive
+    global_batch: Annotated[int, Field(gt=0, le=10**6)]
     max_batch_per_device: Positive | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False
@@ -581,26 +598,32 @@ class EvaluateConfig(Schema):
     estimator: Literal[
         "one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom"
     ] = "one_step"
-    estimator_steps: Positive = 50
-    estimator_draws: Positive = 4
+    estimator_steps: Steps = 50
+    estimator_draws: Steps = 4
     estimator_time: Annotated[float, Field(gt=0, lt=1)] = 0.97
     readout: Literal["svd", "weighted", "look_at"] = "svd"
-    zooms: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.75, 0.9, 1.0, 1.1, 1.25]
+    zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = [
+        0.75,
+        0.9,
+        1.0,
+        1.1,
+        1.25,
+    ]
     background: Colour | None = None
     refine: Word | None = None
     generator: Literal[FixedSolver, AdaptiveSolver, StochasticSolver] = "heun"
-    generator_steps: Positive = 10
-    tolerance: Annotated[float, Field(gt=0)] = 1e-6
-    guidance: Annotated[float, Field(ge=0)] | None = None
+    generator_steps: Steps = 10
+    tolerance: PositiveNumber = 1e-6
+    guidance: NonNegativeNumber | None = None
     guidance_channels: Literal["all", "three"] = "all"
     diffusion: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "SBDM"
-    diffusion_norm: Annotated[float, Field(gt=0)] = 1.0
+    diffusion_norm: PositiveNumber = 1.0
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
     last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
     batch: Positive = 64
     average: Word | None = None
-    seed: NonNegative = 0
-    lpips_backbone: str | None = None
+    seed: Seed = 0
+    lpips_backbone: Word | None = None
 
 
 class ReaderConfig(Schema):
@@ -613,12 +636,12 @@ class ReaderConfig(Schema):
     `split_by_node`: every node reads only its own share of the shards, which depends on the number of nodes.
     """
 
-    workers: Positive = 2
+    workers: Annotated[int, Field(gt=0, le=1024)] = 2
     resident: bool = False
     on_bad_sample: Literal["stop", "replace"] = "stop"
     max_bad_samples: NonNegative = 10
     cache: Word | None = None
-    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    cache_gb: PositiveNumber = 50.0
     split_by_node: bool = False
 
 
@@ -627,7 +650,7 @@ class Config(Schema):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     data: Word
-    seed: NonNegative = 0
+    seed: Seed = 0
     model: ModelConfig
     flow: FlowConfig = FlowConfig()
     train: TrainConfig
@@ -653,39 +676,89 @@ class Config(Schema):
 # --------------------------------------------------------------------------------------------------------- loading
 
 S = TypeVar("S", bound=Schema)
+MAX_BYTES, MAX_DEPTH, MAX_INTEGER = 2**18, 32, 10**100
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, and 1e-4 is a number."""
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no tags, anchors or aliases, no key twice, no more than MAX_DEPTH deep. A date is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":merge", ":value"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="tags, anchors and aliases are not read; write the value itself", problem_mark=event.start_mark
+            )
+        if self._depth == MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_integer(self, node: Any) -> int:
+        value = self.construct_yaml_int(node)
+        if abs(value) > MAX_INTEGER:  # Python may not be able to print it
+            raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+        return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{shown(key)} is no key", problem_mark=mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"key {shown(key)} is given twice", problem_mark=mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeyLoader.add_implicit_resolver(
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_implicit_resolver(  # 1e-4 is a number
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
-    """Read `path` as `schema`, after setting each `a.b=c` of `overrides`; ConfigError if anything does not fit."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give the path of a YAML {schema.__name__.lower()}")
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """The mapping in a YAML file, such as "config"; ConfigError if there is none. Keys and values may be anything."""
+    remedy = f"give the path of a YAML {what}"
     try:
-        values = yaml.load(path.read_text(), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device might never end
+            raise ConfigError(f"{path}: not a file; {remedy}")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, ValueError):  # a path with a NUL is a ValueError
+        raise ConfigError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: more than {MAX_BYTES:,} bytes, which is no {what}; {remedy}")
+    try:
+        values = _parse_yaml(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()), 400)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys to values")
+    return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML document; ValueError if there is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
+    """Read `path` as `schema`, after setting each `a.b=c` of `overrides`; ConfigError if anything does not fit."""
+    values = read_yaml(Path(path), schema.__name__.lower())
     for override in overrides or []:
         set_key(values, override)
     return parse(schema, values, str(path))
@@ -694,17 +767,20 @@ def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = N
 def set_key(values: dict[str, Any], override: str) -> None:
     """Set `a.b=c` in nested `values`; ConfigError if `override` does not read so."""
     key, equals, text = override.partition("=")
+    what = f"--set {shortened(override)}"
     if not equals or not key:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.steps=100")
-    try:
-        value = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: '{text}' is not a YAML value") from None
+        raise ConfigError(f"{what}: expected KEY=VALUE, such as --set train.steps=100")
     *parents, last = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"{what}: no key lies so deep; expected KEY=VALUE, such as --set train.steps=100")
+    try:
+        value = _parse_yaml(text)
+    except ValueError:
+        raise ConfigError(f"{what}: {shown(text)} is not a YAML value") from None
     for parent in parents:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {parent} is {inner!r}, which has no keys below it")
+            raise ConfigError(f"{what}: {parent} is {shown(inner)}, which has no keys below it")
         values = inner
     values[last] = value
 
@@ -715,14 +791,16 @@ def parse(schema: type[S], values: dict[str, Any], where: str) -> S:
         return schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(schema, error)}") from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: {shown(error.object)} is not Unicode text; write another") from None
 
 
 def _explain(schema: type[Schema], error: ValidationError) -> str:
-    errors = error.errors()
+    errors = error.errors(include_url=False)
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # it may explain the others
     location = [part for place, part in enumerate(first["loc"]) if place not in _tag_places(first["loc"])]
-    key = ".".join(str(part) for part in location) or schema.__name__
-    rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    key = shortened(".".join(map(str, location))) or schema.__name__
+    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys_at(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(location[-1]), known, 1, 0.6)
@@ -731,11 +809,12 @@ def _explain(schema: type[Schema], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"'{key}' is missing; it is required{rest}"
     if first["type"] == "union_tag_invalid":
-        return f"{key}.kind = '{first['ctx']['tag']}': should be one of {first['ctx']['expected_tags']}{rest}"
-    message = first["msg"].removeprefix("Value error, ")
+        tag, tags = first["ctx"]["tag"], first["ctx"]["expected_tags"]
+        return f"{key}.kind = '{shortened(str(tag))}': should be one of {tags}{rest}"
+    message = shortened(first["msg"].removeprefix("Value error, "), 400)
     value = first.get("input")
-    shown = "" if isinstance(value, dict | Schema) else f" = {value!r}"
-    return f"{key}{shown}: {message[0].lower() + message[1:] if message[1:2].islower() else message}{rest}"
+    told = "" if isinstance(value, dict | Schema) else f" = {shown(value)}"
+    return f"{key}{told}: {message[0].lower() + message[1:] if message[1:2].islower() else message}{rest}"
 
 
 def _tag_places(location: Sequence[Any]) -> set[int]:

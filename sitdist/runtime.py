@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError
+from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError, as_told, one_line, shortened
 from sitdist.heartbeat import Heartbeat
 
 log = logging.getLogger("sitdist")
@@ -223,8 +223,10 @@ class Agreement:
 
     def raise_first(self, failure: Exception | None) -> NoReturn:
         """Raise on every process what one of them met; `failure` is what this one has met, if anything."""
-        bug = failure is not None and not isinstance(failure, SitdistError)
-        told = ProcessError(f"{type(failure).__name__}: {failure}") if bug else failure
+        told = None if failure is None else as_told(failure)
+        bug = failure is not None and told is None
+        if bug:
+            told = ProcessError(f"{type(failure).__name__}: {shortened(str(failure))}; it says where its traceback is")
         errors = [(rank, error) for rank, error in enumerate(self.gather(told)) if error is not None]
         rank, first = min(errors, key=lambda entry: not isinstance(entry[1], ProcessError))  # bugs before the rest
         if failure is not None and bug:
@@ -334,7 +336,7 @@ class _StderrLines(logging.Handler):
     """Messages on stderr, above a progress bar that may be there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(one_line(self.format(record)), file=sys.stderr)
 
 
 def log_on_main(accelerator: Accelerator) -> None:

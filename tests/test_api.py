@@ -14,8 +14,9 @@ from sitdist.api import Flow
 from sitdist.config import Config, Recipe, load_yaml, parse
 from sitdist.data.reader import ShardReader
 from sitdist.data.writer import build
-from sitdist.errors import CheckpointError, ConfigError, DataError, PoseError
+from sitdist.errors import CheckpointError, ConfigError, DataError, PoseError, SitdistError
 from sitdist.flow.estimate import EstimateOptions
+from sitdist.flow.sample import SampleOptions
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.geometry.similarity import Similarity
 from sitdist.train.trainer import train
@@ -204,7 +205,7 @@ BEHIND = look_at(torch.tensor([0.0, 3.0, 1.0])) @ torch.diag(torch.tensor([1.0, 
     [
         (np.eye(3), r"camera_to_world: shape \[3, 3\]|shape \[1, 3, 3\]"),
         (np.zeros((0, 4, 4)), "N above 0"),
-        ("pose", "no matrices of numbers"),
+        ("pose", "camera_to_world: no numbers but str"),
         (2.0 * np.eye(4), "pose 0: last row of the pose"),
         (np.diag([1.0, 1.0, 2.0, 1.0]), "pose 0: pose is not rigid"),
         (np.full((4, 4), np.nan), "pose 0: pose holds NaN"),
@@ -241,10 +242,126 @@ def test_what_does_not_fit_is_named(flow, pictures, call, message):
 
 
 def test_frames_and_turntables_that_do_not_exist_are_refused(flow, pictures):
-    with pytest.raises(ConfigError, match="frame 'world': unknown; choose dataset or user"):
+    with pytest.raises(ConfigError, match="frame 'world': unknown; choose one of dataset, user"):
         flow.estimate(pictures, frame="world")
-    with pytest.raises(ConfigError, match="a turntable of 0 views"):
+    with pytest.raises(ConfigError, match="views 0: expected a whole number from 1"):
         flow.turntable(0)
+
+
+NAN = float("nan")
+POSE = look_at(torch.tensor([[4.0, 0.0, 1.0]]))
+GREY = np.full((16, 16, 3), 0.5)
+
+
+def absurd_intrinsics(**changes):
+    return Intrinsics(**({"fx": 20.0, "fy": 20.0, "cx": 8.0, "cy": 8.0, "width": 16, "height": 16} | changes))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda it: it.turntable("a"), "views 'a': expected a whole number from 1"),
+        (lambda it: it.turntable(2.5), "views 2.5: "),
+        (lambda it: it.turntable(True), "views True: "),
+        (lambda it: it.turntable(10**12), "views 1000000000000: "),
+        (lambda it: it.turntable(10**9), r"a turntable of 1,000,000,000 views: about 700.0 GB of memory"),
+        (lambda it: it.turntable(2, "x"), "radius 'x': expected a number from 1e-06"),
+        (lambda it: it.turntable(2, NAN), "radius nan: "),
+        (lambda it: it.turntable(2, 0.0), "radius 0.0: "),
+        (lambda it: it.turntable(2, 1e300), "radius 1e\\+300: "),
+        (lambda it: it.turntable(2, elevation_deg=NAN), "elevation_deg nan: expected a number from -90 to 90"),
+        (lambda it: it.turntable(2, elevation_deg="up"), "elevation_deg 'up': "),
+        (lambda it: it.position("east", 0.0), "azimuth_deg: no numbers but str"),
+        (lambda it: it.position(torch.tensor([NAN]), 0.0), "azimuth_deg: angles in degrees"),
+        (lambda it: it.render(POSE.to(torch.complex64)), "camera_to_world: no numbers but torch.complex64"),
+        (lambda it: it.render(POSE.numpy().astype(object)), "camera_to_world: no numbers but object"),
+        (lambda it: it.render(POSE.to(torch.bool)), "camera_to_world: no numbers but torch.bool"),
+        (lambda it: it.render([["1"] * 4] * 4), "camera_to_world: no numbers but list"),
+        (
+            lambda it: it.render(torch.eye(4).index_put((torch.tensor(0), torch.tensor(3)), torch.tensor(1e30))),
+            "1e\\+30",
+        ),
+        (lambda it: it.render(POSE, batch="a"), "batch 'a': expected a whole number from 1"),
+        (lambda it: it.render(POSE, batch=0), "batch 0: "),
+        (lambda it: it.render(POSE, batch=-1), "batch -1: "),
+        (lambda it: it.render(POSE, seed=2**64), "seed 18446744073709551616: expected a whole number from 0 to"),
+        (lambda it: it.render(POSE, seed=None), "seed None: "),
+        (lambda it: it.render(POSE, label=1.5), "label 1.5: expected a whole number"),
+        (lambda it: it.render(POSE, label=False), "label False: "),
+        (lambda it: it.render(POSE, label=[0]), r"label \[0\]: "),
+        (lambda it: it.render(POSE, frame=None), "frame None: unknown; choose one of dataset, user"),
+        (lambda it: it.render(POSE, options="heun"), "options 'heun': expected SampleOptions"),
+        (lambda it: it.render(POSE, options=EstimateOptions()), "expected SampleOptions"),
+        (lambda it: it.render(POSE, absurd_intrinsics(fx="a")), "pose 0: fx 'a': expected a number"),
+        (lambda it: it.render(POSE, absurd_intrinsics(fx=1e300)), "pose 0: fx 1e\\+300: "),
+        (lambda it: it.render(POSE, absurd_intrinsics(fy=1e-5)), "expected focal lengths above 0"),
+        (lambda it: it.render(POSE, absurd_intrinsics(cx=1e8)), "principal point"),
+        (lambda it: it.render(POSE, absurd_intrinsics(width=1.5)), "pose 0: width 1.5: expected a whole number"),
+        (lambda it: it.render(POSE, absurd_intrinsics(width=10**9)), "pose 0: width 1000000000: "),
+        (
+            lambda it: it.render(POSE.expand(99, 4, 4), Intrinsics.from_fov(40.0, 65536, 65536)),
+            "99 pictures of up to 65536x65536 pixels, 64 at a time: about 10,2",
+        ),
+        (lambda it: it.render(POSE, [float("inf")] * 4), "pose 0: fx inf: "),
+        (lambda it: it.render(POSE, "abc"), "intrinsics: no numbers but str"),
+        (lambda it: it.render(POSE, []), "0 intrinsics for 1 views"),
+        (lambda it: it.estimate(np.zeros((0, 16, 16, 3))), "no pictures; give one or more"),
+        (lambda it: it.estimate(None), "picture 0: NoneType is no picture"),
+        (lambda it: it.estimate(torch.zeros(3, 16, 16, dtype=torch.complex64)), "pixels of type complex64"),
+        (lambda it: it.estimate(torch.zeros(3, 16, 16, dtype=torch.int64)), "pixels of type int64"),
+        (lambda it: it.estimate(torch.zeros(3, 16, 16).to_sparse()), "is no picture"),
+        (lambda it: it.estimate(torch.zeros(3, 16, 16, device="meta")), "is no picture"),
+        (lambda it: it.estimate(GREY.astype(object)), "pixels of type object"),
+        (lambda it: it.estimate(GREY * 1e300), "pixels from"),
+        (lambda it: it.estimate(GREY, batch="a"), "batch 'a': "),
+        (lambda it: it.estimate(GREY, batch=0), "batch 0: "),
+        (lambda it: it.estimate(GREY, zooms=[]), r"zooms \[\]: give one or more, from 0.01 to 100"),
+        (lambda it: it.estimate(GREY, zooms=[NAN]), r"zooms \[nan\]: give one or more"),
+        (lambda it: it.estimate(GREY, zooms=[1e-300]), "zooms .*: give one or more"),
+        (lambda it: it.estimate(GREY, zooms=["1"]), "zooms: no numbers but list"),
+        (lambda it: it.estimate(GREY, zooms="1"), "zooms: no numbers but str"),
+        (lambda it: it.estimate(GREY, scene=5), "scene 5: expected the folder of a scene"),
+        (lambda it: it.estimate(GREY, scene="n" * 300), "File name too long"),
+        (lambda it: it.estimate(GREY, options=3), "options 3: expected EstimateOptions"),
+        (lambda it: it.to("foo"), "device 'foo': there is none here; choose one of auto, cpu"),
+        (lambda it: it.to("meta"), "device 'meta': "),
+        (lambda it: it.to("cuda:99"), "device 'cuda:99': "),
+        (lambda it: it.similarity("0"), "label '0': "),
+        (lambda it: it.calibration("one_step"), "expected EstimateOptions"),
+        (lambda it: EstimateOptions(steps=0), "estimator steps 0: expected a whole number from 1"),
+        (lambda it: EstimateOptions(steps="9"), "estimator steps '9': "),
+        (lambda it: EstimateOptions(draws=2.0), "estimator draws 2.0: "),
+        (lambda it: EstimateOptions(time=NAN), "estimator time nan: "),
+        (lambda it: EstimateOptions(seed=2**64), "estimator seed 184467"),
+        (lambda it: EstimateOptions(generator="eular"), "estimator generator 'eular': unknown"),
+        (lambda it: SampleOptions(steps=0), "steps 0: expected a whole number from 1"),
+        (lambda it: SampleOptions(steps=10**9), "steps 1000000000: expected a whole number from 1 to 1000000"),
+        (lambda it: SampleOptions(generator="eular"), "generator 'eular': unknown; choose one of euler"),
+        (lambda it: SampleOptions(guidance="x"), "guidance 'x': "),
+        (lambda it: SampleOptions(guidance=NAN), "guidance nan: "),
+        (lambda it: SampleOptions(tolerance=0.0), "tolerance 0.0: "),
+    ],
+)
+def test_an_argument_that_cannot_be_is_named_in_one_line(flow, call, message):
+    with pytest.raises(SitdistError, match=message) as caught:
+        call(flow)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+    assert flow.device.type == "cpu"
+
+
+def test_numbers_of_every_kind_mean_the_same(flow, poses):
+    plain = flow.render(poses[:2], seed=3)
+    pose = poses[:2].numpy()
+    assert torch.equal(flow.render(pose, seed=np.int64(3), label=torch.tensor(0), batch=np.uint8(2)), plain)
+    exact = torch.eye(4, dtype=torch.float64)[None]
+    exact[:, 2, 3] = 4.0
+    for kind in (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64):
+        assert torch.equal(flow.render(exact.to(kind)), flow.render(exact))
+    half = torch.full((3, 16, 16), 0.5)
+    expected = flow.estimate(half).camera_to_world
+    for kind in (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        assert torch.equal(flow.estimate(half.to(kind)).camera_to_world, expected)
 
 
 def test_a_model_says_what_it_was_not_trained_for(tiny_yaml, tmp_path, pictures):
@@ -321,8 +438,7 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch, path, error, message):
 
 
 @pytest.mark.parametrize(
-    "background",
-    [(0.5, 0.5), (0.5, 0.5, 2.0), (0.5, 0.5, float("nan")), (-0.1, 0.0, 0.0), ("1", "1", "1"), "red", 5, [[1]]],
+    "background", [(0.5, 0.5), (0.5, 0.5, 2.0), (0.5, 0.5, float("nan")), (-0.1, 0.0, 0.0), ("1", "1", "1"), 5, [[1]]]
 )
 def test_what_is_no_colour_is_no_background(exported, background):
     with pytest.raises(ConfigError, match="expected red, green and blue from 0 to 1"):

@@ -1,9 +1,14 @@
 """A user's mistake is one line on stderr and exit code 2, and leaves nothing half-written."""
 
+import argparse
 import errno
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -66,8 +71,8 @@ def write(path, values):
         (["shards", "bild"], "sitdist shards: unknown 'bild'; did you mean 'build'?"),
         (["shards", "build", "r.yaml"], "sitdist shards build: the following arguments are required: --out"),
         (["shards", "build", "r", "--out", "x", "--sett=1"], "unknown option '--sett=1'; did you mean '--set'?"),
-        (["codec", "fit", "r", "--out", "x", "--steps", "0"], "argument --steps: '0' is not a positive whole number"),
-        (["codec", "fit", "r", "--out", "x", "--batch", "ten"], "'ten' is not a positive whole number"),
+        (["codec", "fit", "r", "--out", "x", "--steps", "0"], "argument --steps: '0' is not a whole number from 1"),
+        (["codec", "fit", "r", "--out", "x", "--batch", "ten"], "argument --batch: 'ten' is not a whole number"),
         (["eval", "run", "--radii", "7:1"], "argument --radii: '7:1' is no range of whole radii; write smaller:larger"),
         (["eval", "run", "--radii", "1-7"], "'1-7' is no range of whole radii"),
         (["eval", "run", "--estimator", "eular"], "unknown 'eular'; did you mean 'euler'?"),
@@ -88,13 +93,173 @@ def test_interruptions_have_exit_codes_of_their_own(monkeypatch, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_error_of_the_system_that_is_not_the_disks_is_not_hidden(monkeypatch):
-    def lose(*_):
-        raise ConnectionResetError(errno.ECONNRESET, "reset")
+def commands(parser, words=()):
+    """Every command of a parser that does something, with its words."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield words, parser
+    for action in inner:
+        for name, command in action.choices.items():
+            yield from commands(command, (*words, name))
 
-    monkeypatch.setattr(verify, "info", lose)
-    with pytest.raises(ConnectionResetError):
-        cli.run(["shards", "info", "x"])
+
+def least(parser):
+    """The least that a command has to be given, by its actions; what it names is not there."""
+    groups = [group for group in parser._mutually_exclusive_groups if group.required]
+    one_of = [group._group_actions[0] for group in groups]
+    given = {}
+    for action in parser._actions:
+        if action.required or action in one_of or not action.option_strings or action.dest == "model":
+            value = "nowhere" if action.type is None or action.metavar in ("FILE", "A,B") else "1"
+            given[action] = next(iter(action.choices)) if action.choices else value
+            if action.dest in ("out", "recipe", "config", "dataset", "run", "photos", "source", "runs", "evaluation"):
+                given[action] = "nowhere"
+    return given
+
+
+PARSER = cli._parser()
+COMMANDS = list(commands(PARSER))
+ABSURD = ["", "nan", "inf", "-1", "0", "1e400", "9" * 5000, "a\nb", "\udcff", "x" * 300, "/dev/null", "=", "\x1b[31m"]
+
+
+@pytest.mark.parametrize(("words", "parser"), COMMANDS, ids=[" ".join(words) for words, _ in COMMANDS])
+def test_no_value_of_any_option_is_more_than_one_line(words, parser, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(cli, "_parser", lambda: PARSER)
+    monkeypatch.chdir(tmp_path)
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction) or action.nargs == 0:
+            continue
+        for value in ABSURD:
+            given = least(parser) | {action: value}
+            line = [each for action, each in given.items() if not action.option_strings]
+            for option, each in given.items():
+                if option.option_strings:
+                    many = option.nargs if isinstance(option.nargs, int) else 1
+                    line += [f"{option.option_strings[-1]}={each}"] if many == 1 else [option.option_strings[-1]]
+                    line += [each] * many if many > 1 else []
+            code, printed = cli.run([*words, *line]), capfd.readouterr()
+            if words == ("doctor",) and printed.out:  # its report is its answer
+                assert code == 2
+                continue
+            assert (code, printed.out) == (2, ""), line
+            assert printed.err.startswith("sitdist: error: "), line
+            assert printed.err.count("\n") == 1, line
+            assert printed.err.rstrip("\n").isprintable(), line
+            assert len(printed.err) < 2100, line
+    assert not list(tmp_path.iterdir())
+
+
+def fail_with(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(verify, "info", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "/a/file: Permission denied; name a place you"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), "File name too long; check the path"),
+        (OSError(errno.EMFILE, "Too many open files", "/a/file"), "/a/file: Too many open files; check"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a\nb"),
+            "a\\nb: No such file or directory; check",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (MemoryError(), "not enough memory; make smaller what is done at once"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0"), "Tried to allocate 20 GiB"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_the_remedy(refused, monkeypatch, error, message):
+    fail_with(monkeypatch, error)
+    assert message in refused("shards", "info", "x")
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(10**15), lambda: np.empty(10**15), lambda: bytearray(10**15)])
+def test_an_allocation_that_cannot_be_is_one_line(refused, monkeypatch, allocate):
+    monkeypatch.setattr(verify, "info", lambda *_: allocate())
+    assert refused("shards", "info", "x").startswith("not enough memory")
+
+
+def recurse():
+    return recurse()
+
+
+@pytest.mark.parametrize(
+    ("fail", "name"),
+    [
+        (lambda: {}["a\nkey"], "KeyError"),
+        (recurse, "RecursionError"),
+        (lambda: (_ for _ in ()).throw(ConnectionResetError(errno.ECONNRESET, "reset")), "ConnectionResetError"),
+    ],
+)
+def test_what_nobody_expected_is_one_line_and_a_traceback_that_only_its_owner_reads(
+    monkeypatch, tmp_path, capsys, fail, name
+):
+    monkeypatch.setattr(verify, "info", lambda *_: fail())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.run(["shards", "info", "x"]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert printed.err.startswith(f"sitdist: error: {name}: ")
+    assert "open an issue" in printed.err
+    (saved,) = tmp_path.iterdir()
+    assert printed.err.rstrip().endswith(str(saved))
+    assert saved.stat().st_mode & 0o777 == 0o600
+    assert f"\n{name}" in saved.read_text()
+    assert "in _shards_info" in saved.read_text()
+    monkeypatch.setenv("SITDIST_TRACEBACK", "1")
+    assert cli.run(["shards", "info", "x"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert cli.run(["shards", "info", "x"]) == 1
+    assert "so it was not saved" in capsys.readouterr().err
+
+
+def test_what_a_launcher_says_is_checked(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert refused("shards", "info", "x").startswith("rank ") is False
+    assert "WORLD_SIZE = 'two': not a whole number" in refused("shards", "info", "x")
+
+
+def process(*arguments, buffered=True, **options):
+    """A real process of the command line; its exit code and what it said on stderr."""
+    variables = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-m", "sitdist", *arguments]
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=variables, check=False, **options)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.distributed
+def test_a_reader_that_leaves_ends_a_command_without_a_word(tiny_dataset):
+    info = ["shards", "info", str(tiny_dataset)]
+    for arguments, buffered in ((["shards", "cameras", "--help"], True), (info, True), (info, False)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        assert process(*arguments, stdout=writer, buffered=buffered) == (141, ""), arguments
+        os.close(writer)
+    with open("/dev/full", "w") as full:
+        code, errors = process("--version", stdout=full)
+    assert code == 2
+    assert re.fullmatch(r"sitdist: error: .*No space left on device; free space[^\n]*\n", errors)
+    assert process("--version", stdout=None, preexec_fn=lambda: os.close(1)) == (0, "")
+
+
+@pytest.mark.distributed
+def test_names_that_are_no_text_are_escaped_on_both_streams(tiny_dataset, tmp_path):
+    name = os.fsencode(tmp_path) + b"/a\nb\xff\x1b[31m"
+    code, errors = process("shards", "info", name, stdout=subprocess.DEVNULL)
+    assert code == 2
+    assert re.fullmatch(r"sitdist: error: \S+/a\\nb\\udcff\\x1b\[31m: no dataset[^\n]*\n", errors)
+    shutil.copytree(os.fsencode(tiny_dataset), name)
+    with (tmp_path / "printed").open("wb") as out:
+        recipe = write(tmp_path / "recipe.yaml", RECIPE)
+        assert process("shards", "cameras", recipe, "--split", "train", "--out", tmp_path / "x\ny", stdout=out)[0] == 0
+        assert process("shards", "info", name, stdout=out)[0] == 0
+    first, *_ = (tmp_path / "printed").read_text().splitlines()
+    assert first == f"{tmp_path}/x\\ny: 4 cameras of train"
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -226,7 +391,7 @@ def test_verify_names_everything_that_is_damaged(tmp_path, capsys, tiny_dataset)
     assert cli.run(["shards", "verify", str(damaged)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    missing = "00000.tar: cannot be read (no such file); build the dataset again"
+    missing = "00000.tar: cannot be read (No such file or directory); build the dataset again"
     assert lines[0] == f"test/{missing}"
     assert lines[1].endswith(f"train/{missing} (and 1 more, above)")
 

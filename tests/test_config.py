@@ -1,6 +1,10 @@
 """Configs and recipes: what they refuse, in which words, and that they come back from YAML as they were."""
 
+import copy
+import itertools
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +110,15 @@ def refusal(schema, values):
         ("model.preset", "SiT-B/8", "model: preset SiT-B/8 already fixes ['depth', 'hidden_size', 'num_heads',"),
         ("model.depth", ..., "model: give preset, or all of patch_size, hidden_size, depth, num_heads; missing: "),
         ("model.num_heads", 3, "model: hidden_size 16 is no multiple of num_heads 3"),
+        ("model.hidden_size", 34, "model.hidden_size = 34: input should be a multiple of 4"),
+        ("model.hidden_size", 10**7, "model.hidden_size = 10000000: input should be less than or equal to 65536"),
+        ("model.depth", 10**6, "model.depth = 1000000: input should be less than or equal to 1000"),
+        ("seed", 2**64, "seed = 18446744073709551616: input should be less than 9223372036854775808"),
+        ("seed", 10**99, "seed = 1000000000"),
+        ("train.global_batch", 10**12, "train.global_batch = 1000000000000: input should be less than or equal to"),
+        ("data", "a\0b", "data = 'a\\x00b': holds a NUL, which no name can have"),
+        ("data", "x" * 5000, "data = 'xxx"),
+        ("evaluate", {"zooms": [float("nan")]}, "evaluate.zooms.0 = nan: input should be"),
         # missing
         ("data", ..., "'data' is missing; it is required"),
         ("train.steps", ..., "'train.steps' is missing; it is required"),
@@ -147,6 +160,9 @@ def test_a_wrong_config_is_one_line_with_the_key_the_value_and_the_remedy(key, v
             "Recipe: splits 'train' and 'test' have the same seed 0, so the",
         ),
         ("image_size", 20, "Recipe: image_size 20 is no multiple of 8 (twice codec.patch)"),
+        ("image_size", 10**6, "image_size = 1000000: input should be less than or equal to 16384"),
+        ("splits.train.views", 10**12, "splits.train.views = 1000000000000: input should be less than or equal to"),
+        ("splits.train.radius", [1e300, 1e300], "splits.train.radius.0 = 1e+300: input should be less than or equal"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_with_the_key_the_value_and_the_remedy(key, value, message):
@@ -240,6 +256,133 @@ def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=r"config\.yaml: .*(" + message + ")") as caught:
         load_yaml(Config, write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"name: 2020-13-45", "'data' is missing"),  # a name like any other
+        (b"seed: !!int abc", "tags, anchors and aliases are not read; write the value itself .*line 1, column 7"),
+        (b"a: !!python/object:os.system x", "tags, anchors and aliases are not read"),
+        (b"a: !!python/object/apply:os.system [touch x]", "tags, anchors and aliases are not read"),
+        (b"a: !!timestamp x", "tags, anchors and aliases are not read"),
+        (b"a: !!bool x", "tags, anchors and aliases are not read"),
+        (b"%TAG ! tag:x,2000:\n---\n!foo a: 1", "tags, anchors and aliases are not read"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "tags, anchors and aliases are not read"),
+        (b"a: &a {x: *a}", "tags, anchors and aliases are not read"),
+        (b"<<: {name: a}", "unknown key '<<'"),
+        (b"seed: " + b"9" * 5000, "not valid YAML: .*5000 digits"),
+        (b"seed: 0x" + b"f" * 100_000, "a number of too many digits"),
+        (b"seed: " + b":".join([b"1"] * 5000), "a number of too many digits"),
+        (b"seed: 0b_", "not valid YAML"),
+        (b"[" * 10_000, "nested too deeply .*column 33"),
+        (b"{a: " * 10_000, "nested too deeply"),
+        (b"- " * 10_000, "nested too deeply"),
+        (b"? " * 10_000, "nested too deeply"),
+        (b"".join(b" " * depth + b"a:\n" for depth in range(500)), "nested too deeply"),
+        (b"name: a\n---\nname: b", "expected a single document"),
+        (b"a:\n\t- b", "cannot start any token"),
+        (b"a: \0", "special characters are not allowed"),
+        (b"name: \xe9", "can't decode byte 0xe9"),
+        ("name: a".encode("utf-16"), "can't decode byte"),
+        (b"\xef\xbb\xbfname: a", "'data' is missing"),  # a byte order mark
+        (b'data: "\\0"\nname: a', "data = .*holds a NUL, which no name can have"),
+        (b'name: "\\ud800"', "name = .*ud800': input should be a valid string"),
+        (b'"\\ud800": 1', "ud800"),
+        (b"? " + b"x" * 5000 + b"\n: 1", "unknown key 'xxx.*did you|known keys"),
+        (b"null: 1", "is missing"),
+        (b"name: " + b"x" * 2**20, "more than 262,144 bytes"),
+        (b"x", "holds str, not a mapping"),
+    ],
+)
+def test_yaml_that_strangers_write_is_one_short_line(tmp_path, data, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(data)
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_yaml(Config, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < 700
+    assert time.monotonic() - begun < 5.0
+
+
+def test_what_is_no_file_or_too_large_for_one_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**30)
+    for path, message in (
+        (tmp_path, "not a file"),
+        (tmp_path / "pipe", "not a file"),
+        ("/dev/zero", "not a file"),
+        (tmp_path / "large", "more than 262,144 bytes"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        ("a\0b", "no such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(Config, path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "a=!!python/object/apply:os.system [touch x]",
+            "a=&x [*x]",
+            "a=" + "[" * 10_000,
+            "a=" + "9" * 5000,
+            "a=b: c: d",
+        ),
+        *("a" * 100_000, "a." * 100_000 + "b=1", "..=1", "=", "\udcff=1", "a=\udcff", "a=1\n---\n2", "a=x\0y"),
+        *(
+            "seed=0x" + "f" * 10_000,
+            "seed=18446744073709551616",
+            "seed=.inf",
+            "seed=2020-13-45",
+            "train=[1]",
+            "data='\0'",
+        ),
+        *('data="a\\0b"', "data=" + "x" * 5000, "train.steps=1e400", "model.hidden_size=34", "model.depth=1000000"),
+        *("train.global_batch=1000000000000", "evaluate.zooms=[.nan]", "evaluate.estimator_draws=1000000000"),
+    ],
+)
+def test_a_set_that_strangers_write_is_one_short_line(tmp_path, override):
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(Config, write(tmp_path, yaml.safe_dump(CONFIG)), [override])
+    assert len(str(caught.value)) < 700
+
+
+def every_key(values, before=()):
+    """The places of all keys and items in nested values."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield (*before, key)
+        yield from every_key(value, (*before, key))
+
+
+ABSURD = [
+    *(None, True, -1, 2**63, 10**400, 1e300, 5e-324, float("nan"), float("inf"), "", "a\0b", "\ud800", "x" * 9999),
+    *([], {}, [[]], {"": 1}, {1: 2}, {"kind": "scene"}, {"kind": 1}, {"kind": "\ud800"}, {"kind": [1]}, [{}], b"x"),
+    *([1, 2], [2, 1], [float("nan")] * 2, ["a"] * 3, list(range(1000)), {"train": []}, {"\ud800": 1}, {"x" * 9999: 1}),
+]
+
+
+@pytest.mark.parametrize(("schema", "values"), [(Config, CONFIG), (Recipe, RECIPE)])
+def test_whatever_stands_at_a_key_is_explained(schema, values):
+    """The explanation itself never fails, is one line and is short."""
+    whole = parse(schema, values, "file.yaml").model_dump(mode="json")
+    explained = []
+    for place, absurd in itertools.product(every_key(whole), ABSURD):
+        changed_values = copy.deepcopy(whole)
+        inner = changed_values
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = absurd
+        try:
+            parse(schema, changed_values, "file.yaml")
+        except ConfigError as error:
+            explained.append(str(error))
+    assert max(map(len, explained)) < 1000
+    assert len(explained) > 20 * len(list(every_key(whole)))
 
 
 def test_a_missing_file_is_named_with_what_it_should_be(tmp_path):

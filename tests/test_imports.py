@@ -25,6 +25,7 @@ LEVELS = {
     "model": 2,
     "geometry": 1,
     "io": 1,
+    "checks": 1,
     "errors": 0,
     # plumbing beside the maths: for the upper levels only
     "heartbeat": 2,

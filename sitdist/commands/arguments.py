@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sitdist.checks import LARGEST, LARGEST_SEED
+from sitdist.errors import shown
 
 ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom")
 READOUTS = ("svd", "weighted", "look_at")
@@ -18,71 +24,82 @@ def names(text: str) -> list[str]:
     """Names, once each, with commas between them."""
     names = text.split(",")
     if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of names; write them once each, such as train,val")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no list of names; write them once each, such as train,val")
     return names
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
+def output(text: str) -> Path:
+    """Where to write; a name in UTF-8, as some of what is written there can have no other."""
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
-    return value
+        usable = bool(text.encode())
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no name in UTF-8 for what is written; give another")
+    return Path(text)
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
-    return value
+def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {low} to {high}")
+        return value
+
+    return read
 
 
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return value
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number from {low:g} to {high:g}")
+        return value
+
+    return read
 
 
-def elevation(text: str) -> float:
-    """An angle above the horizon, in degrees."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 91.0
-    if not -90.0 <= value <= 90.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an angle from -90 to 90")
-    return value
+positive = whole(1)
+seed = whole(0, LARGEST_SEED)
+share = number(0.0, 1.0)
+positive_number = number(1.0 / LARGEST, LARGEST)
+elevation = number(-90.0, 90.0)  # above the horizon, in degrees
 
 
 def count(text: str) -> int:
-    """A positive whole number, also as 1e9."""
+    """A whole number from 1 to 10^12, also as 1e9."""
     try:
         value = float(text)
     except ValueError:
-        value = 0.5
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+        value = math.nan
+    if not 1 <= value <= 1e12 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 to 1e12")
     return int(value)
 
 
 def radii(text: str) -> tuple[int, int]:
     """A range of whole radii, smaller:larger."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no range of whole radii; write smaller:larger, such as 1:7")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no range of whole radii; write smaller:larger, such as 1:7")
     return int(match[1]), int(match[2])
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Where a command computes."""
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)"
+    )
 
 
 def add_estimator(command: argparse.ArgumentParser) -> None:

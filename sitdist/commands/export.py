@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sitdist.commands.arguments import positive
+from sitdist.commands.arguments import output, positive
+from sitdist.commands.outcome import tell
 
 
 def add(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
     command = commands.add_parser("export", help="write what inference needs of a run to a folder, with a model card")
     command.add_argument("run", type=Path, help="folder of the run")
-    command.add_argument("out", type=Path, metavar="DIR", help="new folder, ready to be uploaded to a hub")
+    command.add_argument("out", type=output, metavar="DIR", help="new folder, ready to be uploaded to a hub")
     command.add_argument("--step", type=positive, help="the checkpoint to export (default: the newest)")
     command.set_defaults(command=_run)
 
@@ -22,4 +23,4 @@ def _run(options: argparse.Namespace) -> None:
     from sitdist.export import export_run
 
     loaded = export_run(options.run, options.out, options.step)
-    print(f"{options.out}: {loaded.config.name} after {loaded.step} steps")
+    tell(f"{options.out}: {loaded.config.name} after {loaded.step} steps")

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sitdist.commands.arguments import add_estimator, estimate_arguments, positive
-from sitdist.errors import DataError, one_line
+from sitdist.commands.arguments import add_device, add_estimator, estimate_arguments, output, positive, whole
+from sitdist.commands.outcome import tell
+from sitdist.errors import DataError
 
 if TYPE_CHECKING:
     from sitdist.api import Flow
@@ -26,17 +27,17 @@ def add(commands: Any) -> None:
     command.add_argument("run", help="a run, an exported folder, or a hub id")
     command.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     command.add_argument("--format", choices=FORMATS, default="jsonl", help="(default: jsonl)")
-    command.add_argument("--out", type=Path, help="file, for colmap a new folder (default: print)")
+    command.add_argument("--out", type=output, help="file, for colmap a new folder (default: print)")
     command.add_argument("--overwrite", action="store_true", help="write over --out if it is a file that is there")
     command.add_argument(
         "--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="of all pictures, in pixels"
     )
     command.add_argument("--masks", type=Path, metavar="FOLDER", help="pictures of the same names, white on the object")
     command.add_argument("--frame", choices=("dataset", "user"), default="dataset", help="(default: dataset)")
-    command.add_argument("--label", type=int, default=0, help="of the object (default: 0)")
+    command.add_argument("--label", type=whole(0), default=0, help="of the object (default: 0)")
     add_estimator(command)
     command.add_argument("--batch", type=positive, default=BATCH, help=f"pictures at once (default: {BATCH})")
-    command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    add_device(command)
     command.set_defaults(command=_run)
 
 
@@ -62,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
         sys.stdout.write(to_text(posed, options.format))
     else:
         write_poses(posed, options.format, options.out, options.overwrite)
-        print(f"{one_line(str(options.out))}: poses of {len(posed)} pictures")
+        tell(f"{options.out}: poses of {len(posed)} pictures")
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:

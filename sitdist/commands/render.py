@@ -6,8 +6,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sitdist.commands.arguments import add_generator, elevation, positive, positive_number, sample_options
-from sitdist.errors import ConfigError, one_line
+from sitdist.commands.arguments import (
+    add_device,
+    add_generator,
+    elevation,
+    number,
+    output,
+    positive,
+    positive_number,
+    sample_options,
+    seed,
+    whole,
+)
+from sitdist.commands.outcome import tell
+from sitdist.errors import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -15,7 +27,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser("render", help="render pictures with a trained model")
     command.add_argument("run", help="a run, an exported folder, or a hub id")
     command.add_argument(
-        "--out", type=Path, required=True, help="new folder of PNGs and transforms.json; or a file, .gif or .mp4"
+        "--out", type=output, required=True, help="new folder of PNGs and transforms.json; or a file, .gif or .mp4"
     )
     command.add_argument("--overwrite", action="store_true", help="overwrite the output file if it exists")
     which = command.add_mutually_exclusive_group(required=True)
@@ -28,12 +40,12 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--frame", choices=("dataset", "user"), default="dataset", help="of --poses (default: dataset)"
     )
-    command.add_argument("--label", type=int, default=0, help="of the object (default: 0)")
-    command.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    command.add_argument("--label", type=whole(0), default=0, help="of the object (default: 0)")
+    command.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     add_generator(command)
-    command.add_argument("--fps", type=positive_number, default=16.0, help="of a GIF or MP4 (default: 16)")
+    command.add_argument("--fps", type=number(0.01, 1000.0), default=16.0, help="of a GIF or MP4 (default: 16)")
     command.add_argument("--batch", type=positive, default=64, help="pictures at once (default: 64)")
-    command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    add_device(command)
     command.set_defaults(command=_run)
 
 
@@ -64,4 +76,4 @@ def _run(options: argparse.Namespace) -> None:
         batch=options.batch,
     )
     write_rendered(pictures, poses, intrinsics or flow.camera, options.out, options.fps)
-    print(f"{one_line(str(options.out))}: {len(pictures)} pictures")
+    tell(f"{options.out}: {len(pictures)} pictures")

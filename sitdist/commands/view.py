@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sitdist.commands.arguments import add_device, whole
+from sitdist.commands.outcome import tell
+
 
 def add(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
     command = commands.add_parser("view", help="move a camera in a browser and see what the model renders")
     command.add_argument("run", help="a run, an exported folder, or a hub id")
-    command.add_argument("--port", type=int, default=8642, help="on 127.0.0.1; 0: any that is free (default: 8642)")
-    command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    command.add_argument(
+        "--port", type=whole(0, 65535), default=8642, help="on 127.0.0.1; 0: any that is free (default: 8642)"
+    )
+    add_device(command)
     command.set_defaults(command=_run)
 
 
@@ -20,5 +25,5 @@ def _run(options: argparse.Namespace) -> None:
     from sitdist.viewer import make_server
 
     with make_server(load(options.run, options.device), options.port) as server:
-        print(f"http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)", flush=True)
+        tell(f"http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)")
         server.serve_forever()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from sitdist.data.camera_path import transforms
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import check_free, write_atomically, write_folder
+from sitdist.io.json_file import write_json
 
 ANIMATIONS = (".gif", ".mp4")
 NO_FFMPEG = "needs ffmpeg, which is not installed; pip install imageio-ffmpeg, or name a .gif"
@@ -99,7 +99,7 @@ def _save_pngs(
     if intrinsics is not None:
         cameras = [intrinsics] * len(frames) if isinstance(intrinsics, Intrinsics) else list(intrinsics)
         values = transforms(camera_to_world, cameras)
-        (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / "transforms.json", values)
 
 
 def save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float, out: Path) -> None:

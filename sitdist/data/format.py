@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sitdist.errors import DataError, PoseError
-from sitdist.geometry.camera import Intrinsics, camera_radius
+from sitdist.geometry.camera import Intrinsics, camera_radius, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import are_rigid, check_rigid
 from sitdist.geometry.similarity import Similarity
+from sitdist.io.files import open_file
 from sitdist.io.json_file import parse_json, read_json
 
 MANIFEST = "manifest.json"
@@ -47,12 +49,13 @@ INDEX_FIELDS = {
 
 BUILD_AGAIN = "build the dataset again"
 MAX_SAMPLES = 10**9  # of a split: the keys have nine digits
+MAX_SHARD = 10**7  # of a shard: what shuffles a window of shards is allocated before they are opened
 MAX_LATENT = 2**26  # numbers in the moments of one sample
 ROW_BYTES = sum(
     np.dtype(dtype).itemsize * (16 if name == "camera_to_world" else 1) for name, dtype in INDEX_FIELDS.items()
 )
 BLOCK = 512  # bytes; a tar's headers are one, and data is padded to whole ones
-META_BYTES = 64 * BLOCK  # at most of meta.json and of all tar headers of a sample
+META_BYTES = 64 * BLOCK  # at most of meta.json, of all tar headers of a sample, and of padding
 PSNR = (0.0, 100.0)  # dB, of pictures in [0, 1]; the mean square error is taken as at least 1e-10
 RADIUS_TOLERANCE = 1e-6  # relative
 
@@ -65,8 +68,6 @@ CodecFile = Annotated[
     str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
 ]
 Label = Annotated[int, Field(ge=0, lt=10**6)]
-Focal = Annotated[float, Field(gt=0, le=1e9)]
-Pixel = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 class _Entry(BaseModel):
@@ -77,7 +78,7 @@ class ShardEntry(_Entry):
     """One tar and its index, by name, size and SHA-256."""
 
     name: TarName
-    count: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1, le=MAX_SHARD)]
     bytes: Size
     sha256: Hash
     index_sha256: Hash
@@ -101,7 +102,7 @@ class SplitEntry(_Entry):
     `radius_augmented`: how many of its views are zoomed copies of others.
     """
 
-    count: Annotated[int, Field(ge=1)]
+    count: Size
     radius: Annotated[tuple[float, float], Field(strict=False)]
     radius_augmented: Count = 0
     shards: list[ShardEntry]  # none in the manifest of an exported model
@@ -143,10 +144,7 @@ class ObjectEntry(_Entry):
     def _usable(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
         if values is not None:
             _arrays(values, {"scale": (), "rotation": (3, 3), "translation": (3,)})
-            similarity, frame = Similarity.from_dict(values), torch.eye(4, dtype=torch.float64)
-            frame[:3, :3] = similarity.rotation
-            if similarity.scale <= 0 or not are_rigid(frame):
-                raise ValueError("not a positive scale, a rotation and a translation")
+            Similarity.from_dict(values)
         return values
 
 
@@ -276,10 +274,10 @@ class DatasetManifest(_Entry):
 class SampleMeta(_Entry):
     """meta.json of a sample: the camera in pixels, the object's label, and the camera's distance to the origin."""
 
-    fx: Focal
-    fy: Focal
-    cx: Pixel
-    cy: Pixel
+    fx: float
+    fy: float
+    cx: float
+    cy: float
     width: Size
     height: Size
     label: Label
@@ -378,24 +376,27 @@ def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:
 
     No more is allocated than the file holds. `count`: the length that the manifest names.
     """
-    try:
-        if not path.is_file():
-            raise ValueError("no such file" if not path.exists() else "not a regular file")
-        with zipfile.ZipFile(path) as file:
-            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
-            if sizes.keys() != {f"{name}.npy" for name in INDEX_FIELDS} or len(file.infolist()) > len(sizes):
-                raise ValueError(f"holds {', '.join(sizes)[:160]}")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("compressed")
-            length = (sizes["start.npy"] - npy_size("<i8", (0,))) // 8 if count is None else count
-            index = {}
-            for name, dtype in INDEX_FIELDS.items():
-                shape = (length, 4, 4) if name == "camera_to_world" else (length,)
-                if sizes[f"{name}.npy"] != npy_size(dtype, shape) or sizes[f"{name}.npy"] > path.stat().st_size:
-                    raise ValueError(f"{name} is not of {length} samples")
-                index[name] = parse_npy(file.read(f"{name}.npy"), dtype, shape)
-    except Exception as error:  # zipfile has many
-        raise DataError(f"{path}: missing or damaged index ({str(error)[:200]}); {BUILD_AGAIN}") from None
+    with open_file(path, BUILD_AGAIN) as opened:
+        try:
+            return _parse_index(opened, count)
+        except Exception as error:  # zipfile has many
+            raise DataError(f"{path}: damaged index ({str(error)[:200]}); {BUILD_AGAIN}") from None
+
+
+def _parse_index(opened: BinaryIO, count: int | None) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(opened) as file:
+        entries = {entry.filename: entry for entry in file.infolist()}
+        if entries.keys() != {f"{name}.npy" for name in INDEX_FIELDS} or len(file.infolist()) > len(entries):
+            raise ValueError(f"holds {', '.join(entries)[:160]}")
+        length = (entries["start.npy"].file_size - npy_size("<i8", (0,))) // 8 if count is None else count
+        index = {}
+        for name, dtype in INDEX_FIELDS.items():
+            shape, entry = (length, 4, 4) if name == "camera_to_world" else (length,), entries[f"{name}.npy"]
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            if entry.file_size != npy_size(dtype, shape) or entry.file_size > os.fstat(opened.fileno()).st_size:
+                raise ValueError(f"{name} is not of {length} samples")
+            index[name] = parse_npy(file.read(entry), dtype, shape)
     return index
 
 
@@ -406,33 +407,32 @@ def check_index(
 
     Looks at no sample: places, labels, poses and the codec's round trip, all at once.
     """
-    start, stop = index["start"], index["stop"]
-    entry, keeps_images = manifest.splits[split], split != "train"
+    start, stop, image, image_bytes = (index[name] for name in ("start", "stop", "image", "image_bytes"))
     least, most = manifest.sample_bytes()
-    largest_image = 4 * manifest.image_size**2 + META_BYTES
-    image, image_bytes, psnr = index["image"], index["image_bytes"], index["codec_psnr"]
+    most_of_image = 4 * manifest.image_size**2 + META_BYTES
+    placed = np.logical_and.reduce(
+        [_inside(index, name, npy_size(*manifest.arrays()[name])) for name in ("moments", "packed_pose")]
+    )
+    psnr, unknown = index["codec_psnr"], np.isnan(index["codec_psnr"])
+    if split == "train":
+        pictured, measured = (image == 0) & (image_bytes == 0), unknown
+    else:
+        pictured = _inside(index, "image", image_bytes) & (image_bytes > 0) & (image_bytes <= most_of_image)
+        measured = unknown if unknown.all() else (psnr > PSNR[0] - 1e-3) & (psnr < PSNR[1] + 1e-3)
     labels = [each.label for each in manifest.objects if each.views.get(split, 0)]
-    poses = torch.from_numpy(index["camera_to_world"])
+    poses, (low, high) = torch.from_numpy(index["camera_to_world"]), manifest.splits[split].radius
     rigid, radius = are_rigid(poses).numpy(), camera_radius(poses).numpy()
-    low, high = entry.radius[0] * (1 - RADIUS_TOLERANCE), entry.radius[1] * (1 + RADIUS_TOLERANCE)
+    beside = (radius < low * (1 - RADIUS_TOLERANCE)) | (radius > high * (1 + RADIUS_TOLERANCE))
     wrong = {
         "does not begin where the one before it ends": start != np.concatenate([[0], stop[:-1]]),
         f"does not lie in the {shard.bytes:,} bytes of the tar": (start < 0) | (stop < 0) | (stop > shard.bytes),
         "has another size than its arrays and its picture": (stop - start < least)
-        | (stop - start - most > np.where(image_bytes > 0, largest_image, 0)),
-        "has an array outside of it": ~_inside(index, "moments", npy_size(*manifest.arrays()["moments"]))
-        | ~_inside(index, "packed_pose", npy_size(*manifest.arrays()["packed_pose"])),
-        "has a picture outside of it, or of another size than it may have": ~_inside(index, "image", image_bytes)
-        | (image_bytes < 1)
-        | (image_bytes > largest_image)
-        if keeps_images
-        else (image != 0) | (image_bytes != 0),
+        | (stop - start > most + np.where(pictured, image_bytes, 0)),
+        "has an array outside of it": ~placed,
+        "has a picture outside of it, or of a size that none has": ~pictured,
         f"has a label that no object of {split} has": ~np.isin(index["label"], labels),
-        f"has a camera outside of the split's radius {list(entry.radius)}": rigid
-        & ~((radius >= low) & (radius <= high)),
-        "has a codec_psnr that no round trip gives": ~(
-            np.isnan(psnr) | (keeps_images & (psnr > PSNR[0] - 1e-3) & (psnr < PSNR[1] + 1e-3))
-        ),
+        f"has a camera outside of the split's radius {[low, high]}": rigid & beside,
+        "has a codec_psnr that no round trip gives": ~measured,
     }
     for what, rows in wrong.items():
         if rows.any():
@@ -501,6 +501,7 @@ def parse_meta(data: bytes, image_size: int, where: str) -> SampleMeta:
         raise DataError(f"{where}: damaged ({_first(error)}); {BUILD_AGAIN}") from None
     if not meta.width == meta.height == image_size:
         raise DataError(f"{where}: {meta.width}x{meta.height} pixels but pictures have {image_size}; {BUILD_AGAIN}")
+    check_intrinsics(meta.camera, where)
     return meta
 
 

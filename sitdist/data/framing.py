@@ -170,7 +170,12 @@ def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(picture, Tensor):
         if picture.ndim == 3:
             picture = picture.permute(1, 2, 0)
-        picture = picture.detach().cpu().numpy()
+        try:
+            picture = (
+                (picture.float() if picture.is_floating_point() else picture).detach().cpu().resolve_conj().numpy()
+            )
+        except (TypeError, RuntimeError):
+            raise DataError(f"{name}: a tensor of {picture.dtype} is no picture; give a dense one of numbers") from None
     if not isinstance(picture, np.ndarray):
         raise DataError(
             f"{name}: {type(picture).__name__} is no picture; give a file, a PIL image, an array or a tensor"

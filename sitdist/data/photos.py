@@ -18,8 +18,9 @@ from sitdist.data.framing import to_pixels
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import file_sha256
-from sitdist.io.files import check_memory, sha256_of
+from sitdist.io.files import sha256_of
 from sitdist.io.images import SUFFIXES, check_camera_size, picture_sizes
+from sitdist.io.memory import require_memory
 from sitdist.io.npz import npz_files, read_posed_array
 from sitdist.io.transforms import PosedFile, check_distinct, find_picture, read_posed_files, transforms_file
 from sitdist.scene.fit import Photos
@@ -102,7 +103,7 @@ def _photos(posed: Sequence[PosedFile], files: Sequence[Path], background: Colou
                 f"{first.width}x{first.height}; bring all photos to one size (and their focal lengths with them)"
             )
     need = 2 * len(posed) * 3 * first.width * first.height  # each, and all together
-    check_memory(need, f"{files[0]}: {len(posed)} photos", "give fewer, or smaller ones")
+    require_memory(need, f"{files[0]}: {len(posed)} photos", "give fewer, or smaller ones")
     return Photos(
         torch.stack([_read_picture(each.picture, background) for each in posed]),
         torch.stack([each.camera_to_world for each in posed]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from sitdist.data.writer import open_splits
 from sitdist.errors import ConfigError
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.io.atomic import check_free, write_folder
+from sitdist.io.json_file import write_json
+from sitdist.io.memory import require_memory
 
 GIF_PER_SECOND = 16.0  # pictures
 
@@ -39,6 +40,7 @@ def turntable_cameras(views: int, radius: float, elevation_deg: float, fov_deg: 
     """
     if not 1.0 < fov_deg < 170.0:
         raise ConfigError(f"--fov {fov_deg:g}: a field of view is between 1 and 170 degrees")
+    require_memory(350 * views, f"a turntable of {views:,} views", "ask for fewer views")
     angle = torch.arange(views, dtype=torch.float64) * (2.0 * torch.pi / views)
     elevation = torch.deg2rad(torch.tensor(elevation_deg, dtype=torch.float64))
     ring = torch.stack([angle.cos() * elevation.cos(), angle.sin() * elevation.cos()], -1)
@@ -72,6 +74,9 @@ def write_pictures(
     turntable.gif, a loop of all pictures. DataError if `out` exists; it is there when it is whole, or not at all.
     """
     check_free(out)
+    if gif and cameras.intrinsics:
+        pixels = len(cameras.intrinsics) * cameras.intrinsics[0].width * cameras.intrinsics[0].height
+        require_memory(3 * pixels, f"a GIF of {len(cameras.intrinsics):,} views", "ask for fewer or smaller views")
     scene = open_scene(scene_folder)
     behind = backdrop(scene, background)
 
@@ -89,7 +94,7 @@ def write_pictures(
         if gif:
             save_gif([frame for frame in shown if frame is not None], folder / "turntable.gif", GIF_PER_SECOND)
         values = transforms(cameras.camera_to_world, cameras.intrinsics)
-        (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / "transforms.json", values)
 
     write_folder(out, write)
     return len(cameras.intrinsics)

@@ -75,14 +75,16 @@ def to_text(posed: Sequence[PosedPicture], kind: str, beside: Path | None = None
     """As one of the formats of one file; pictures are named by their path from the folder `beside` (None: as given)."""
     names = picture_names([each.path for each in posed], kind, beside)
     if kind == "jsonl":
-        return "".join(json.dumps(_values(each, name)) + "\n" for each, name in zip(posed, names, strict=True))
+        return "".join(
+            json.dumps(_values(each, name), allow_nan=False) + "\n" for each, name in zip(posed, names, strict=True)
+        )
     if kind == "csv":
         return _csv(posed, names)
     if kind == "tum":
         return tum_text(posed, names)
     poses = torch.stack([each.camera_to_world for each in posed])
     values = transforms(poses, _cameras(posed, "transforms.json"), names)
-    return json.dumps(values, indent=1) + "\n"
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
 def picture_names(pictures: Sequence[Path], kind: str, beside: Path | None = None) -> list[str]:

@@ -9,11 +9,12 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import get_ident
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from sitdist.data.order import WINDOW, BlockShuffle
 from sitdist.data.store import Store, open_store
 from sitdist.errors import ConfigError, DataError
 from sitdist.io.atomic import file_sha256
+from sitdist.io.files import open_file
 from sitdist.io.images import open_picture
 
 log = logging.getLogger(__name__)
@@ -251,21 +253,18 @@ class ShardReader:
             raise DataError(f"{path}: {error}; {BUILD_AGAIN}") from None
         return index
 
-    def tar(self, number: int) -> Path:
-        """Where the tar of a shard is; DataError if it cannot be read."""
-        path = self.store.path(*self._files(number)[1])
-        if not path.is_file():
-            reason = "not a regular file" if path.exists() else "no such file"
-            raise DataError(f"{path}: cannot be read ({reason}); {BUILD_AGAIN}")
-        return path
+    def open_tar(self, number: int) -> AbstractContextManager[BinaryIO]:
+        """The tar of a shard, open for reading; DataError if it cannot be."""
+        return open_file(self.store.path(*self._files(number)[1]), BUILD_AGAIN)
 
     def _open_shard(self, number: int) -> _Shard:
-        index, path = self.index(number), self.tar(number)
-        try:
-            with path.open("rb") as file:
+        index = self.index(number)
+        with self.open_tar(number) as file:
+            path = Path(file.name)
+            try:
                 tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); {BUILD_AGAIN}") from None
+            except ValueError as error:  # empty
+                raise DataError(f"{path}: cannot be read ({error}); {BUILD_AGAIN}") from None
         return _Shard(path, {name: index[name] for name in READ_FIELDS}, tar)
 
     def _name(self, index: int) -> str:

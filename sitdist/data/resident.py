@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sitdist.data.reader import Samples, ShardReader
+from sitdist.io.memory import require_memory
 
 CHUNK = 1024  # samples that are read at a time
 
@@ -20,6 +21,9 @@ class ResidentSamples:
     def __init__(self, reader: ShardReader, device: torch.device | str = "cpu") -> None:
         self.shard_counts = reader.shard_counts
         self._faults: dict[int, str] = {}
+        latent = reader.manifest.latent
+        each = 4 * (2 * latent.channels * latent.height * latent.width + 16) + 8
+        require_memory(2 * each * len(reader), f"{len(reader):,} resident samples", "set reader.resident to false")
         parts = []
         for first in range(0, len(reader), CHUNK):
             part = reader.samples(np.arange(first, min(first + CHUNK, len(reader))))

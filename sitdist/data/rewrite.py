@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sitdist.data.store import open_store
 from sitdist.errors import DataError
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import file_sha256, write_atomically
+from sitdist.io.files import open_file
 
 NewMoments = Callable[[ShardReader, list[int]], Tensor]  # of samples of a split, [B, 2C, h, w]
 
@@ -36,7 +37,8 @@ def rewrite(
     store = open_store(dataset)
     manifest = load_manifest(store.folder)
     for file, sha256 in manifest.codec_files.items():
-        data = _read(store.path(f"codec/{file}", sha256), sha256)
+        with open_file(store.path(f"codec/{file}", sha256), BUILD_AGAIN) as opened:
+            data = _read(opened, sha256)
         write_atomically(out / "codec" / file, partial(Path.write_bytes, data=data))
     splits = {}
     for split, entry in manifest.splits.items():
@@ -57,18 +59,19 @@ def rewrite(
     write_atomically(out / "manifest.json", lambda path: path.write_text(text))
 
 
-def _read(path: Path, sha256: str) -> bytearray:
+def _read(file: BinaryIO, sha256: str) -> bytearray:
     """The bytes of a file; DataError if they are not those that the manifest names: what is written gets new hashes."""
-    data = bytearray(path.read_bytes()) if path.is_file() else bytearray()
+    data = bytearray(file.read())
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise DataError(f"{path}: missing or altered; `sitdist shards verify` tells more, {BUILD_AGAIN}")
+        raise DataError(f"{file.name}: altered; `sitdist shards verify` tells more, {BUILD_AGAIN}")
     return data
 
 
 def _rewrite_shard(reader: ShardReader, number: int, out: Path, members: dict[str, Tensor]) -> ShardEntry:
     """A shard with some .npy members, one of every sample each, replaced by others of the same type and shape."""
     shard, index = reader.shards[number], reader.index(number)
-    data = _read(reader.tar(number), shard.sha256)
+    with reader.open_tar(number) as file:
+        data = _read(file, shard.sha256)
     for field, values in members.items():
         for at, value in zip(index[field].tolist(), values, strict=True):
             npy = _npy(value)

@@ -29,6 +29,7 @@ from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.io.atomic import file_sha256
 from sitdist.io.files import sha256_of
+from sitdist.io.memory import require_memory
 from sitdist.io.npz import PosedArray, npz_files, read_posed_array
 from sitdist.io.transforms import read_posed_files, transforms_file
 
@@ -217,6 +218,9 @@ class _SceneViews(ViewSource):
 
     def __init__(self, config: SceneSource, image_size: int) -> None:
         self.config, self._size = config, image_size
+        copies = 0 if config.radius_augmentation is None else config.radius_augmentation.copies
+        need = (500 + 150 * copies) * config.views
+        require_memory(need, f"the cameras of {config.views:,} views", "give fewer views or copies")
         self._scene = open_scene(config.scene)
         positions = torch.arange(config.views)
         self.camera_to_world = random_cameras(config, positions)

@@ -79,9 +79,10 @@ def _verify_codec(store: Store, manifest: DatasetManifest) -> Iterator[str]:
     except SitdistError as error:
         yield str(error)
         return
-    for key, value in identity.items():
-        if manifest.codec.get(key) != value:
-            yield f"{MANIFEST}: codec {key} is {manifest.codec.get(key)} but the codec folder's is {value}; build again"
+    for key in identity | manifest.codec:
+        ours, theirs = manifest.codec.get(key), identity.get(key)
+        if ours != theirs:
+            yield f"{MANIFEST}: codec {key} is {ours!r:.80} but the codec folder's is {theirs!r:.80}; {BUILD_AGAIN}"
 
 
 def _verify_split(reader: ShardReader) -> Iterator[str]:
@@ -89,7 +90,7 @@ def _verify_split(reader: ShardReader) -> Iterator[str]:
     for number, shard in enumerate(reader.shards):
         try:
             index = reader.index(number)
-            with reader.tar(number).open("rb") as file:
+            with reader.open_tar(number) as file:
                 for problem in _verify_tar(file, shard, index, samples, first):
                     yield f"{reader.split}/{shard.name}: {problem}"
                     whole = False
@@ -160,7 +161,7 @@ class _Samples:
             meta = parse_meta(members["meta.json"][1], self._reader.manifest.image_size, "meta.json")
             if IMAGE_MEMBER in members:
                 self._reader.images([number])
-        except (DataError, ValueError, OSError) as error:
+        except (DataError, ValueError) as error:
             return str(error).rpartition(f"sample {number:09d}: ")[2]
         self._camera = self._camera or meta.camera
         self.same_camera = self.same_camera and meta.camera == self._camera

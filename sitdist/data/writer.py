@@ -39,6 +39,7 @@ from sitdist.geometry.camera import camera_radius, is_upright, looks_at_origin
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import PREFIX, file_sha256, write_atomically, write_folder
 from sitdist.io.json_file import read_json, write_json
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
 from sitdist.runs.ownership import check_ours, only_writer
 from sitdist.runtime import Agreement, helper_threads
@@ -60,6 +61,7 @@ def build(
     with one_thread_each() as (pool, depth), ExitStack() as held:
         with agreement.together():
             splits = open_splits(recipe, only)
+            _check_memory(recipe, len(splits["train"]))
             plan = _plan(recipe, splits)
         plans = agreement.gather(plan)
         with agreement.together():
@@ -80,6 +82,14 @@ def build(
                 manifest = _manifest(recipe, out, splits, written, make)
                 _finish(out, manifest)
         return agreement.of_main(manifest)
+
+
+def _check_memory(recipe: Recipe, views: int) -> None:
+    """OutOfMemoryError where the pictures that are held at once cannot have room; a cautious bound."""
+    fitted = min(views, recipe.codec.fit_views) if isinstance(recipe.codec, PcaCodecConfig) else 0
+    held = max(2 * fitted, min(views, recipe.encode_batch))
+    what = f"{held:,} pictures of {recipe.image_size}x{recipe.image_size} pixels at once"
+    require_memory(12 * held * recipe.image_size**2, what, "lower encode_batch, codec.fit_views or image_size")
 
 
 @contextmanager

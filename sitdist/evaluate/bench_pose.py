@@ -19,7 +19,7 @@ from sitdist.evaluate.views import SplitViews, ViewBatch, check_codec
 from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.predict import guided
 from sitdist.geometry.pose import rotation_error_deg, translation_error
-from sitdist.io.files import check_memory
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 from sitdist.runtime import log
 from sitdist.train.checkpoint import LoadedRun, load_run
@@ -157,7 +157,7 @@ def _load(loaded: LoadedRun, split: str, views: int | None, device: str) -> View
     of_split = SplitViews(data, split, None, None)
     references = sorted(of_split.references(), key=lambda view: view.position)[:views]
     need = PIXEL_BYTES * len(references) * loaded.manifest.image_size**2
-    check_memory(need, f"{len(references):,} views", "give fewer by --views")
+    require_memory(need, f"{len(references):,} views", "give fewer by --views")
     batch = of_split.load(tuple(references))
     return ViewBatch(**{name: value.to(device) for name, value in vars(batch).items()})
 
@@ -210,7 +210,7 @@ def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Pr
     reader = PoseReader.open(loaded, _settings(loaded, {"estimator": "one_step"}))
     latents, labels, true = latent_mean(views.moments), views.labels, views.camera_to_world
     need = 4 * batch * latents[0].numel()
-    check_memory(need, f"a batch of {batch:,} views", "give a smaller --batch")
+    require_memory(need, f"a batch of {batch:,} views", "give a smaller --batch")
     repeats = -(-batch // len(labels))  # a whole batch, also of few views
     many, of_many = (each.repeat(repeats, *[1] * (each.ndim - 1))[:batch] for each in (latents, labels))
     device, few = labels.device, min(PROTOCOL_VIEWS, len(labels))

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sitdist import checks
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.views import check_codec
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
+from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import check_free, write_atomically
-from sitdist.io.files import check_memory
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 from sitdist.train.checkpoint import LoadedRun, load_run
 
@@ -67,9 +69,10 @@ def split_likelihood(
     """
     if out is not None:
         check_free(out, overwrite)
-    for name, value in (("views", views), ("probes", probes), ("steps", steps), ("batch", batch)):
-        if value is not None and not 1 <= value <= (STEPS_AT_MOST if name == "steps" else value):
-            raise ConfigError(f"--{name} {value}: expected 1 or more, and at most {STEPS_AT_MOST:,} steps")
+    checks.whole("--steps", steps, 1, MOST_STEPS)
+    for name, value in (("views", views), ("probes", probes), ("batch", batch)):
+        if value is not None:
+            checks.whole(f"--{name}", value, 1)
     loaded = load_run(run, device)
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:
@@ -83,7 +86,7 @@ def split_likelihood(
     count = len(reader) if views is None else min(views, len(reader))
     batch = min(batch, count)
     need = PROBE_BYTES * probes * batch * math.prod(_shape(loaded))
-    check_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")
+    require_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")
     densities = []
     for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
         indices = list(range(start, min(start + batch, count)))

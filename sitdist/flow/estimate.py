@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sitdist import checks
 from sitdist.errors import ConfigError
 from sitdist.flow.draws import normal
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.exact import Inversion, invert_exactly
 from sitdist.flow.path import Path
 from sitdist.flow.readout import READOUTS, read_camera
-from sitdist.flow.solve import Model, function_evaluations, invert, invert_at_arrival
+from sitdist.flow.sample import STOCHASTIC
+from sitdist.flow.solve import MOST_STEPS, SOLVERS, Model, function_evaluations, invert, invert_at_arrival
 from sitdist.geometry.packing import PoseStatistics, entries, packed_intrinsics
 from sitdist.geometry.pose import project_to_so3
 
@@ -48,19 +50,14 @@ class EstimateOptions:
     readout: str = "svd"
 
     def __post_init__(self) -> None:
-        for what, value, choices in (
-            ("estimator", self.estimator, ESTIMATORS),
-            ("readout", self.readout, READOUTS),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{what} '{value}': unknown; choose one of {', '.join(choices)}")
+        checks.choice("estimator", self.estimator, ESTIMATORS)
+        checks.choice("readout", self.readout, READOUTS)
+        checks.choice("estimator generator", self.generator, (*SOLVERS, *STOCHASTIC))
         for name in ("steps", "generator_steps", "max_iterations", "draws"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"estimator {name} {getattr(self, name)}: should be 1 or more")
-        if not 0.0 < self.time < 1.0:
-            raise ConfigError(f"estimator time {self.time:g}: should be between 0 and 1, such as 0.97")
-        if self.tolerance <= 0.0:
-            raise ConfigError(f"estimator tolerance {self.tolerance:g}: should be above 0")
+            checks.whole(f"estimator {name}", getattr(self, name), 1, MOST_STEPS)
+        checks.whole("estimator seed", self.seed, 0, checks.LARGEST_SEED)
+        checks.number("estimator time", self.time, 1e-9, 1.0 - 1e-9)
+        checks.number("estimator tolerance", self.tolerance, 1e-30)
 
 
 @dataclass(frozen=True)

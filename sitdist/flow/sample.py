@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sitdist import checks
 from sitdist.flow import draws
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.path import Path
-from sitdist.flow.predict import guided
+from sitdist.flow.predict import GUIDED_CHANNELS, guided
 from sitdist.flow.sde import SdeOptions, generate_sde
-from sitdist.flow.solve import Model, generate
+from sitdist.flow.solve import SOLVERS, Model, generate
 
 STOCHASTIC = {"euler_maruyama": "euler_maruyama", "stochastic_heun": "heun"}  # generators, and their SDE methods
 
@@ -35,6 +36,19 @@ class SampleOptions:
     diffusion_norm: float = 1.0
     last_step: str | None = "Mean"
     last_step_size: float = 0.04
+
+    def __post_init__(self) -> None:
+        checks.choice("generator", self.generator, (*SOLVERS, *STOCHASTIC))
+        checks.number("generator tolerance", self.tolerance, 1e-30)
+        checks.choice("guidance channels", self.guidance_channels, GUIDED_CHANNELS)
+        if self.guidance is not None:
+            checks.number("guidance", self.guidance, 0.0)
+        self.sde()
+
+    def sde(self) -> SdeOptions:
+        """How the SDE of a stochastic generator is solved."""
+        method = STOCHASTIC.get(self.generator, "heun")
+        return SdeOptions(method, self.steps, self.diffusion, self.diffusion_norm, self.last_step, self.last_step_size)
 
 
 @torch.no_grad()
@@ -61,19 +75,11 @@ def sample_latents(
         velocity = guided(velocity, options.guidance, options.guidance_channels)
     if options.generator not in STOCHASTIC:
         return generate(velocity, path, x0, y, options.generator, options.steps, options.tolerance)
-    sde = SdeOptions(
-        STOCHASTIC[options.generator],
-        options.steps,
-        options.diffusion,
-        options.diffusion_norm,
-        options.last_step,
-        options.last_step_size,
-    )
 
     def kick(step: int) -> Tensor:
         return _normal(seed, f"{stream} step {step}", positions, shape)
 
-    return generate_sde(velocity, path, x0, y, kick, sde, endpoint.kind)
+    return generate_sde(velocity, path, x0, y, kick, options.sde(), endpoint.kind)
 
 
 def _normal(seed: int, stream: str, positions: Tensor, shape: torch.Size) -> Tensor:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sitdist import checks
 from sitdist.errors import ConfigError
 from sitdist.flow.path import EPSILON, Path
 from sitdist.flow.predict import require_gaussian
-from sitdist.flow.solve import Model
+from sitdist.flow.solve import MOST_STEPS, Model
 
 SDE_METHODS = ("euler_maruyama", "heun")
 DIFFUSIONS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -42,20 +43,13 @@ class SdeOptions:
     last_step_size: float = 0.04
 
     def __post_init__(self) -> None:
-        diffusions = (*DIFFUSIONS, *PUBLISHED_SPELLING)
-        for what, value, choices in (
-            ("solver", self.method, SDE_METHODS),
-            ("diffusion", self.diffusion, diffusions),
-            ("last step", self.last_step, (*LAST_STEPS, None)),
-        ):
-            if value not in choices:
-                raise ConfigError(f"SDE {what} '{value}': unknown; choose one of {', '.join(map(str, choices))}")
-        if self.steps < 1:
-            raise ConfigError(f"SDE steps {self.steps}: should be 1 or more")
-        if self.norm <= 0.0:
-            raise ConfigError(f"SDE norm {self.norm:g}: should be above 0")
-        if self.last_step is not None and not 0.0 < self.last_step_size < 1.0:
-            raise ConfigError(f"SDE last_step_size {self.last_step_size:g}: should be between 0 and 1, such as 0.04")
+        checks.choice("SDE solver", self.method, SDE_METHODS)
+        checks.choice("SDE diffusion", self.diffusion, (*DIFFUSIONS, *PUBLISHED_SPELLING))
+        checks.whole("SDE steps", self.steps, 1, MOST_STEPS)
+        checks.number("SDE norm", self.norm, 1e-9)
+        if self.last_step is not None:
+            checks.choice("SDE last step", self.last_step, LAST_STEPS)
+            checks.number("SDE last_step_size", self.last_step_size, 1e-9, 1.0 - 1e-9)
 
 
 def diffusion(path: Path, form: str, t: Tensor, norm: float = 1.0) -> Tensor:

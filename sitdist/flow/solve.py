@@ -26,6 +26,7 @@ FIXED_STEP = {
 # Steps of a fixed size too, from the velocities of earlier ones; the implicit one iterates to the tolerance.
 MULTI_STEP = ("explicit_adams", "implicit_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+MOST_STEPS = 10**6  # so that in float32 times differ
 SOLVERS = (*FIXED_STEP, *MULTI_STEP, *ADAPTIVE)
 
 

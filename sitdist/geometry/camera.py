@@ -7,10 +7,9 @@ A pose is `camera_to_world`, [..., 4, 4]: OpenGL axes (x right, y up, the camera
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +37,6 @@ class Intrinsics:
         """Square pixels, centred, with a horizontal field of view of `fov_deg` degrees."""
         focal = 0.5 * width / math.tan(0.5 * math.radians(fov_deg))
         return cls(focal, focal, 0.5 * width, 0.5 * height, width, height)
-
-    @classmethod
-    def from_meta(cls, values: Mapping[str, Any]) -> Intrinsics:
-        """From a mapping of fx, fy, cx, cy, width and height, among others, to numbers."""
-        return cls(*(values[name] for name in ("fx", "fy", "cx", "cy", "width", "height")))
 
     def scaled(self, factor: int) -> Intrinsics:
         """The same camera with every pixel cut into factor^2."""

@@ -74,6 +74,8 @@ def check_free(path: Path, overwrite: bool | None = None) -> None:
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that nobody uses, and that tells who does: host, process, and a random part."""
+    if not path.name:
+        raise DataError(f"{path}: no name of a file or folder to write; give one")
     return path.with_name(f"{PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 

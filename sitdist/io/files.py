@@ -1,4 +1,4 @@
-"""Regular files from anyone, opened without hanging, and the memory that is left for what they hold."""
+"""Regular files from anyone, opened without hanging."""
 
 from __future__ import annotations
 
@@ -47,18 +47,3 @@ def sha256_of(*parts: bytes) -> str:
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
-
-
-def check_memory(need: int, what: str, remedy: str) -> None:
-    """DataError if `what` needs more bytes of memory than are free."""
-    free = _free_memory()
-    if need > free:
-        raise DataError(f"{what}: needs {need / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free; {remedy}")
-
-
-def _free_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all that there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.errors import DataError
+from sitdist.errors import DataError, SitdistError
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.atomic import write_atomically
-from sitdist.io.files import check_memory, open_file
+from sitdist.io.files import open_file
+from sitdist.io.memory import require_memory
 
 REMEDY = "save it again with numpy"
 
@@ -100,7 +101,7 @@ def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
             with zipfile.ZipFile(opened) as archive:
                 members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
                 return [_read_member(archive, members, name, file) for name in names]
-        except DataError:
+        except SitdistError:
             raise
         except Exception as error:  # zipfile, zlib and numpy raise what they like at bytes made to harm
             raise DataError(f"{file}: not a readable array ({' '.join(str(error).split())[:160]}); {REMEDY}") from None
@@ -162,6 +163,6 @@ def _read_array(stream: IO[Any], size: int, name: str) -> np.ndarray:
     need = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or need > size or (shape and not dtype.itemsize):
         raise DataError(f"{name}: shape {list(shape)} of {dtype} needs {need:,} bytes and {size:,} are there; {REMEDY}")
-    check_memory(need, name, "split the file")
+    require_memory(need, name, "split the file")
     stream.seek(0)
     return np.lib.format.read_array(stream, allow_pickle=False)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, camera_rays, look_at
 from sitdist.geometry.similarity import Similarity, capture_frame
+from sitdist.io.memory import require_memory
 from sitdist.scene.grid import VoxelField
 from sitdist.scene.store import Scene, render_field
 from sitdist.scene.volume import box_interval, march_occupied
@@ -121,6 +122,9 @@ def fit_scene(
             f"{len(photos)} photo{'s' * (len(photos) != 1)}: a field needs posed photos from all sides, at least "
             f"{FEWEST} and better some dozens; add photos"
         )
+    finest, channels = max(options.resolutions), 13 if options.view_dependent else 4
+    what = f"a grid of {finest}^3 voxels of {channels} numbers"
+    require_memory(6 * 4 * channels * finest**3, what, "give smaller resolutions")
     similarity = capture_frame(photos.camera_to_world, photos.intrinsics)
     fit = _Fit(photos, similarity.cameras(photos.camera_to_world), options, measures or {}, torch.device(device))
     for level in range(len(options.resolutions)):

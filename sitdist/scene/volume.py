@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sitdist.geometry.camera import Intrinsics, camera_rays
+from sitdist.io.memory import require_memory
 from sitdist.scene.field import Solids, chair
 
 Field = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -155,6 +156,8 @@ def picture(
     Every pixel is the mean of supersample^2 rays; RAYS_AT_ONCE are rendered together, however large the picture is.
     """
     fine = intrinsics.scaled(supersample)
+    what = f"a picture of {intrinsics.width}x{intrinsics.height} pixels of {supersample}^2 rays"
+    require_memory(160 * fine.width * fine.height, what, "make it smaller, or supersample less")
     origins, directions = (rays.reshape(-1, 3).float() for rays in camera_rays(camera_to_world, fine))
     parts = [render(*rays) for rays in zip(origins.split(RAYS_AT_ONCE), directions.split(RAYS_AT_ONCE), strict=True)]
     rays = torch.cat([torch.cat([part.light, part.through[:, None]], 1) for part in parts])

@@ -15,6 +15,7 @@ from sitdist.errors import CodecError, ConfigError
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.sample import SampleOptions
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import Codec, load_codec
 from sitdist.model.sit import SiT
 
@@ -80,6 +81,11 @@ def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoi
             f"model.patch_size = {sizes['patch_size']}: does not divide the dataset's {latent.height}x{latent.width} "
             "latents; choose a divisor"
         )
+    width, grid = sizes["hidden_size"], latent.height // sizes["patch_size"]
+    numbers = (10 + 2 * config.mlp_ratio) * sizes["depth"] * width**2 + (config.num_classes + grid**2) * width
+    if torch.get_default_device().type != "meta":
+        remedy = "take a smaller hidden_size, depth or num_classes"
+        require_memory(int(4 * numbers), f"a model of {numbers / 1e6:,.0f} M weights", remedy)
     return SiT(
         input_size=latent.height,
         in_channels=latent.channels,

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.config import Config, NonNegative, Positive, S, Schema, load_yaml, parse
+from sitdist.config import Config, NonNegative, Positive, S, Schema, parse, read_yaml
 from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, ConfigError, one_line
 from sitdist.flow.endpoint import Endpoint
@@ -51,7 +51,8 @@ LEFT_BEHIND = re.compile(  # by a process that was killed while it wrote or remo
     r"|\.step_[0-9]{8,}(\.(tmp|old|damaged)-[0-9]+|\.safetensors\.tmp)"
 )
 
-# What may differ between a run and its continuation: where things are, how long and how closely it is watched.
+# What may differ between a run and its continuation, and between a checkpoint and the config.yaml beside it: where
+# things are (`data` may have moved), how long it is trained, how closely it is watched, and how it is evaluated.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
     r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|loss_spike|non_finite\.budget|profile(\..*)?|tracker)"
@@ -84,12 +85,6 @@ class _State(Schema):
     precision: str | None = None
     scaler: dict[str, float] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
-
-
-class _AsItIs(Schema):
-    """A mapping in a YAML file, whatever its keys."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,11 @@ def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> N
     """Hide, then remove all checkpoints but the newest `keep` and the milestones, and what was left half-removed."""
     try:
         for old in [other for other in list_checkpoints(run) if step_of(other) <= step_of(newest)][:-keep]:
-            if (keep_every is None or step_of(old) % keep_every) and not _foreign(old):
+            if keep_every is not None and step_of(old) % keep_every == 0:
+                continue
+            if foreign := _foreign(old):
+                log.warning("%s: kept, as it holds %s", old, one_line(min(foreign)))
+            else:
                 os.rename(old, temporary_name(old))
         remove_unfinished(run)
     except OSError as error:
@@ -245,7 +244,7 @@ def describe_checkpoints(run: Path, verify: bool = False) -> tuple[str, bool]:
 
 def _size_and_versions(checkpoint: Checkpoint, verified: bool) -> str:
     state = checkpoint.state
-    megabytes = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
+    megabytes = sum(file.bytes for file in _files(checkpoint.folder).values()) / 1e6
     versions = " ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
     what = "whole, every hash is right" if verified else "whole by its sizes"
     return f"{megabytes:.1f} MB  {state.get('world_size', '?')} processes  {versions}  {what}"
@@ -261,7 +260,7 @@ def _files(folder: Path) -> dict[str, _File]:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format_version {version!r}, but this version of sitdist reads {FORMAT_VERSION}; {REMEDY}"
+                f"{path}: format_version {version!r:.80}, but this version of sitdist reads {FORMAT_VERSION}; {REMEDY}"
             )
         files = checked(_Manifest, values, path).files
         if set(files) != FILES:
@@ -300,11 +299,11 @@ def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
 
 def _check_same(stored: Config, config: Config, where: str, folder: Path) -> None:
     """What MAY_CHANGE is not compared."""
-    before = _flatten(stored.model_dump(mode="json"))
-    for key, value in _flatten(config.model_dump(mode="json")).items():
-        if before.get(key) != value and not MAY_CHANGE.fullmatch(key):
+    before, now = _flatten(stored.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
+    for key in [*before, *(key for key in now if key not in before)]:
+        if before.get(key) != now.get(key) and not MAY_CHANGE.fullmatch(key):
             raise ConfigError(
-                f"{where}{key} is {value!r} but {folder} was trained with {before.get(key)!r}; "
+                f"{where}{key} is {now.get(key)!r} but {folder} was trained with {before.get(key)!r}; "
                 "set it back, or start another run with another --out"
             )
 
@@ -317,6 +316,8 @@ def stored_config(values: dict[str, Any], where: Path) -> Config:
     """
     try:
         return Config.model_validate(values)
+    except UnicodeEncodeError:  # text with half a surrogate pair, which `parse` tells
+        unknown = []
     except ValidationError as error:
         unknown = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
     for location in unknown:
@@ -446,7 +447,7 @@ def _config_of(run: Path, checkpoint: Checkpoint) -> Config:
     path, stored = run / "config.yaml", checkpoint.state["config"]
     if not path.is_file():
         return stored_config(stored, checkpoint.folder / "state.json")
-    beside = stored_config(load_yaml(_AsItIs, path).model_dump(), path)
+    beside = stored_config(read_yaml(path, "config"), path)
     config = stored_config(stored, checkpoint.folder / "state.json")
     _check_same(config, beside, f"{path}: ", checkpoint.folder)
     return config.model_copy(update={key: getattr(beside, key) for key in ("name", "data", "evaluate")})

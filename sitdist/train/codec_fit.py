@@ -26,6 +26,7 @@ from sitdist.data.writer import open_splits
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.flow import draws
 from sitdist.io.atomic import cannot_write, check_free, remove_leftovers, temporary_name, write_folder
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import VaeCodec, round_trip_psnr
 from sitdist.model.codec_fit import CodecLoss, PerceptualDistance, RoundTrip, latent_sums, make_vae, scaling_factor
 from sitdist.runtime import Agreement, processes
@@ -81,6 +82,7 @@ def fit_codec(
     with processes(options.precision) as (accelerator, agreement):
         with agreement.together():
             _check(folder, options, agreement.world)
+            _check_memory(recipe.image_size, options, agreement.world)
             split = _views_to_fit(recipe, options.views)
             perceptual = None if make_perceptual is None else make_perceptual(accelerator.device)
             fit = CodecFit(recipe.image_size, options, perceptual, accelerator, agreement)
@@ -101,6 +103,14 @@ def _check(folder: Path, options: CodecFitOptions, world: int) -> None:
             f"--batch {options.batch}: cannot be divided by {world} processes; "
             f"give {f'{below} or {above}' if below else above}, or start another number of processes"
         )
+
+
+def _check_memory(image_size: int, options: CodecFitOptions, world: int) -> None:
+    """OutOfMemoryError where the codec's training cannot have room; a cautious bound."""
+    weights = 100 * sum(channels**2 for channels in options.channels)  # about
+    kept = 8 * options.channels[0] * image_size**2 * (options.batch // world)
+    what = f"fitting a codec of {weights / 1e6:,.0f} M weights with {options.batch // world} views a step"
+    require_memory(16 * weights + kept, what, "give smaller --channels or a smaller --batch")
 
 
 def _views_to_fit(recipe: Recipe, limit: int) -> Split:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 
-from sitdist.config import Config, load_yaml
+from sitdist.checks import whole
+from sitdist.config import Config, load_yaml, read_yaml
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.store import open_store
-from sitdist.errors import SitdistError
+from sitdist.errors import ConfigError, SitdistError, one_line, shown
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
 from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, processes
@@ -44,11 +44,11 @@ class Diagnosis:
 
     def fact(self, what: str, text: str) -> None:
         """Something that is as it should be."""
-        self.facts.append(f"{what:<14}{text}")
+        self.facts.append(one_line(f"{what:<14}{text}"))
 
     def problem(self, what: str, text: str) -> None:
         """Something that would stop the run, with its remedy."""
-        self.wrong.append(f"{what:<14}{text}")
+        self.wrong.append(one_line(f"{what:<14}{text}"))
 
     def report(self) -> str:
         """All lines, what is wrong last."""
@@ -123,17 +123,14 @@ def _check_launch(launch: Path | None, accelerator: Accelerator, found: Diagnosi
     world, backend = accelerator.num_processes, backend_of_launcher(os.environ)
     if launch is not None:
         try:
-            values: Any = yaml.safe_load(launch.read_text())
-            world = int(values["num_processes"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-            found.problem("launch", f"{launch}: no accelerate config with num_processes; give one of launch/")
-            return world, backend
-        try:
-            backend = backend_of_file(values)
+            values = read_yaml(launch, "accelerate config, such as one of launch/")
+            given, machines = whole("num_processes", values.get("num_processes"), 1), values.get("num_machines", 1)
+            machines = whole("num_machines", machines, 1)
+            world, backend = given, backend_of_file(values)
         except SitdistError as error:
-            found.problem("launch", f"{launch}: {error}")
+            found.problem("launch", f"{launch}: {str(error).removeprefix(f'{launch}: ')}")
+            return world, backend
         gpus = torch.cuda.device_count()
-        machines = int(values.get("num_machines", 1))
         if accelerator.device.type == "cuda" and world > gpus * machines:
             found.problem("launch", f"{launch}: {world} processes on {machines} machines with {gpus} GPUs; start fewer")
     looking = accelerator.num_processes
@@ -148,8 +145,11 @@ def backend_of_file(values: dict[str, Any]) -> str:
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         variables[f"ACCELERATE_USE_{kind}"] = "true"
     for prefix, section in (("", "fsdp_config"), ("ACCELERATE_DEEPSPEED_", "deepspeed_config")):
-        for name, value in (values.get(section) or {}).items():
-            variables[prefix + name.removeprefix("deepspeed_").upper()] = str(value)
+        given = values.get(section) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"{section} {shown(given)}: expected a mapping; see launch/README.md")
+        for name, value in given.items():
+            variables[prefix + str(name).removeprefix("deepspeed_").upper()] = str(value)
     return backend_of_launcher(variables)
 
 

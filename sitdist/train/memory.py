@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from sitdist.config import SIT_SIZES, Config
+from sitdist.io.memory import require_memory
 from sitdist.model.sit import SiT
 
 ACTIVATION_BYTES = 34  # a token, channel and block in 16 bits (Korthikanti et al. 2022, eq. 2, without the scores)
@@ -51,6 +52,17 @@ def memory_estimate(config: Config, model: SiT, micro: int, backend: str = "ddp"
     train = config.train
     state = state_bytes(model, backend, world, optimizer_numbers(config), 1 + more_averages(config))
     return state + activation_bytes(model, micro, train.precision == "fp32", train.activation_checkpointing)
+
+
+def check_memory(config: Config, model: SiT, micro: int, backend: str, world: int) -> None:
+    """OutOfMemoryError where a run on CPUs cannot have room beside its weights, which are there; a cautious bound."""
+    kept = activation_bytes(model, micro, config.train.precision == "fp32", config.train.activation_checkpointing)
+    state = state_bytes(model, backend, world, optimizer_numbers(config), 1 + more_averages(config))
+    require_memory(
+        max(0, state - FLOAT * parameters(model)) + kept // 2,
+        f"training {parameters(model) / 1e6:,.1f} M weights with {micro} samples at a time",
+        "set train.max_batch_per_device lower, train.activation_checkpointing: all, or take a smaller model",
+    )
 
 
 def checkpoint_bytes(config: Config, model: SiT) -> int:

@@ -44,6 +44,7 @@ from sitdist.train.backend import make_backend
 from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
 from sitdist.train.ema import Ema
 from sitdist.train.guard import Guard, poison
+from sitdist.train.memory import check_memory
 from sitdist.train.monitor import Monitor
 from sitdist.train.saving import HostCopy, Writer
 from sitdist.train.schedule import learning_rate
@@ -170,6 +171,8 @@ class Trainer:
             self.endpoint = build_endpoint(config.flow)
             torch.manual_seed(config.seed)
             self.raw_model = build_model(config.model, manifest, self.endpoint).to(device)
+            if device.type == "cpu":
+                check_memory(config, self.raw_model, self.split.micro, backend_of_launcher(os.environ), world)
             self.ema = Ema(self.raw_model, config.train.ema_decay)
 
         # ---- where it goes on

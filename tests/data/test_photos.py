@@ -9,10 +9,10 @@ from PIL import Image
 
 from sitdist.cli import run
 from sitdist.data.photos import read_photos
-from sitdist.errors import DataError, PoseError
+from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at, shell_cameras
-from sitdist.io import files
+from sitdist.io import memory
 from sitdist.scene.store import load_scene
 from sitdist.scene.volume import render_views
 
@@ -118,8 +118,9 @@ def test_places_without_posed_photos_are_refused(tmp_path):
 
 def test_photos_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
     folder = write_transforms(tmp_path / "photos")
-    monkeypatch.setattr(files, "_free_memory", lambda: 2 * 3 * 3 * 8 * 6 - 1)
-    with pytest.raises(DataError, match=r"transforms\.json: 3 photos: needs .* GB of memory .*; give fewer"):
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "_limits", lambda: [(2 * 3 * 3 * 8 * 6 - 1, 10**9)])
+    with pytest.raises(OutOfMemoryError, match=r"transforms\.json: 3 photos: .* GB of memory.*; give fewer"):
         read_photos(folder)
 
 

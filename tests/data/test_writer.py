@@ -469,9 +469,9 @@ def test_verify_finds_an_altered_index_and_missing_files(damaged):
     (damaged / "train" / "00001.index.npz").unlink()
     (damaged / "train" / "00002.tar").unlink()
     assert verify(damaged) == [
-        "train/00000.index.npz: missing or damaged index (Bad CRC-32 for file 'start.npy'); build the dataset again",
-        "train/00001.index.npz: missing or damaged index (no such file); build the dataset again",
-        "train/00002.tar: cannot be read (no such file); build the dataset again",
+        "train/00000.index.npz: damaged index (Bad CRC-32 for file 'start.npy'); build the dataset again",
+        "train/00001.index.npz: cannot be read (No such file or directory); build the dataset again",
+        "train/00002.tar: cannot be read (No such file or directory); build the dataset again",
     ]
 
 
@@ -493,7 +493,7 @@ def test_verify_finds_an_altered_codec(damaged):
 def test_verify_names_both_values_where_manifest_and_codec_disagree(damaged):
     edit_manifest(damaged, lambda values: values["codec"].update(kind="vae"))
     assert verify(damaged) == [
-        "manifest.json: codec kind is vae but the codec folder's is pca; build again",
+        "manifest.json: codec kind is 'vae' but the codec folder's is 'pca'; build the dataset again",
     ]
 
 

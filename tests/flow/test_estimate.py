@@ -137,7 +137,7 @@ def test_the_spread_tells_the_error_that_noise_leaves() -> None:
         ({"estimator": "eular"}, r"estimator 'eular': unknown; choose one of one_step"),
         ({"steps": 0}, "steps 0"),
         ({"draws": 0}, "draws 0"),
-        ({"time": 1.0}, "time 1: should be between 0 and 1"),
+        ({"time": 1.0}, "time 1.0: expected a number from"),
         ({"tolerance": 0.0}, "tolerance 0"),
         ({"readout": "svg"}, "readout 'svg': unknown; choose one of svd, weighted, look_at"),
     ],

@@ -139,10 +139,10 @@ def test_the_pose_endpoint_has_no_sde_and_the_error_says_why() -> None:
     [
         ({"method": "milstein"}, "SDE solver 'milstein': unknown; choose one of euler_maruyama, heun"),
         ({"diffusion": "sbdm"}, "SDE diffusion 'sbdm': unknown; choose one of constant, SBDM"),
-        ({"last_step": "none"}, "SDE last step 'none': unknown; choose one of Mean, Tweedie, Euler, None"),
-        ({"last_step_size": 0.0}, "SDE last_step_size 0: should be between 0 and 1"),
-        ({"norm": -1.0}, "SDE norm -1: should be above 0"),
-        ({"steps": 0}, "SDE steps 0: should be 1 or more"),
+        ({"last_step": "none"}, "SDE last step 'none': unknown; choose one of Mean, Tweedie, Euler"),
+        ({"last_step_size": 0.0}, "SDE last_step_size 0.0: expected a number from"),
+        ({"norm": -1.0}, "SDE norm -1.0: expected a number from"),
+        ({"steps": 0}, "SDE steps 0: expected a whole number from 1"),
     ],
 )
 def test_a_wrong_option_is_named_with_the_choices(options, message) -> None:

@@ -48,7 +48,7 @@ def fuzz(folder: Path, seconds: int) -> None:
     from targets import make_targets
 
     os.chdir(folder / "tree")
-    targets = make_targets(folder / "targets", Path("data"), Path("run"))
+    targets = make_targets(folder / "targets", Path("run"))
     corpus = folder / "corpus"
     corpus.mkdir()
     for number, target in enumerate(targets):

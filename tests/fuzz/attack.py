@@ -14,6 +14,7 @@ begin with `sitdist: ` or `sitdist` and a level; they are counted apart. A viola
     a refusal after which any file of the tree is changed or removed, or one is left half-written;
     an accepted input that is wrong for certain (a byte of a file whose hash is known, an option that is no number);
     an accepted input after which a file that the command does not own is changed, or JSON that holds NaN;
+    an accepted input that gives other answers, where what was spoiled is checked against something that was not;
     a program started, or a connection tried, or a file written outside of the tree.
 """
 
@@ -204,6 +205,12 @@ def attempt(
     before = snapshot(tree)
     outcome.code, outcome.seconds = start(attack.arguments, tree, logs)
     judge(outcome, attack.arguments, attack.certain, before, tree, logs)
+    if (
+        outcome.code == 0
+        and attack.same
+        and answers(attack.command, tree) != reference(attack.command, template, folder)
+    ):
+        outcome.wrong.append("accepted, with other answers than before anything was spoiled")
     if outcome.code == 0 and attack.then is not None and not outcome.wrong:
         accepted, outcome.code = outcome.error, None
         before = snapshot(tree)
@@ -219,6 +226,30 @@ def attempt(
         shutil.rmtree(tree)
         shutil.rmtree(logs)
     return outcome
+
+
+def answers(command: str, tree: Path) -> dict[str, str]:
+    """Hashes of what a command answered, where it is known where that is."""
+    where = inputs.ANSWERS.get(command, "nowhere")
+    path = logs_of(tree) / "out" if where == "printed" else tree / where
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {file.name: inputs.sha256(file) for file in files if file.is_file()}
+
+
+REFERENCES: dict[str, dict[str, str]] = {}
+
+
+def reference(command: str, template: Path, folder: Path) -> dict[str, str]:
+    """What a command answers on the tree as it was made."""
+    if command not in REFERENCES:
+        tree = folder / "reference"
+        shutil.copytree(template, tree, symlinks=True)
+        logs_of(tree).mkdir()
+        run_forked(inputs.COMMANDS[command], tree, logs_of(tree))
+        REFERENCES[command] = answers(command, tree)
+        shutil.rmtree(tree)
+        shutil.rmtree(logs_of(tree))
+    return REFERENCES[command]
 
 
 def judge(
@@ -369,7 +400,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="attack-") as temporary:
         folder = Path(temporary)
         import_everything()
-        _in_fork(lambda: inputs.make_tree(folder / "template", folder / "made"))
+        made = os.waitpid(_fork(lambda: inputs.make_tree(folder / "template", folder / "made")), 0)[1]
+        assert made == 0, f"the tree cannot be made: {(folder / 'made').read_text()[-3000:]}"
         if options.only is not None:
             kept = Path(tempfile.mkdtemp(prefix="attack-kept-"))
             outcome = attempt(options.only, options.seed, folder / "template", kept, keep=True)
@@ -409,10 +441,6 @@ def _fork(function: Callable[[], None]) -> int:
             sys.stderr.flush()
             os._exit(code)
     return pid
-
-
-def _in_fork(function: Callable[[], None]) -> None:
-    assert os.waitpid(_fork(function), 0)[1] == 0, "the tree cannot be made: give --jobs 1 and look at `made`"
 
 
 if __name__ == "__main__":

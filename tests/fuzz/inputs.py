@@ -145,6 +145,17 @@ OWNS = {
     "report": ("results/",),
     "train": ("run/",),
 }
+# Where the answers of a command are: what it prints, or files, or all files of a folder.
+ANSWERS = {
+    "pose": "printed",
+    "render": "new",
+    "likelihood": "new.csv",
+    "eval": "new/records.csv",
+    "eval again": "results/records.csv",
+    "convert": "new.safetensors",
+    "reconstruct": "new.safetensors",
+    "export": "new/model.safetensors",
+}
 NEW = ("new", "new.json", "new.safetensors", "new.csv", "new.gif", "new.html")
 
 
@@ -153,6 +164,7 @@ class Attack:
     """One spoiled input: what is started, what was done; whether to accept it is wrong for certain.
 
     `then`: a command that has to be accepted too where the first is, such as training on data that verify accepts.
+    `same`: where the command is accepted, it has to answer as before anything was spoiled (ANSWERS).
     """
 
     area: str
@@ -161,6 +173,7 @@ class Attack:
     change: str
     certain: bool = False
     then: Command | None = None
+    same: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------ the seed tree
@@ -523,9 +536,13 @@ def attack_run(random: Random, tree: Path) -> Attack:
     how = random.choice(("config", "json", "json", "folder", "tensors", "bytes"))
     if how == "config":
         path = run / "config.yaml"
-        changed, what = spoil.yaml_text(random, path.read_text())
+        original = path.read_text()
+        changed, what = spoil.yaml_text(random, original)
         path.write_bytes(encoded(random, changed))
-    elif how == "json":
+        # how pictures are rendered and poses read may be changed; what was trained may not
+        same = changed.partition("evaluate:")[2] == original.partition("evaluate:")[2]
+        return Attack("run", name, COMMANDS[name], f"{how}: {what}", same=same)
+    if how == "json":
         path = random.choice(sorted(path for path in run.rglob("*.json") if "checkpoints" not in path.parts))
         changed, what = spoil.json_bytes(random, path.read_bytes())
         path.write_bytes(changed)
@@ -540,7 +557,8 @@ def attack_run(random: Random, tree: Path) -> Attack:
         safe = how == "tensors"
         path.write_bytes(spoil.safetensors(random, data)[0] if safe else spoil.data_bytes(random, data))
         what = str(path.relative_to(tree))
-    return Attack("run", name, COMMANDS[name], f"{how}: {what}")
+    same = "calibration" not in what and "checkpoints" not in what
+    return Attack("run", name, COMMANDS[name], f"{how}: {what}", same=same)
 
 
 def attack_checkpoint(random: Random, tree: Path) -> Attack:
@@ -570,7 +588,7 @@ def attack_checkpoint(random: Random, tree: Path) -> Attack:
         path.write_bytes(changed)
         if how == "state":
             sign_checkpoint(folder)
-    return Attack("checkpoint", name, COMMANDS[name], f"{how}: {what}", certain)
+    return Attack("checkpoint", name, COMMANDS[name], f"{how}: {what}", certain, same=how in ("manifest", "folder"))
 
 
 def sign_checkpoint(folder: Path) -> None:
@@ -757,7 +775,7 @@ def attack_evaluation(random: Random, tree: Path) -> Attack:
             changed, what = spoil.data_bytes(random, data), "bytes"
         path.write_bytes(changed)
         what = f"{path.relative_to(folder)} {what}"
-    return Attack("evaluation", name, COMMANDS[name], what)
+    return Attack("evaluation", name, COMMANDS[name], what, same=True)
 
 
 def attack_paths(random: Random, tree: Path) -> Attack:

@@ -39,7 +39,7 @@ NAMES = (
     *("poses poses.npz", "poses transforms.json", "poses path.json", "colmap cameras.txt", "colmap images.txt"),
     *("transforms", "photos.npz", "picture", "scene scene.json", "scene field.safetensors", "unit .jsonl", "unit .npz"),
 )
-FEW, MANY = 40, 3000
+FEW, MANY = 25, 3000
 ALWAYS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 budgets = pytest.mark.parametrize("inputs", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
@@ -51,8 +51,8 @@ def drawn(inputs: int) -> settings:
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory, tiny_dataset, tiny_run):
-    made = make_targets(tmp_path_factory.mktemp("targets"), tiny_dataset, tiny_run)
+def targets(tmp_path_factory, tiny_run):
+    made = make_targets(tmp_path_factory.mktemp("targets"), tiny_run)
     assert sorted(target.name for target in made) == sorted(NAMES)
     return {target.name: target for target in made}
 
@@ -63,8 +63,8 @@ def test_a_reader_gives_a_result_or_one_line(targets, name, inputs):
     target: Target = targets[name]
     refused = set()
     for good in target.seeds:
-        if target.attempt(good):
-            assert name == "picture", "a good file is refused"
+        refusal = target.attempt(good)
+        assert not refusal or name == "picture", f"a good file is refused: {refusal}"
 
     @drawn(inputs)
     @given(st.randoms(use_true_random=False), st.sampled_from(target.seeds))
@@ -108,9 +108,11 @@ def poses(draw):
     return pose
 
 
-cameras = st.builds(
-    Intrinsics, lengths, lengths, st.floats(-10, 100), st.floats(-10, 100), st.integers(1, 5000), st.integers(1, 5000)
-)
+@st.composite
+def cameras(draw):
+    width, height = draw(st.integers(1, 5000)), draw(st.integers(1, 5000))
+    fx, fy, cx, cy = (draw(st.floats(low, high)) for low, high in ((0.1, 10), (0.1, 10), (-0.5, 1.5), (-0.5, 1.5)))
+    return Intrinsics(width * fx, height * fy, width * cx, height * cy, width, height)
 
 
 @budgets
@@ -118,7 +120,7 @@ def test_posed_pictures_are_read_back_from_every_format(tmp_path, inputs):
     files = iter(range(10**9))
 
     @drawn(inputs)
-    @given(st.lists(st.tuples(poses(), cameras, FILE_NAMES), min_size=1, max_size=3, unique_by=lambda each: each[2]))
+    @given(st.lists(st.tuples(poses(), cameras(), FILE_NAMES), min_size=1, max_size=3, unique_by=lambda each: each[2]))
     def holds(given_):
         out = tmp_path / str(next(files))
         out.mkdir()
@@ -149,7 +151,7 @@ def test_posed_pictures_are_read_back_from_every_format(tmp_path, inputs):
         for kind, tensor in found.items():
             assert names[kind] in ([name for *_, name in given_], []), kind
             assert torch.allclose(tensor, expected, rtol=1e-9, atol=1e-9), kind
-        assert {"jsonl", "csv", "transforms"} <= set(found)
+        assert {"jsonl", "transforms"} <= set(found)
 
     holds()
 

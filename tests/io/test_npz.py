@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sitdist.data.pose_files import read_poses
-from sitdist.errors import DataError, PoseError
-from sitdist.io import files
+from sitdist.errors import DataError, OutOfMemoryError, PoseError
+from sitdist.io import memory
 from sitdist.io.npz import npz_files, read_arrays, read_posed_array
 
 EYE = np.eye(4)[None]
@@ -112,12 +112,12 @@ def test_a_zip_bomb_is_told_by_the_memory_that_it_needs(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
     path.write_bytes(archive(images=npy((100, 100, 100, 3), "<f8", bytes(24 * 10**6))))
     assert path.stat().st_size < 50_000
-    monkeypatch.setattr(files, "_free_memory", lambda: 10**7)
-    with pytest.raises(DataError, match=r"bomb\.npz: images: needs 0\.024 GB of memory and 0\.01 GB are free; split"):
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "_limits", lambda: [(10**7, 10**7)])
+    with pytest.raises(OutOfMemoryError, match=r"bomb\.npz: images: .* GB of memory, and 0\.0 are free; split"):
         read_arrays(path, ["images"])
     monkeypatch.undo()
     assert read_arrays(path, ["images"])[0].shape == (100, 100, 100, 3)
-    assert files._free_memory() > 10**8
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sitdist.cli import run as run_command
 from sitdist.config import Config, load_yaml
 from sitdist.data.format import read_manifest
 from sitdist.data.reader import ShardReader
-from sitdist.errors import CheckpointError, ConfigError, DataError
+from sitdist.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from sitdist.flow.estimate import EstimateOptions, estimate_pose
 from sitdist.flow.path import get_path
 from sitdist.geometry.packing import PoseStatistics
@@ -381,6 +381,17 @@ def test_tensors_that_are_none_or_not_finite_are_refused_in_one_line(tmp_path, c
     assert "damaged: ema.safetensors" in describe_checkpoints(tmp_path, verify=True)[0]
 
 
+def test_a_file_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path):
+    save(tmp_path, 1)
+    folder = folder_of(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["ema.safetensors"]["bytes"] = 2**43
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(folder / "ema.safetensors", 2**43)  # 8 TiB, of which nothing is on the disk
+    with pytest.raises(OutOfMemoryError, match=r"ema\.safetensors: about 8,796\.1 GB of memory"):
+        read_checkpoint(folder)
+
+
 def test_links_in_a_checkpoint_are_followed_to_files_with_the_right_hash_only(tmp_path):
     save(tmp_path, 1)
     ema = folder_of(tmp_path, 1) / "ema.safetensors"
@@ -490,6 +501,10 @@ def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny
     }.items():
         with pytest.raises(ConfigError, match=message):
             check_same_config(loaded, config(override))
+    averaging = state_at(2, config("train.averages={decays: [0.5]}").model_dump(mode="json"))
+    loaded = read_checkpoint(save_checkpoint(tmp_path, averaging, tensors_at(2), keep=1))
+    with pytest.raises(ConfigError, match=r"train\.averages\.decays is None but .* was trained with \[0\.5\]"):
+        check_same_config(loaded, config())
 
 
 def test_a_key_that_did_not_exist_when_the_run_began_had_its_default(tmp_path, tiny_yaml):

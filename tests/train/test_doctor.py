@@ -53,7 +53,7 @@ def test_a_batch_that_the_launch_files_processes_cannot_share_is_found(tiny_yaml
     launch.write_text("num_processes: 4\n")
     assert problems(tiny_yaml, launch=launch) == []
     launch.write_text("- 1\n")
-    assert "no accelerate config with num_processes" in problems(tiny_yaml, launch=launch)[0]
+    assert "holds list, not a mapping" in problems(tiny_yaml, launch=launch)[0]
 
 
 def test_a_full_disk_and_too_little_memory_are_found_with_their_remedies(tiny_yaml, no_steps, monkeypatch):
