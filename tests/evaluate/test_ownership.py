@@ -215,6 +215,10 @@ def test_benches_of_poses_that_cannot_be_had(tiny_run, monkeypatch):
         Errors.of(torch.full((1, 4, 4), torch.nan), torch.eye(4)[None])
 
 
+def test_more_synthetic_samples_than_a_dataset_can_have(tiny_dataset, refused):
+    assert "--synthetic 1000000000000: expected" in refused("bench", "data", tiny_dataset, "--synthetic", "1e12")
+
+
 @pytest.mark.parametrize(
     "options",
     [
