@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sitdist import checks
 from sitdist.config import EvaluateConfig, parse
 from sitdist.data.format import load_manifest
 from sitdist.errors import ConfigError, DataError
@@ -119,8 +120,8 @@ def bench_pose(runs: Sequence[Path], split: str, views: int | None, batch: int, 
     a time by 249 explicit Euler steps with guidance, which evaluates every step twice.
     """
     for name, value in (("views", views), ("batch", batch)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: expected 1 or more")
+        if value is not None:
+            checks.whole(f"--{name}", value, 1)
     rows: list[Row] = []
     protocols: list[Protocols] = []
     skipped: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sitdist import checks
 from sitdist.config import Positive, Schema, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
@@ -166,8 +167,8 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     ConfigError for the training split, whose errors are smaller than others', and for a model that reads no poses.
     """
     run = Path(run)
-    if options.batch is not None and options.batch < 1:
-        raise ConfigError(f"--batch {options.batch}: expected 1 or more")
+    if options.batch is not None:
+        checks.whole("--batch", options.batch, 1)
     if not check_ours(run, "run"):
         raise DataError(f"{run}: no run; give the --out of `sitdist train`")
     loaded = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")

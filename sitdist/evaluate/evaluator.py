@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 import sitdist
+from sitdist import checks
 from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
@@ -541,19 +542,16 @@ def _choose_views(
     device: torch.device,
 ) -> tuple[Views, str]:
     """The views and their name: those of a split, or rendered ones where radii of a scene are asked for, no split."""
-    radii, count = options.radii, options.views_per_radius
-    if radii is not None and not (1 <= radii[0] < radii[1] and all(radius == int(radius) for radius in radii)):
-        raise ConfigError(f"--radii {radii[0]}:{radii[1]}: expected whole numbers A:B with 1 <= A < B, such as 1:7")
-    if count is not None and not 0 < count <= VIEWS_PER_BIN_AT_MOST:
-        raise ConfigError(f"--views-per-radius {count}: expected 1 to {VIEWS_PER_BIN_AT_MOST:,}")
-    if radii is not None and (
-        radii[1] - radii[0] > BINS_AT_MOST or (radii[1] - radii[0]) * (count or 1) > VIEWS_AT_MOST
-    ):
-        raise ConfigError(
-            f"--radii {radii[0]}:{radii[1]}: at most {BINS_AT_MOST:,} bins and {VIEWS_AT_MOST:,} views are evaluated; "
-            "give fewer, or a lower --views-per-radius"
-        )
-    limits = None if radii is None else (int(radii[0]), int(radii[1]))
+    count, limits = options.views_per_radius, None
+    if options.radii is not None:
+        low, high = (checks.whole("--radii", radius, 1) for radius in options.radii)
+        limits = low, high
+        if not 0 < high - low <= BINS_AT_MOST:
+            raise ConfigError(f"--radii {low}:{high}: expected A:B of 1 to {BINS_AT_MOST:,} bins, such as 1:7")
+    if count is not None:
+        checks.whole("--views-per-radius", count, 1, VIEWS_PER_BIN_AT_MOST)
+    if options.max_views is not None:
+        checks.whole("--max-views", options.max_views, 1)
     split = "test" if options.split is None else options.split
     name = f"radii_{limits[0]}-{limits[1]}" if limits else split
     source = parse(Recipe, manifest.recipe, f"{data / 'manifest.json'}: recipe").splits["train"]
@@ -561,6 +559,11 @@ def _choose_views(
         if count is None:
             raise ConfigError(
                 f"--radii {limits[0]}:{limits[1]} renders new views; say how many by --views-per-radius N"
+            )
+        if (limits[1] - limits[0]) * count > VIEWS_AT_MOST:
+            raise ConfigError(
+                f"--radii {limits[0]}:{limits[1]} with --views-per-radius {count}: at most {VIEWS_AT_MOST:,} views are "
+                "rendered; give fewer"
             )
         codec = loaded.codec
         return SceneViews(source, manifest.image_size, codec, limits, count, settings.seed, device), name

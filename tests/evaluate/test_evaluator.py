@@ -239,7 +239,7 @@ def test_a_dataset_of_another_codec_is_refused_with_both_values(run, tiny_datase
     [
         ({"split": "train"}, "keeps no pictures"),
         ({"split": "tset"}, "no split 'tset'; it has test, train, val"),
-        ({"radii": (5, 3)}, "--radii 5:3: expected whole numbers"),
+        ({"radii": (5, 3)}, "--radii 5:3: expected A:B"),
         ({"radii": (1, 3)}, "say how many by --views-per-radius"),
         ({"radii": (1, 3), "views_per_radius": 0}, "--views-per-radius 0"),
         ({"estimator": "rk45"}, "estimator = 'rk45'"),

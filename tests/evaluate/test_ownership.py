@@ -206,13 +206,17 @@ def test_densities_that_are_not_finite_are_not_written(tiny_run, tmp_path, monke
 
 def test_benches_of_poses_that_cannot_be_had(tiny_run, monkeypatch):
     for views, batch in ((0, 1), (1, 0)):
-        with pytest.raises(ConfigError, match="expected 1 or more"):
+        with pytest.raises(ConfigError, match=r"--(views|batch) 0: expected"):
             bench_pose([tiny_run], "test", views, batch, "cpu")
     monkeypatch.setattr("sitdist.evaluate.bench_pose.WAYS", ())
-    with pytest.raises(OutOfMemoryError, match=r"a batch of 1,000,000,000,000 views: .* GB of memory"):
-        bench_pose([tiny_run], "test", 1, 10**12, "cpu")
+    with pytest.raises(OutOfMemoryError, match=r"a batch of 1,000,000,000 views: .* GB of memory"):
+        bench_pose([tiny_run], "test", 1, 10**9, "cpu")
     with pytest.raises(DataError, match="not finite"):
         Errors.of(torch.full((1, 4, 4), torch.nan), torch.eye(4)[None])
+
+
+def test_more_synthetic_samples_than_a_dataset_can_have(tiny_dataset, refused):
+    assert "--synthetic 1000000000000: expected" in refused("bench", "data", tiny_dataset, "--synthetic", "1e12")
 
 
 @pytest.mark.parametrize(
@@ -221,9 +225,13 @@ def test_benches_of_poses_that_cannot_be_had(tiny_run, monkeypatch):
         {"radii": (1, 10**9), "views_per_radius": 1},
         {"radii": (1, BINS_AT_MOST + 1), "views_per_radius": 1000},
         {"radii": (1, 10**9), "split": "test"},
+        {"radii": (1, float("inf")), "split": "test"},
+        {"radii": (1, 2.5), "split": "test"},
+        {"views_per_radius": True},
+        {"max_views": 0},
     ],
 )
-def test_too_many_bins_or_views_are_refused_at_once(options, tiny_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"bins and .* views are evaluated"):
+def test_views_that_cannot_be_evaluated_are_refused_at_once(options, tiny_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"--(radii|views-per-radius|max-views) "):
         evaluate(tiny_run, EvalOptions(**options, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
