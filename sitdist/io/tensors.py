@@ -63,3 +63,12 @@ def check_numbers(
             raise error(f"{where}: tensor {name[:80]} is {found}, expected {expected}; {remedy}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise error(f"{where}: tensor {name[:80]} holds NaN or infinity; {remedy}")
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names and the bytes of tensors, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

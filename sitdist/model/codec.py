@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sitdist.errors import CodecError
 from sitdist.io.json_file import read_json, write_json
-from sitdist.io.tensors import check_numbers, read_tensors
+from sitdist.io.tensors import check_numbers, read_tensors, tensors_sha256
 
 CONSTANT_DEVIATION = 1e-4  # a component that varies less over the training patches is rounding, not signal
 NO_VARIANCE = -30.0  # log-variance of a codec without a posterior
@@ -150,7 +150,7 @@ class VaeCodec(Codec):
             )
         self.scale, self.shift = float(scale), float(shift or 0.0)
         self.channels, self.downsample = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
-        self._weights_sha256 = _state_sha256(self.model.state_dict())
+        self._weights_sha256 = tensors_sha256(self.model.state_dict())
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> Tensor:
@@ -221,14 +221,6 @@ def round_trip_psnr(codec: Codec, images: Tensor) -> Tensor:
 def _patches(images: Tensor, patch: int) -> Tensor:
     """[B, hw, 3pp] from [B, 3, H, W]."""
     return torch.nn.functional.unfold(images, patch, stride=patch).transpose(1, 2)
-
-
-def _state_sha256(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _is_number(value: Any) -> bool:

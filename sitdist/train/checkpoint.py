@@ -400,6 +400,10 @@ def check_optimizer(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tens
         if theirs not in (ours, ()):  # a scalar counts steps
             raise CheckpointError(f"{where}: optimizer state {key} is {theirs} but the parameter is {ours}")
         state.setdefault(name, {})[kind] = tensor
+    kinds = {kind for of_one in state.values() for kind in of_one}
+    for name, of_one in state.items():
+        for kind in sorted(kinds - of_one.keys()):
+            raise CheckpointError(f"{where}: no {name}/{kind}, which other parameters have; use an earlier checkpoint")
     return state
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.flow.predict import VelocityModel
 from sitdist.io.atomic import check_free, write_atomically
-from sitdist.io.tensors import read_tensors
+from sitdist.io.tensors import read_tensors, tensors_sha256
 from sitdist.runs.ownership import check_ours
 from sitdist.train.guard import lerp_unless_masked
 from sitdist.train.parts import own_parts, part_of, whole_of
@@ -141,7 +141,7 @@ class Averages:
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """The inverse of `tensors` through a file; CheckpointError if it is not there or of other averages."""
-        stored = read_tensors(path, None, REMEDY, CheckpointError)
+        stored = _read(path)
         wanted = {f"{average}/{name}" for average in self.averages for name in self._names}
         if wanted != set(stored):
             kept = sorted({name.partition("/")[0] for name in stored})
@@ -174,7 +174,17 @@ def snapshots(run: Path) -> list[Path]:
 def save(run: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the averages after `step` updates, whole or not at all; one process calls it."""
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path_of(run, step), lambda path: save_file(plain, path))
+    write_atomically(path_of(run, step), lambda path: save_file(plain, path, {"sha256": tensors_sha256(plain)}))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """What `save` wrote; CheckpointError if it is damaged. Files of earlier versions tell no SHA-256."""
+    tensors = read_tensors(path, None, REMEDY, CheckpointError)
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("sha256")
+    if told not in (None, tensors_sha256(tensors)):
+        raise CheckpointError(f"{path}: damaged or altered: its SHA-256 is not the one recorded in it; {REMEDY}")
+    return tensors
 
 
 def prune(run: Path, keep: Iterable[int], every: int | None) -> None:
@@ -188,7 +198,7 @@ def prune(run: Path, keep: Iterable[int], every: int | None) -> None:
 
 def read_average(run: Path, step: int, name: str) -> dict[str, Tensor]:
     """The trained parameters in the average called `name` after `step` updates."""
-    stored = read_tensors(path_of(run, step), None, REMEDY, CheckpointError)
+    stored = _read(path_of(run, step))
     found = {key.partition("/")[2]: tensor for key, tensor in stored.items() if key.partition("/")[0] == name}
     if not found:
         kept = sorted({key.partition("/")[0] for key in stored})

@@ -483,6 +483,17 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
         check_optimizer(named(model), {"weight/exp_avg": torch.zeros(2)}, tmp_path)
 
 
+def test_optimizer_state_that_lacks_a_kind_of_one_parameter_is_refused(tmp_path):
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(model, optimizer)
+    tensors = optimizer_tensors(named(model), optimizer)
+    assert check_optimizer(named(model), tensors, tmp_path).keys() == {"weight", "bias"}
+    del tensors["bias/exp_avg_sq"]
+    with pytest.raises(CheckpointError, match="no bias/exp_avg_sq, which other parameters have"):
+        check_optimizer(named(model), tensors, tmp_path)
+
+
 def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny_yaml):
     def config(*overrides):
         return load_yaml(Config, tiny_yaml, list(overrides))

@@ -1,6 +1,7 @@
 """Averages chosen afterwards: the profiles, what is tracked, and what is put together from snapshots."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -186,3 +187,13 @@ def test_a_reconstruction_replaces_no_file_that_is_there(run, tmp_path):
     with pytest.raises(DataError, match="already exists; give another name"):
         reconstruct_to_file(run, 0.07, None, tmp_path / "mine.safetensors")
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
+def test_an_altered_byte_of_an_average_is_seen(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = snapshots(copy)[-1]
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # of a number that stays finite
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged or altered"):
+        reconstruct(copy, 0.15)
