@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sitdist.config import Config
 from sitdist.data.format import MANIFEST, index_name, load_manifest, read_manifest
 from sitdist.errors import ConfigError, DataError
 from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, remove_leftovers, temporary_name
@@ -64,6 +65,11 @@ def open_store(dataset: str | Path, cache: str | Path | None = None, limit: int 
     if os.path.lexists(folder / REMOTE):
         return _reopen(folder.resolve())
     return LocalStore(folder)
+
+
+def store_of(config: Config, other: str | Path | None = None) -> Store:
+    """The files of the dataset that a config names, or of another one, with the config's cache."""
+    return open_store(other or config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
 
 
 def _reopen(folder: Path) -> RemoteStore:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sitdist import checks
 from sitdist.config import EvaluateConfig, parse
 from sitdist.data.format import load_manifest
+from sitdist.data.store import store_of
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.poses import PoseReader
 from sitdist.evaluate.views import SplitViews, ViewBatch, check_codec
@@ -153,7 +154,7 @@ def _settings(loaded: LoadedRun, way: dict[str, Any]) -> EvaluateConfig:
 
 
 def _load(loaded: LoadedRun, split: str, views: int | None, device: str) -> ViewBatch:
-    data = Path(loaded.config.data)
+    data = store_of(loaded.config).folder
     check_codec(data, load_manifest(data), loaded)
     of_split = SplitViews(data, split, None, None)
     references = sorted(of_split.references(), key=lambda view: view.position)[:views]

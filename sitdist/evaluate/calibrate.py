@@ -20,6 +20,7 @@ from sitdist import checks
 from sitdist.config import Positive, Schema, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
+from sitdist.data.store import store_of
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.poses import OF_PICTURES
 from sitdist.evaluate.views import check_codec
@@ -155,7 +156,7 @@ class CalibrateOptions:
     """What to calibrate on; None means as the run's config says. `split` is of the dataset `data`."""
 
     split: str
-    data: Path | None = None
+    data: str | Path | None = None
     estimator: str | None = None
     estimator_steps: int | None = None
     batch: int | None = None
@@ -176,7 +177,7 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     why_not = loaded.config.flow.why_no_pose()
     if why_not:
         raise ConfigError(f"{run}: {why_not}; there is nothing to calibrate")
-    data = Path(options.data or loaded.config.data)
+    data = store_of(loaded.config, options.data).folder
     manifest = load_manifest(data)
     _check_split(data, manifest, loaded, options.split)
     given = {"estimator": options.estimator, "estimator_steps": options.estimator_steps}

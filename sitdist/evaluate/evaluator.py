@@ -16,7 +16,7 @@ import os
 import platform
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from sitdist import checks
 from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
+from sitdist.data.store import store_of
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate import calibrate, metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
@@ -77,7 +78,7 @@ class EvalOptions:
     split: str | None = None
     radii: tuple[int, int] | None = None
     views_per_radius: int | None = None
-    data: Path | None = None
+    data: str | Path | None = None
     out: Path | None = None
     estimator: str | None = None
     estimator_steps: int | None = None
@@ -456,7 +457,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     settings = _settings(options, loaded)
     if settings.average is not None:
         use_average(loaded.model, run, loaded.step, settings.average)
-    data = Path(options.data or loaded.config.data)
+    data = store_of(loaded.config, options.data).folder
     manifest = load_manifest(data)
     check_codec(data, manifest, loaded)
     poses = PoseReader.open(loaded, settings)
@@ -524,8 +525,11 @@ def _calibration(
 
 def _training_folder(loaded: LoadedRun, data: Path) -> Path:
     """Where the run's training split is: the folder of its config, or `data` if that dataset has moved there."""
-    for folder in (Path(loaded.config.data), data):
-        if (folder / "manifest.json").is_file() and load_manifest(folder) == loaded.manifest:
+    if load_manifest(data) == loaded.manifest:
+        return data
+    with suppress(DataError):  # it may have moved
+        folder = store_of(loaded.config).folder
+        if load_manifest(folder) == loaded.manifest:
             return folder
     raise DataError(
         f"{loaded.config.data}: not the dataset that the run was trained on, whose training views are the baselines; "

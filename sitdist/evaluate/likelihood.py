@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sitdist import checks
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
+from sitdist.data.store import store_of
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.views import check_codec
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
@@ -49,7 +50,7 @@ class SplitLikelihood:
 def split_likelihood(
     run: Path,
     split: str = "test",
-    data: Path | None = None,
+    data: str | Path | None = None,
     views: int | None = None,
     probes: int = 4,
     method: str = "heun",
@@ -77,7 +78,7 @@ def split_likelihood(
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:
         raise ConfigError(f"{run}: {why_not}, and has no flow to integrate; choose another run")
-    folder = Path(data or loaded.config.data)
+    folder = store_of(loaded.config, data).folder
     manifest = load_manifest(folder)
     if split not in manifest.splits:
         raise ConfigError(f"{folder}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from sitdist.checks import whole
 from sitdist.config import Config, load_yaml, read_yaml
 from sitdist.data.format import DatasetManifest, load_manifest
-from sitdist.data.store import open_store
+from sitdist.data.store import store_of
 from sitdist.errors import ConfigError, SitdistError, one_line, shown
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
@@ -88,7 +88,7 @@ def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> 
 
 def _check_dataset(config: Config, found: Diagnosis) -> DatasetManifest | None:
     try:
-        store = open_store(config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
+        store = store_of(config)
         manifest = load_manifest(store.folder)
         load_matching_codec(store.folder / "codec", manifest, "cpu")
     except SitdistError as error:

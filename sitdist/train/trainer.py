@@ -26,7 +26,7 @@ from sitdist.data.format import load_manifest
 from sitdist.data.prefetch import Prefetch
 from sitdist.data.reader import Batch, BatchReader, ShardReader
 from sitdist.data.resident import ResidentSamples
-from sitdist.data.store import Store, open_store
+from sitdist.data.store import Store, store_of
 from sitdist.errors import CheckpointError, ConfigError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
@@ -161,7 +161,7 @@ class Trainer:
 
         # ---- data and model: the same weights on every process, because every process seeds its CPU generator alike
         with agreement.together():
-            store = open_store(config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
+            store = store_of(config)
             self.dataset = store.folder
             self.manifest = manifest = load_manifest(self.dataset)
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from sitdist.config import SceneSource, parse
+from sitdist.data import store
+from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.views import SceneViews
 from sitdist.geometry.camera import camera_radius
 
@@ -45,3 +47,13 @@ def test_a_view_has_its_radius_in_its_bin_and_depends_on_its_number_alone():
     assert all(view.bin <= view.radius <= view.bin + 1 for view in many)
     position = torch.tensor([many[0].position])
     assert float(camera_radius(views()._cameras(1, position))) == pytest.approx(many[0].radius)
+
+
+def test_a_dataset_behind_a_url_is_evaluated_as_the_one_in_the_folder(tiny_dataset, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "DEFAULT_CACHE", tmp_path / "cache")
+    rows = []
+    for name, data in (("folder", tiny_dataset), ("url", f"file://{tiny_dataset}")):
+        options = EvalOptions(split="test", max_views=4, data=data, out=tmp_path / name)
+        rows.append((evaluate(tiny_run, options) / "records.csv").read_bytes())
+    assert rows[0] == rows[1]
+    assert list((tmp_path / "cache").glob("*/test/*.tar"))
