@@ -15,9 +15,11 @@ that of the photos where a scene was fitted to them. Results are on the CPU, whe
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sitdist.checks import LARGEST, LARGEST_SEED, array, choice, find_device, number, whole
-from sitdist.data.framing import Framing, Picture, check_intrinsics, framed, framing_of, resampled, to_pixels
+from sitdist.data.framing import Framing, Picture, camera_of, framed, framing_of, resampled
 from sitdist.errors import ConfigError, DataError, PoseError, as_told, shown
 from sitdist.evaluate.calibrate import RunCalibration, load_calibration
 from sitdist.evaluate.poses import PoseReader, check_reading
@@ -77,12 +79,19 @@ def load(
         run = load_run(folder, device, step)
         framing = framing_of(run.manifest, Path(run.config.data))
     if background is not None:
-        framing = replace(framing, backgrounds={entry.label: background for entry in run.manifest.objects})
+        try:
+            given = [float(each) if isinstance(each, Real) else math.nan for each in background]
+        except TypeError:
+            given = []
+        if len(given) != 3 or not all(0.0 <= each <= 1.0 for each in given):
+            raise ConfigError(f"background {background!r:.80}: expected red, green and blue from 0 to 1")
+        colour = (given[0], given[1], given[2])
+        framing = replace(framing, backgrounds={entry.label: colour for entry in run.manifest.objects})
     return Flow(run, framing, device, folder)
 
 
 def _folder_of(path: str) -> Path:
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # and no error for names that no folder can have
         return Path(path)
     if not HUB_ID.fullmatch(path):
         raise DataError(f"{path}: no such folder; give a run, an exported folder, or a hub id such as user/chair")
@@ -213,7 +222,7 @@ class Flow:
         poses = self._to_dataset(self._check_poses(camera_to_world, frame), label, frame)
         size = (self.image_size, self.image_size)
         cameras = [
-            _camera(given, size, f"pose {index}") for index, given in enumerate(_per_view(intrinsics, len(poses)))
+            camera_of(given, size, f"pose {index}") for index, given in enumerate(_per_view(intrinsics, len(poses)))
         ]
         self._check_memory(cameras, min(batch, len(poses)))
         pictures = [
@@ -306,11 +315,12 @@ class Flow:
 
         images: one or a sequence of files, PIL images, numpy arrays [H, W] or [H, W, C], tensors [H, W] or [C, H, W];
         or an array [N, H, W, C], or a tensor [N, C, H, W]. 8 or 16 bits or floats in [0, 1]; grey is made coloured,
-        transparency put on the background of the training pictures.
-        intrinsics: `Intrinsics`, one for all or N of them, or fx, fy, cx, cy in pixels of the picture, [4] or [N, 4]:
-        the picture is resampled to the training camera. None: the largest centred square of the picture shows what a
-        training picture shows. mask: like `images`, one channel: the object's share of every pixel; the rest becomes
-        background. label: of the object. frame: the one of the poses that are returned, and of error bars;
+        transparency put on the background of the training pictures. Files and PIL images are turned upright, as their
+        EXIF orientation says.
+        intrinsics: `Intrinsics`, one for all or N of them, or fx, fy, cx, cy in pixels of the upright picture, [4] or
+        [N, 4]: the picture is resampled to the training camera. None: the largest centred square of the picture shows
+        what a training picture shows. mask: like `images`, one channel: the object's share of every pixel; the rest
+        becomes background. label: of the object. frame: the one of the poses that are returned, and of error bars;
         `packed_pose` and `spread` are the dataset's in any case. options: how to read poses, by default
         `estimate_options`. zooms: read every picture at each of these zooms about its centre, such as `flow.zooms`, and
         average. scene: the folder of a scene in the dataset's frame (or "built-in"), by which the poses are refined:
@@ -395,11 +405,7 @@ class Flow:
         views = []
         for row in rows:
             name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"picture {row}"
-            colour, alpha = to_pixels(pictures[row], name)
-            height, width = colour.shape[1:]
-            camera = _camera(intrinsics[row], (width, height), name)
-            pixels = colour if alpha is None else torch.cat([colour, alpha[None]])
-            views.append(framed(pixels, self.framing, name, camera, masks[row], reader.background))
+            views.append(framed(pictures[row], self.framing, name, intrinsics[row], masks[row], reader.background))
         return self._read(torch.stack(views), label, reader)
 
     def _read(self, images: Tensor, label: int, reader: PoseReader) -> PoseEstimate:
@@ -496,17 +502,6 @@ def _per_view(intrinsics: Camera, count: int) -> list[Intrinsics | list[float] |
         given = list(values.tolist())
     if len(given) != count:
         raise DataError(f"{len(given)} intrinsics for {count} views; give one for all, or one for each")
-    return given
-
-
-def _camera(given: Intrinsics | list[float] | None, size: tuple[int, int], name: str) -> Intrinsics | None:
-    """One of them; numbers are for pictures of `size` (width, height)."""
-    if given is None:
-        return None
-    if not isinstance(given, Intrinsics):
-        fx, fy, cx, cy = given
-        given = Intrinsics(fx, fy, cx, cy, *size)
-    check_intrinsics(given, name)
     return given
 
 

@@ -121,6 +121,7 @@ def _parser() -> _Parser:
         metavar="FILE",
         help="also write the transforms.json of the pictures 00000.png, ...",
     )
+    command.add_argument("--overwrite", action="store_true", help="overwrite the output files if they exist")
     _add_set(command)
     command.set_defaults(command=_shards_cameras)
     for name, function, text in (
@@ -128,7 +129,7 @@ def _parser() -> _Parser:
         ("info", _shards_info, "say what a dataset holds"),
     ):
         command = shards.add_parser(name, help=text)
-        command.add_argument("dataset", type=Path)
+        command.add_argument("dataset", help="folder or fsspec URL")
         command.set_defaults(command=function)
 
     codec = commands.add_parser("codec", help="make codecs").add_subparsers(required=True, metavar="ACTION")
@@ -272,6 +273,7 @@ def _parser() -> _Parser:
     command.add_argument("--batch", type=positive, default=64)
     command.add_argument("--seed", type=seed, default=0, help="of the probes")
     command.add_argument("--out", type=output, metavar="FILE", help="also write a CSV of every view's")
+    _add_overwrite(command)
     command.set_defaults(command=_likelihood)
 
     command = commands.add_parser("sigma", help="predict the noise floor of a dataset's packing, before any training")
@@ -324,6 +326,7 @@ def _parser() -> _Parser:
     command.add_argument("--sigma-rel", type=positive_number, required=True, metavar="S", help="relative width")
     command.add_argument("--step", type=positive, help="after this many steps (default: the last snapshot)")
     command.add_argument("--out", type=output, help="file of the weights, for --set evaluate.average=FILE")
+    _add_overwrite(command)
     command.set_defaults(command=_ema_reconstruct)
 
     command = bench.add_parser("pose", help="errors and speed of every pose estimator, beside the source's protocol")
@@ -333,11 +336,13 @@ def _parser() -> _Parser:
     command.add_argument("--batch", type=positive, default=64, help="(default: 64)")
     add_device(command)
     command.add_argument("--json", type=output, metavar="FILE", help="also write the numbers to this file")
+    _add_overwrite(command)
     command.set_defaults(command=_bench_pose)
 
     command = commands.add_parser("report", help="write plots and report.html of an evaluation again")
     command.add_argument("evaluation", type=Path, nargs="+", help="folder that holds metrics.json and records.csv")
     command.add_argument("--out", type=output, help="page of several, side by side (default: FIRST/comparison.html)")
+    _add_overwrite(command)
     command.set_defaults(command=_report)
     return parser
 
@@ -346,6 +351,10 @@ def _add_set(command: argparse.ArgumentParser, example: str = "train.steps=100")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"change one key, such as {example}"
     )
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="overwrite the output file if it exists")
 
 
 # -------------------------------------------------------------------------------------------------------- commands
@@ -373,7 +382,7 @@ def _shards_cameras(options: argparse.Namespace) -> None:
     from sitdist.data.camera_path import write_camera_path
 
     recipe = load_yaml(Recipe, options.recipe, options.set)
-    count = write_camera_path(recipe, options.split, options.out, options.transforms)
+    count = write_camera_path(recipe, options.split, options.out, options.transforms, options.overwrite)
     tell(f"{options.out}: {count} cameras of {options.split}")
 
 
@@ -444,8 +453,9 @@ def _scene_render(options: argparse.Namespace) -> None:
 def _scene_fit(options: argparse.Namespace) -> None:
     from sitdist.data.photos import read_photos
     from sitdist.evaluate import metrics
+    from sitdist.io.atomic import check_free
     from sitdist.scene.fit import FitOptions, fit_scene, turntable
-    from sitdist.scene.store import check_free, save_scene
+    from sitdist.scene.store import save_scene
 
     check_free(options.out)
     device = find_device(options.device)
@@ -538,7 +548,7 @@ def _ablate(options: argparse.Namespace) -> None:
 def _likelihood(options: argparse.Namespace) -> None:
     from sitdist.evaluate.likelihood import split_likelihood
 
-    names = ("run", "split", "data", "views", "probes", "method", "steps", "batch", "seed", "out")
+    names = ("run", "split", "data", "views", "probes", "method", "steps", "batch", "seed", "out", "overwrite")
     tell(split_likelihood(**{name: getattr(options, name) for name in names}).line(options.split))
 
 
@@ -568,7 +578,7 @@ def _bench_train(options: argparse.Namespace) -> None:
 def _ema_reconstruct(options: argparse.Namespace) -> None:
     from sitdist.train.posthoc_ema import reconstruct_to_file
 
-    tell(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out))
+    tell(reconstruct_to_file(options.run, options.sigma_rel, options.step, options.out, options.overwrite))
 
 
 def _bench_checkpoint(options: argparse.Namespace) -> None:
@@ -580,15 +590,16 @@ def _bench_checkpoint(options: argparse.Namespace) -> None:
 
 
 def _bench_pose(options: argparse.Namespace) -> None:
-    import json
 
     from sitdist.evaluate.bench_pose import bench_pose, format_bench
-    from sitdist.io.atomic import write_atomically
+    from sitdist.io.atomic import check_free
+    from sitdist.io.json_file import write_json
 
+    if options.json:
+        check_free(options.json, options.overwrite)
     bench = bench_pose(options.runs, options.split, options.views, options.batch, str(find_device(options.device)))
     if options.json:
-        text = json.dumps(bench.to_dict(), indent=2) + "\n"
-        write_atomically(options.json, lambda path: path.write_text(text))
+        write_json(options.json, bench.to_dict())
     show(format_bench(bench))
 
 
@@ -596,24 +607,21 @@ def _report(options: argparse.Namespace) -> None:
     if len(options.evaluation) > 1:
         from sitdist.evaluate.report.compare import compare
 
-        out = options.out or options.evaluation[0] / "comparison.html"
-        show(compare(options.evaluation, out))
-        tell(f"report: {out}")
+        show(compare(options.evaluation, options.out, options.overwrite))
         return
     if options.out:
         raise ConfigError("--out: only for several evaluations; the report of one is in its own folder")
-    from sitdist.evaluate.report import write_report
+    from sitdist.evaluate.report import report_again
 
     (evaluation,) = options.evaluation
-    write_report(evaluation)
+    report_again(evaluation)
     _print_results(evaluation)
     _print_experiments(evaluation)
 
 
 def _print_results(folder: Path) -> None:
-    import json
-
     from sitdist.evaluate.report import format_table
+    from sitdist.io.json_file import read_json
 
-    show(format_table(json.loads((folder / "metrics.json").read_text())))
+    show(format_table(read_json(folder / "metrics.json", "run `sitdist eval` again")))
     tell(f"report: {folder / 'report.html'}")

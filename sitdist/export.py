@@ -9,30 +9,43 @@ README.md            a model card with the run's measured results
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import sitdist
-from sitdist.config import Config, parse
+from sitdist.config import NonNegative, Schema
 from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.data.framing import Framing, framing_of
-from sitdist.errors import CheckpointError, DataError
+from sitdist.errors import CheckpointError, DataError, SitdistError
+from sitdist.evaluate.calibrate import FILE as CALIBRATION
+from sitdist.evaluate.calibrate import RunCalibration, read_calibration
 from sitdist.flow.predict import VelocityModel
-from sitdist.io.atomic import file_sha256, write_folder
-from sitdist.train.checkpoint import LoadedRun, assemble, load_run
+from sitdist.io.atomic import check_free, file_sha256, write_folder
+from sitdist.io.json_file import read_json, write_json
+from sitdist.io.tensors import read_tensors
+from sitdist.train.checkpoint import LoadedRun, Sha256, assemble, checked, load_run, stored_config
 
 FORMAT = "sitdist model"
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-CALIBRATION = "calibration.json"  # a run has it once its error bars were fitted
+REMEDY = "export the run again"
+
+
+class _Card(Schema):
+    """config.json of an export."""
+
+    format: str
+    format_version: int
+    versions: dict[str, str]
+    step: NonNegative
+    weights_sha256: Sha256
+    framing: dict[str, Any]
+    config: dict[str, Any]
 
 
 def export_run(run: Path, out: Path, step: int | None = None) -> LoadedRun:
@@ -40,24 +53,21 @@ def export_run(run: Path, out: Path, step: int | None = None) -> LoadedRun:
 
     DataError if `out` exists or cannot be written; whatever `load_run` raises.
     """
-    if out.exists():
-        raise DataError(f"{out}: already exists; give another folder, or remove it")
+    check_free(out)
     loaded = load_run(run, "cpu", step)
     framing = framing_of(loaded.manifest, Path(loaded.config.data))
-    manifest = without_shards(loaded.manifest)
+    manifest, calibration = without_shards(loaded.manifest), read_calibration(run)
+    card = model_card(loaded, framing, _evaluations(run), calibration)
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
         save_file(_weights(loaded), folder / WEIGHTS)
-        shutil.copytree(run / "codec", folder / "codec")
-        if (run / CALIBRATION).is_file():
-            values = json.loads((run / CALIBRATION).read_text())
-            text = json.dumps(values | {"dataset": manifest.name}, indent=1) + "\n"
-            (folder / CALIBRATION).write_text(text)
+        loaded.codec.save(folder / "codec")
+        if calibration is not None:
+            write_json(folder / CALIBRATION, calibration.to_dict() | {"dataset": manifest.name})
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
-        described = _description(loaded, framing, file_sha256(folder / WEIGHTS))
-        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-        (folder / "README.md").write_text(model_card(loaded, framing, _evaluations(run), _calibration(run)))
+        write_json(folder / "config.json", _description(loaded, framing, file_sha256(folder / WEIGHTS)))
+        (folder / "README.md").write_text(card)
 
     write_folder(out, write)
     return loaded
@@ -112,33 +122,28 @@ def is_exported(folder: Path) -> bool:
 
 
 def load_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[LoadedRun, Framing]:
-    """What `export_run` wrote; CheckpointError, CodecError for what is damaged or missing."""
+    """What `export_run` wrote; CheckpointError, CodecError, ConfigError, DataError for what is damaged or missing."""
     path, weights = folder / "config.json", folder / WEIGHTS
+    values = read_json(path, REMEDY, CheckpointError)
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {values.get('format')!r:.80}, which is no sitdist model; export one")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {values.get('format_version')!r:.80} but this sitdist reads {FORMAT_VERSION}; "
+            "export the run again, or use the version of sitdist that wrote it"
+        )
+    card = checked(_Card, values, path, REMEDY)
+    if not (folder / "manifest.json").is_file():
+        raise CheckpointError(f"{folder / 'manifest.json'}: missing; {REMEDY}")
+    config, manifest = stored_config(card.config, path), read_manifest(folder / "manifest.json")
     try:
-        values = json.loads(path.read_text())
-        if values.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format {values.get('format')!r}, which is no sitdist model; export one")
-        if values["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format_version {values['format_version']} but this sitdist reads {FORMAT_VERSION}; export "
-                "the run again, or use the version of sitdist that wrote it"
-            )
-        framing, step, sha256 = Framing.from_dict(values["framing"]), int(values["step"]), values["weights_sha256"]
-        config = values["config"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); export the run again") from None
-    for needed in (weights, folder / "manifest.json"):
-        if not needed.is_file():
-            raise CheckpointError(f"{needed}: missing; export the run again")
-    if file_sha256(weights) != sha256:
-        raise CheckpointError(f"{weights}: not the weights that config.json names; export the run again")
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights}: damaged ({error}); export the run again") from None
-    manifest = read_manifest(folder / "manifest.json")
-    parsed = parse(Config, config, str(path))
-    return assemble(parsed, manifest, tensors, weights, folder / "codec", step, device), framing
+        framing = Framing.from_dict(card.framing)
+    except SitdistError as error:
+        raise CheckpointError(f"{path}: {error}; {REMEDY}") from None
+    if framing.size != manifest.image_size:
+        raise CheckpointError(f"{path}: framing.size {framing.size}, not {manifest.image_size} as the data; {REMEDY}")
+    tensors = read_tensors(weights, card.weights_sha256, REMEDY, CheckpointError)
+    return assemble(config, manifest, tensors, weights, folder / "codec", card.step, device), framing
 
 
 # ---------------------------------------------------------------------------------------------------------- model card
@@ -147,22 +152,13 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[Loa
 def _evaluations(run: Path) -> Iterator[dict[str, Any]]:
     """The results of the run's evaluations, as they lie on disk."""
     for path in sorted((run / "eval").glob("*/metrics.json")):
-        try:
-            values = json.loads(path.read_text())
-        except ValueError:
-            continue
-        if isinstance(values, dict) and values.get("rows"):
+        values = read_json(path, "evaluate again, or remove it")
+        if values.get("rows"):
             yield values
 
 
-def _calibration(run: Path) -> dict[str, Any] | None:
-    """What the run's error bars were fitted on; None where there are none."""
-    path = run / CALIBRATION
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def model_card(
-    loaded: LoadedRun, framing: Framing, evaluations: Iterator[dict[str, Any]], calibration: dict[str, Any] | None
+    loaded: LoadedRun, framing: Framing, evaluations: Iterator[dict[str, Any]], calibration: RunCalibration | None
 ) -> str:
     """README.md of an export, with the metadata that the hub reads."""
     name, manifest = loaded.config.name, loaded.manifest
@@ -184,10 +180,13 @@ def model_card(
     bars = (
         "none: `sitdist calibrate RUN --split SPLIT` before the export puts them here"
         if calibration is None
-        else f"50% and 90%, and trust, fitted on {calibration['views']} views of `{calibration['split']}` for the "
-        f"estimator `{calibration['estimator']['estimator']}`, read out by `{calibration['estimator']['readout']}`"
+        else f"50% and 90%, and trust, fitted on {calibration.views} views of `{calibration.split}` for the "
+        f"estimator `{calibration.estimator.get('estimator')}`, read out by `{calibration.estimator.get('readout')}`"
     )
-    tables = [_table(values, loaded.step) for values in evaluations]
+    try:
+        tables = [_table(values, loaded.step) for values in evaluations]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"eval/*/metrics.json: damaged ({error!r}); evaluate again, or remove it") from None
     results = "\n\n".join(tables) or "None measured yet: `sitdist eval RUN` before the export puts them here."
     return f"""---
 library_name: sitdist

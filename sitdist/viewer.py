@@ -232,7 +232,7 @@ def _page(flow: Flow) -> str:
         "radius": round(0.5 * (low + high), 2),
         "objects": [[label, name] for label, name in flow.objects.items()],
     }
-    data = json.dumps(values).replace("<", "\\u003c")
+    data = json.dumps(values, allow_nan=False).replace("<", "\\u003c")
     return PAGE.replace("DATA", data)
 
 

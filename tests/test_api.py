@@ -157,6 +157,28 @@ def test_pictures_of_every_kind_give_the_same_pose(flow, pictures, tmp_path):
     assert (other.camera_to_world - expected).abs().max() > 1e-3
 
 
+def test_intrinsics_for_the_stored_size_of_a_turned_picture_are_refused(flow, tmp_path):
+    upright = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+    camera = Intrinsics(20.0, 21.0, 8.0, 12.0, 16, 24)
+    expected = flow.estimate(upright, camera).camera_to_world
+    exif = Image.Exif()
+    for tag, turns in ((6, 1), (3, 2)):
+        exif[0x0112] = tag  # a quarter or half turn clockwise makes the picture upright
+        path = tmp_path / f"{tag}.png"
+        Image.fromarray(np.ascontiguousarray(np.rot90(upright, turns))).save(path, exif=exif)
+    for picture in (tmp_path / "6.png", str(tmp_path / "6.png"), Image.open(tmp_path / "6.png")):
+        assert torch.equal(flow.estimate(picture, camera).camera_to_world, expected)
+        assert torch.equal(flow.estimate(picture).camera_to_world, flow.estimate(upright).camera_to_world)
+        for given in (Intrinsics(20.0, 21.0, 12.0, 8.0, 24, 16), [20.0, 21.0, 8.0, 12.0]):
+            with pytest.raises(DataError, match=r"stored as 24x16 pixels, turned to 16x24 by its EXIF .*; save the"):
+                flow.estimate(picture, given)
+    for given in (camera, camera.to_list()):  # half a turn keeps the size
+        assert torch.equal(flow.estimate(tmp_path / "3.png", given).camera_to_world, expected)
+    for wrong in ({"fx": float("inf")}, {"fy": 1e12}, {"cx": 1e9}, {"width": 2.5}, {"height": 0}, {"fx": "20"}):
+        with pytest.raises(DataError):
+            flow.estimate(upright, replace(camera, **wrong))
+
+
 def test_poses_in_the_users_frame_go_there_and_back(exported, pictures, tmp_path):
     moved = shutil.copytree(exported, tmp_path / "moved")
     manifest = json.loads((moved / "manifest.json").read_text())
@@ -211,7 +233,7 @@ def test_a_pose_that_cannot_be_rendered_is_named(flow, pose, message):
         (lambda flow, images: flow.estimate(images, mask=np.ones((2, 16, 16))), "2 masks for 8 pictures"),
         (lambda flow, images: flow.estimate(images, [[1.0, 2.0]]), r"intrinsics of shape \[1, 2\]"),
         (lambda flow, images: flow.estimate(images, [flow.camera] * 3), "3 intrinsics for 8 views"),
-        (lambda flow, images: flow.estimate(images, [1.0, 0.0, 2.0, 2.0]), "picture 0: fx, fy, cx, cy are"),
+        (lambda flow, images: flow.estimate(images, [1.0, 0.0, 2.0, 2.0]), "picture 0: focal length 0 for 16 pixels"),
     ],
 )
 def test_what_does_not_fit_is_named(flow, pictures, call, message):
@@ -404,13 +426,23 @@ def test_a_hub_id_is_had_from_the_hub_or_refused_in_one_line(exported, monkeypat
     [
         ("/nowhere/at/all", DataError, "/nowhere/at/all: no such folder; give a run, an exported folder, or a hub id"),
         ("nowhere", DataError, "nowhere: no such folder"),
-        (".", CheckpointError, "holds no config.yaml, so it is no run"),
+        (".", CheckpointError, "has no whole checkpoint"),
+        ("x" * 300, DataError, "no such folder"),
+        ("a\0b", DataError, "no such folder"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path, monkeypatch, path, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         sitdist.load(path)
+
+
+@pytest.mark.parametrize(
+    "background", [(0.5, 0.5), (0.5, 0.5, 2.0), (0.5, 0.5, float("nan")), (-0.1, 0.0, 0.0), ("1", "1", "1"), 5, [[1]]]
+)
+def test_what_is_no_colour_is_no_background(exported, background):
+    with pytest.raises(ConfigError, match="expected red, green and blue from 0 to 1"):
+        sitdist.load(exported, background=background)
 
 
 def test_the_package_has_no_other_names():

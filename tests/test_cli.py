@@ -362,7 +362,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, refused):
     (tmp_path / "file").write_text("")
     recipe = write(tmp_path / "recipe.yaml", RECIPE)
     message = refused("shards", "build", recipe, "--out", tmp_path / "file" / "out")
-    assert message.startswith(f"{tmp_path / 'file' / 'out' / 'build.json'}: cannot be written (Not a directory)")
+    assert message.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written (Not a directory)")
 
 
 def test_a_finished_dataset_is_not_built_again(tmp_path, refused, tiny_dataset):
@@ -391,8 +391,9 @@ def test_verify_names_everything_that_is_damaged(tmp_path, capsys, tiny_dataset)
     assert cli.run(["shards", "verify", str(damaged)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0] == "test/00000.tar: missing (tar); build the dataset again"
-    assert lines[1].endswith("train/00000.tar: missing (tar); build the dataset again (and 1 more, above)")
+    missing = "00000.tar: cannot be read (No such file or directory); build the dataset again"
+    assert lines[0] == f"test/{missing}"
+    assert lines[1].endswith(f"train/{missing} (and 1 more, above)")
 
 
 @pytest.mark.parametrize("action", ["verify", "info"])
@@ -464,7 +465,7 @@ def test_training_that_cannot_have_room_is_refused_with_what_it_needs(tmp_path, 
 def test_a_codec_is_not_fitted_into_a_folder_that_is_there(tmp_path, refused):
     recipe = write(tmp_path / "recipe.yaml", RECIPE)
     message = refused("codec", "fit", recipe, "--out", tmp_path)
-    assert message == f"{tmp_path}: already exists; give another --out, or remove it"
+    assert message == f"{tmp_path}: already exists; give another name"
 
 
 def test_a_wrong_config_is_refused_before_a_run_is_begun(tmp_path, refused):
@@ -497,3 +498,9 @@ def test_training_on_a_dataset_with_an_altered_byte_stops_with_its_shard_and_sam
     message = refused("train", config, "--out", tmp_path / "run")
     assert "altered bytes (CRC differs)" in message
     assert f"{damaged}/train/0000" in message
+
+
+def test_a_warning_of_a_command_that_shows_no_log_is_one_line_that_names_us():
+    warn = "import logging, sitdist.commands.outcome as o; o.prepare_output(); logging.getLogger('x').warning('a\\nb')"
+    done = subprocess.run([sys.executable, "-c", warn], capture_output=True, text=True, check=True)
+    assert done.stderr == "sitdist: a\\nb\n"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -18,10 +19,12 @@ from sitdist import cli
 from sitdist.config import TransformsSource
 from sitdist.data import animation
 from sitdist.data.colmap import read_model
-from sitdist.data.pose_files import quaternions, read_poses
+from sitdist.data.pose_files import picture_names, quaternions, read_poses
 from sitdist.data.reader import ShardReader
 from sitdist.data.sources import open_source
+from sitdist.errors import DataError
 from sitdist.geometry.camera import look_at
+from sitdist.io.transforms import read_posed_files
 
 
 @pytest.fixture(scope="module")
@@ -226,17 +229,17 @@ def test_what_pose_cannot_use_is_one_line_and_nothing_is_written(refused, tiny_r
     for arguments, message in (
         ([tmp_path / "empty"], "empty: a folder without pictures"),
         ([tmp_path / "bad.png"], "bad.png: not a readable picture"),
-        ([tmp_path / "none.png"], "none.png: no such file or folder"),
+        ([tmp_path / "none.png"], "none.png: cannot be read (No such file or directory)"),
         ([folder, "--label", 2], "label 2: the model knows no such object"),
         ([folder, "--masks", tmp_path], "0.png: no mask for"),
         ([folder, "--estimator", "best"], "unknown 'best'; did you mean 'one_step'?"),
         ([folder, "--refine", tmp_path], "scene.json: no such file; make a scene with"),
-        ([folder, "--intrinsics", 0, 1, 1, 1], "expected focal lengths above 0"),
+        ([folder, "--intrinsics", 0, 1, 1, 1], "focal length 0 for 16 pixels"),
     ):
         assert message in refused("pose", tiny_run, *arguments, "--out", out)
         assert not out.exists()
     out.write_text("precious")
-    assert "out.json: already exists; give another --out, or write over it by --overwrite" in refused(
+    assert "out.json: already exists; give another name or --overwrite" in refused(
         "pose", tiny_run, folder, "--out", out
     )
     assert out.read_text() == "precious"
@@ -244,6 +247,63 @@ def test_what_pose_cannot_use_is_one_line_and_nothing_is_written(refused, tiny_r
     there = ["--format", "colmap", "--out", tmp_path / "empty"]
     assert "empty: already exists" in refused("pose", tiny_run, folder, *there)
     assert "nowhere: no such folder; give a run, an exported folder, or a hub id" in refused("pose", "nowhere", folder)
+
+
+def test_pictures_that_are_turned_or_not_have_one_pose(run, refused, tiny_run, tmp_path):
+    upright = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    for tag, array in ((1, upright), (3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, 3))):
+        exif[0x0112] = tag
+        Image.fromarray(np.ascontiguousarray(array)).save(tmp_path / f"{tag}.png", exif=exif)
+    lines = [json.loads(line) for line in run("pose", tiny_run, tmp_path).splitlines()]
+    for line in lines:
+        assert np.array(line["camera_to_world"]) == pytest.approx(np.array(lines[0]["camera_to_world"]), abs=1e-5)
+        assert (line["width"], line["height"], line["cx"], line["cy"]) == (20, 12, 10.0, 6.0)
+    camera = ("--intrinsics", 20, 20, 10, 6)
+    assert "6.png: stored as 12x20 pixels, turned to 20x12" in refused("pose", tiny_run, tmp_path, *camera)
+
+
+def test_pictures_are_read_by_their_headers_before_the_model_is_loaded(refused, folder, tmp_path):
+    (tmp_path / "small.png").write_bytes(b"no picture")
+    os.mkfifo(tmp_path / "fifo.png")
+    long = tmp_path / ("x" * 300 + ".png")
+    for path, message in (
+        (tmp_path / "small.png", "small.png: not a readable picture"),
+        (tmp_path / "fifo.png", "not a regular file"),
+        (long, "File name too long"),
+    ):
+        assert message in refused("pose", "nowhere", folder, path)
+    assert "File name too long" in refused("pose", "nowhere", folder, "--out", long)
+    assert "no mask for" in refused("pose", "nowhere", folder, "--masks", long)
+    assert "no such file" in refused("render", "nowhere", "--poses", long, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\rb.png", "a\x1b[1m.png", "a\u2028b.png", "a\x85b.png", "\udcff.png"])
+def test_names_that_a_format_cannot_hold_are_refused_by_name(run, tiny_run, folder, tmp_path, name):
+    shutil.copy(folder / "0.png", tmp_path / name)
+    utf8 = name != "\udcff.png"
+    for kind in ("csv", "tum", "colmap", *(() if utf8 else ("jsonl", "transforms"))):
+        with pytest.raises(DataError, match=f"{re.escape(name)}: a name with .* the format {kind} cannot hold; rename"):
+            picture_names([tmp_path / name], kind)
+    if utf8:  # JSON escapes all of them
+        assert json.loads(run("pose", tiny_run, tmp_path))["file"] == str(tmp_path / name)
+        run("pose", tiny_run, tmp_path, "--format", "transforms", "--out", tmp_path / "transforms.json")
+        assert read_posed_files(tmp_path / "transforms.json")[0].picture == tmp_path / name
+
+
+def test_names_with_spaces_stay_whole_but_in_colmap(run, refused, tiny_run, folder, tmp_path):
+    for name in ("a b.png", "c,d.png", 'e"f.png', "\u00e9 \u202f.png"):
+        shutil.copy(folder / "0.png", tmp_path / name)
+    table = csv.DictReader(io.StringIO(run("pose", tiny_run, tmp_path, "--format", "csv")))
+    assert [row["file"] for row in table] == [str(path) for path in sorted(tmp_path.iterdir())]
+    assert "# 0 is a b.png" in run("pose", tiny_run, tmp_path, "--format", "tum")
+    assert "a b.png: a name with spaces" in refused(
+        "pose", tiny_run, tmp_path, "--format", "colmap", "--out", tmp_path / "out"
+    )
+    for kind in ("colmap", "transforms"):
+        pictures = (folder / "0.png", folder / "0.png")
+        assert "0.png: named twice" in refused("pose", tiny_run, *pictures, "--format", kind, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_calibrated_run_and_its_export_give_error_bars_and_trust(run, tiny_run, folder, tmp_path, monkeypatch):
@@ -289,12 +349,21 @@ def test_a_turntable_is_rendered_to_pictures_that_come_back_with_their_poses(run
     assert (again.images(range(4)) - before.images(range(4))).abs().max() < 1.5 / 255
 
 
-def test_a_gif_loops_at_its_speed(run, tiny_run, tmp_path):
+def test_a_gif_loops_at_its_speed_and_replaces_nothing_unasked(run, refused, tiny_run, tmp_path):
     for fps, duration in ((16, 60), (5, 200)):
         out = tmp_path / f"{fps}.gif"
         run("render", tiny_run, "--turntable", 3, "--out", out, "--fps", fps)
         with Image.open(out) as gif:
             assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (3, (16, 16), duration, 0)
+    out.write_bytes(b"precious")
+    turn = ("render", tiny_run, "--turntable", 2, "--out", out)
+    assert "5.gif: already exists; give another name or --overwrite" in refused(*turn)
+    assert out.read_bytes() == b"precious"
+    assert "--fps: '1e-09' is not a number from 0.01 to 1000" in refused(*turn, "--overwrite", "--fps", 1e-9)
+    run(*turn, "--overwrite")
+    assert out.read_bytes() != b"precious"
+    (tmp_path / "link.gif").symlink_to(tmp_path / "nowhere")
+    assert "link.gif: already exists" in refused(*turn[:-1], tmp_path / "link.gif")
 
 
 def test_an_mp4_is_made_by_ffmpeg_or_refused_before_anything_is_rendered(run, refused, tiny_run, tmp_path, monkeypatch):
@@ -354,7 +423,7 @@ def test_what_render_cannot_use_is_one_line_and_nothing_is_written(refused, tiny
         ("skew.npy", "skew.npy: pose 0: pose is not rigid"),
         ("flat.npy", "flat.npy: poses of shape [16]; expected [N, 4, 4]"),
         ("other.npz", "other.npz: no array 'poses' (it has matrices)"),
-        ("text.json", "text.json: neither frames with transform_matrix nor a camera path"),
+        ("text.json", "text.json: no list of frames with file_path and transform_matrix"),
         ("torn.npy", "torn.npy: not a readable array"),
         ("none.npy", "none.npy: no such file"),
         ("empty", "empty: holds neither a transforms.json nor COLMAP's"),

@@ -33,7 +33,7 @@ LEVELS = {
     "config": 3,
     "runs": 3,
 }
-SAME_LEVEL = {("api", "export"), ("evaluate", "train"), ("evaluate", "data"), ("train", "data")}
+SAME_LEVEL = {("io", "geometry"), ("api", "export"), ("evaluate", "train"), ("evaluate", "data"), ("train", "data")}
 MATHS = ("geometry", "flow", "model", "scene")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -24,8 +25,17 @@ EXIT_BUG, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 75, 130, 
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 def prepare_output() -> None:
-    """Escape what the terminal's encoding does not have; write to nowhere where standard output is closed."""
+    """Escape what the terminal's encoding does not have; write to nowhere where standard output is closed. Warnings of
+    commands that show no log are lines that begin as all others do.
+    """
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine("sitdist: %(message)s"))
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):

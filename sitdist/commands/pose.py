@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -46,13 +47,18 @@ def _run(options: argparse.Namespace) -> None:
     if options.format == "colmap" and options.out is None:
         raise DataError("--format colmap: a model is a folder of three files; give --out FOLDER")
     from sitdist.api import load
-    from sitdist.data.pose_files import check_free, to_text, write_poses
+    from sitdist.data.pose_files import picture_names, to_text, write_poses
+    from sitdist.io.atomic import check_free
+    from sitdist.io.images import picture_sizes
 
+    beside = None if options.out is None else options.out.parent
+    picture_names(files, options.format, beside)
     if options.out is not None:
-        check_free(options.out, options.format, options.overwrite)
+        check_free(options.out, options.overwrite and options.format != "colmap")
+    sizes = [picture_sizes(file)[0] for file in files]
 
     flow = load(options.run, options.device)
-    posed = pose_files(flow, files, masks, options)
+    posed = pose_files(flow, files, sizes, masks, options)
     if options.out is None:
         sys.stdout.write(to_text(posed, options.format))
     else:
@@ -62,34 +68,35 @@ def _run(options: argparse.Namespace) -> None:
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:
     """The files named, and those in the folders named, in order of their names; DataError where there are none."""
-    from sitdist.data.photos import PICTURES
+    from sitdist.io.images import SUFFIXES
 
     files: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             files.append(path)
             continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not found:
-            raise DataError(f"{path}: a folder without pictures ({', '.join(PICTURES)}); name another, or the files")
+            raise DataError(f"{path}: a folder without pictures ({', '.join(SUFFIXES)}); name another, or the files")
         files += found
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"{file}: no such file or folder; name pictures, or folders of them")
     return files
 
 
 def _mask(folder: Path, file: Path) -> Path:
     for candidate in (folder / file.name, folder / f"{file.stem}.png", folder / f"{file.name}.png"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise DataError(f"{folder / file.name}: no mask for {file}; give one for every picture")
 
 
 def pose_files(
-    flow: Flow, files: Sequence[Path], masks: Sequence[Path] | None, options: argparse.Namespace
+    flow: Flow,
+    files: Sequence[Path],
+    sizes: Sequence[tuple[int, int]],
+    masks: Sequence[Path] | None,
+    options: argparse.Namespace,
 ) -> list[PosedPicture]:
-    """What is estimated for every file, with the intrinsics of its own pixels."""
+    """What is estimated for every file, with the intrinsics of its own pixels, of which `sizes` tells the number."""
     from tqdm import tqdm
 
     how = estimate_arguments(options, flow)
@@ -106,16 +113,20 @@ def pose_files(
             frame=options.frame,
             **how,
         )
-        posed += [_posed(flow, file, row, estimate, options.intrinsics) for row, file in enumerate(some)]
+        posed += [
+            _posed(flow, file, sizes[start + row], row, estimate, options.intrinsics) for row, file in enumerate(some)
+        ]
     return posed
 
 
-def _posed(flow: Flow, file: Path, row: int, estimate: Any, given: Sequence[float] | None) -> PosedPicture:
-    from sitdist.data.framing import centred, open_picture
+def _posed(
+    flow: Flow, file: Path, size: tuple[int, int], row: int, estimate: Any, given: Sequence[float] | None
+) -> PosedPicture:
+    from sitdist.data.framing import centred
     from sitdist.data.pose_files import PosedPicture
     from sitdist.geometry.camera import Intrinsics
 
-    width, height = open_picture(file).size
+    width, height = size
     camera: Intrinsics | None
     if given is not None:
         fx, fy, cx, cy = given

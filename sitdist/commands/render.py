@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--out", type=output, required=True, help="new folder of PNGs and transforms.json; or a file, .gif or .mp4"
     )
+    command.add_argument("--overwrite", action="store_true", help="overwrite the output file if it exists")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--turntable", type=positive, metavar="N", help="N views on a closed circle")
     which.add_argument(
@@ -51,11 +52,13 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     if options.poses is not None and (options.radius or options.elevation is not None):
         raise ConfigError("--radius, --elevation: are the turntable's; give them with --turntable")
+    if not 0.01 <= options.fps <= 1000.0:
+        raise ConfigError(f"--fps {options.fps:g}: expected 0.01 to 1000 pictures per second")
     from sitdist.api import load
     from sitdist.data.animation import check_out, write_rendered
     from sitdist.data.pose_files import read_poses
 
-    check_out(options.out)
+    check_out(options.out, options.overwrite)
     cameras = None if options.poses is None else read_poses(options.poses)
     flow = load(options.run, options.device)
     if cameras is None:

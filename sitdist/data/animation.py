@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,22 +15,20 @@ from torch import Tensor
 from sitdist.data.camera_path import transforms
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
-from sitdist.io.atomic import write_atomically, write_folder
+from sitdist.io.atomic import check_free, write_atomically, write_folder
+from sitdist.io.json_file import write_json
 
 ANIMATIONS = (".gif", ".mp4")
 NO_FFMPEG = "needs ffmpeg, which is not installed; pip install imageio-ffmpeg, or name a .gif"
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, overwrite: bool = False) -> None:
     """DataError, ConfigError unless pictures can be written to `out`: a new folder, or a .gif or .mp4 file."""
-    if out.suffix.lower() in ANIMATIONS:
-        if out.suffix.lower() == ".mp4":
-            ffmpeg(out)
-        return
-    if out.suffix and not out.exists():
+    check_free(out, overwrite and out.suffix.lower() in ANIMATIONS)
+    if out.suffix and out.suffix.lower() not in ANIMATIONS:
         raise ConfigError(f"{out}: pictures go to a folder, or to a file that ends in {' or '.join(ANIMATIONS)}")
-    if out.exists():
-        raise DataError(f"{out}: already exists; give another --out, or remove it")
+    if out.suffix.lower() == ".mp4":
+        ffmpeg(out)
 
 
 def ffmpeg(out: Path) -> str:
@@ -102,7 +99,7 @@ def _save_pngs(
     if intrinsics is not None:
         cameras = [intrinsics] * len(frames) if isinstance(intrinsics, Intrinsics) else list(intrinsics)
         values = transforms(camera_to_world, cameras)
-        (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / "transforms.json", values)
 
 
 def save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float, out: Path) -> None:
@@ -113,7 +110,7 @@ def save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float
     command: list[Any] = [ffmpeg(out), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{width}x{height}", "-r", str(frames_per_second), "-i", "-"]
     command += ["-vf", f"scale={factor * width}:{factor * height}:flags=lanczos"]
-    command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", str(path)]
+    command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", str(path.absolute())]
     data = b"".join(frame.tobytes() for frame in frames)
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     if done.returncode != 0:

@@ -19,7 +19,7 @@ import webdataset
 from torch import Tensor
 
 from sitdist.data.bench import ROUNDS, Measure, Way, measure
-from sitdist.data.format import ShardEntry
+from sitdist.data.format import MANIFEST, ShardEntry
 from sitdist.data.order import BlockShuffle
 from sitdist.data.prefetch import Prefetch
 from sitdist.data.reader import BatchReader, ShardReader
@@ -168,14 +168,17 @@ def _order_from_nothing(reader: ShardReader, batch: int, step: int) -> float:
 
 def _write_synthetic(reader: ShardReader, shards: int, folder: Path) -> None:
     """A manifest like the reader's, of so many shards that are not there."""
-    manifest = reader.manifest
+    manifest, count = reader.manifest, shards * SAMPLES_PER_SHARD
+    size = SAMPLES_PER_SHARD * manifest.sample_bytes()[1]
     entries = [
-        ShardEntry(name=f"{number:06d}.tar", count=SAMPLES_PER_SHARD, bytes=0, sha256="0" * 64, index_sha256="0" * 64)
-        for number in range(shards)
+        ShardEntry(name=f"{n:06d}.tar", count=SAMPLES_PER_SHARD, bytes=size, sha256="0" * 64, index_sha256="0" * 64)
+        for n in range(shards)
     ]
-    split = manifest.splits[reader.split].model_copy(update={"count": shards * SAMPLES_PER_SHARD, "shards": entries})
-    text = manifest.model_copy(update={"splits": {reader.split: split}}).model_dump_json()
-    (folder / "manifest.json").write_text(text)
+    split = manifest.splits[reader.split].model_copy(update={"count": count, "shards": entries})
+    first, *others = (entry.model_copy(update={"views": entry.views | {reader.split: 0}}) for entry in manifest.objects)
+    first.views[reader.split] = count
+    changes = {"splits": manifest.splits | {reader.split: split}, "objects": [first, *others], "codec_psnr": None}
+    (folder / MANIFEST).write_text(manifest.model_copy(update=changes).model_dump_json())
 
 
 def _peak_memory() -> float:

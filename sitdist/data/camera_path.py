@@ -5,7 +5,6 @@ Source: nerfstudio's documentation of its render command and of its data format.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +17,31 @@ from sitdist.data.shard import Split
 from sitdist.data.writer import open_splits
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
-from sitdist.io.atomic import write_atomically
+from sitdist.io.atomic import check_free
+from sitdist.io.json_file import write_json
 
 FPS = 24  # a path has a speed, but is rendered picture by picture
 
 
-def write_camera_path(recipe: Recipe, split: str, path: Path, transforms: Path | None = None) -> int:
+def write_camera_path(
+    recipe: Recipe, split: str, path: Path, transforms: Path | None = None, overwrite: bool = False
+) -> int:
     """Write the cameras of a recipe's split to `path`, in order of its samples; returns how many there are.
 
     `transforms`: where to write also a transforms.json that names their pictures 00000.png and on, beside it.
-    ConfigError for a split that is not there; DataError for cameras that a camera path cannot say.
+    ConfigError for a split that is not there; DataError for cameras that a camera path cannot say, and for a file that
+    is there, without `overwrite`.
     """
+    for file in filter(None, (path, transforms)):
+        check_free(file, overwrite)
     splits = open_splits(recipe)
     if split not in splits:
         raise ConfigError(f"--split {split}: the recipe has no such split; it has {', '.join(splits)}")
     chosen = splits[split]
     chosen = Split(split, chosen.source, chosen.indices[~chosen.is_zoomed])  # copies are made of pictures, when built
-    _write_json(path, camera_path(chosen))
+    write_json(path, camera_path(chosen))
     if transforms is not None:
-        _write_json(transforms, transforms_of(chosen))
+        write_json(transforms, transforms_of(chosen))
     return len(chosen)
 
 
@@ -95,7 +100,3 @@ def _vertical_fov_deg(camera: Intrinsics, name: str) -> float:
             "square pixels and a centred principal point"
         )
     return math.degrees(2.0 * math.atan(0.5 * camera.height / camera.fy))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=1) + "\n"))

@@ -7,16 +7,18 @@ centres are at half integers, as here. Source: COLMAP's documentation, "Output f
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
 from sitdist.errors import DataError
-from sitdist.geometry.camera import Intrinsics
+from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
+from sitdist.io.files import open_file
 
 # parameters of every model that is a pinhole camera where its distortion is 0; SIMPLE_... have one focal length, f
 PINHOLE = {
@@ -27,6 +29,7 @@ PINHOLE = {
     "OPENCV": ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2"),
     "FULL_OPENCV": ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6"),
 }
+MAX_LINE = 2**26  # bytes; a picture of a million points has 30 MB of them
 FOLDERS = (".", "sparse/0", "sparse", "0")  # where a model lies in a workspace
 
 
@@ -42,10 +45,10 @@ class ColmapImage:
 def find_model(folder: Path) -> Path | None:
     """The folder of a workspace that holds cameras.txt and images.txt; DataError if its model is binary."""
     for place in FOLDERS:
-        if all((folder / place / name).is_file() for name in ("cameras.txt", "images.txt")):
+        if all(os.path.isfile(folder / place / name) for name in ("cameras.txt", "images.txt")):
             return folder / place
     for place in FOLDERS:
-        if (folder / place / "cameras.bin").is_file():
+        if os.path.isfile(folder / place / "cameras.bin"):
             raise DataError(
                 f"{folder / place / 'cameras.bin'}: COLMAP's binary model; write it as text with "
                 "`colmap model_converter --output_type TXT`"
@@ -64,7 +67,7 @@ def read_model(folder: Path) -> list[ColmapImage]:
 
 def read_cameras(path: Path) -> dict[str, Intrinsics]:
     """Pinhole cameras by their number (as text); DataError for distortion, which no pinhole camera has."""
-    cameras = {}
+    cameras: dict[str, Intrinsics] = {}
     for number, line in _lines(path):
         words = line.split()
         if not words:
@@ -72,13 +75,13 @@ def read_cameras(path: Path) -> dict[str, Intrinsics]:
         where = f"{path}: line {number}"
         if len(words) < 4:
             raise DataError(f"{where}: '{line[:60]}' is no camera; expected CAMERA_ID MODEL WIDTH HEIGHT PARAMS")
-        size = _numbers(words[2:4], where)
-        width, height = int(size[0]), int(size[1])
-        cameras[words[0]] = _pinhole(words[1], width, height, _numbers(words[4:], where), where)
+        if words[0] in cameras:
+            raise DataError(f"{where}: camera {words[0]} is there twice; remove one")
+        cameras[words[0]] = _pinhole(words[1], _numbers(words[2:4], where), _numbers(words[4:], where), where)
     return cameras
 
 
-def _pinhole(model: str, width: int, height: int, values: list[float], where: str) -> Intrinsics:
+def _pinhole(model: str, size: list[float], values: list[float], where: str) -> Intrinsics:
     names = PINHOLE.get(model)
     if names is None:
         raise DataError(f"{where}: camera model {model} is no pinhole camera; run `colmap image_undistorter` first")
@@ -92,15 +95,16 @@ def _pinhole(model: str, width: int, height: int, values: list[float], where: st
                 "`colmap image_undistorter` first"
             )
     fx, fy = given.get("fx", given.get("f", 0.0)), given.get("fy", given.get("f", 0.0))
-    if fx <= 0 or fy <= 0 or width <= 0 or height <= 0:
-        raise DataError(f"{where}: focal lengths {fx:g}, {fy:g} for {width}x{height} pixels; expected positive numbers")
-    return Intrinsics(fx, fy, given["cx"], given["cy"], width, height)
+    width, height = (int(side) if side.is_integer() else side for side in size)
+    camera = Intrinsics(fx, fy, given["cx"], given["cy"], width, height)  # type: ignore[arg-type]
+    check_intrinsics(camera, where)
+    return camera
 
 
 def read_images(path: Path, cameras: dict[str, Intrinsics]) -> list[ColmapImage]:
     """The pictures of images.txt, two lines for each: pose, camera and name; then its points, which may be none."""
-    images = []
-    lines = _lines(path)
+    images: list[ColmapImage] = []
+    lines, numbers, names = _lines(path), set(), set()
     for number, line in lines:
         words = line.split(maxsplit=9)
         if not words:
@@ -112,8 +116,17 @@ def read_images(path: Path, cameras: dict[str, Intrinsics]) -> list[ColmapImage]
             )
         if words[8] not in cameras:
             raise DataError(f"{where}: camera {words[8]} of {words[9]} is not in cameras.txt; restore it")
+        name = words[9].strip()
+        if words[0] in numbers or name in names:
+            raise DataError(f"{where}: picture {words[0]}, {name[:200]}, is there twice; remove one")
+        if os.path.isabs(name) or ".." in PurePosixPath(name).parts:
+            raise DataError(
+                f"{where}: picture {name[:200]} is not in the folder of pictures; name it by its path below"
+            )
+        numbers.add(words[0])
+        names.add(name)
         pose = camera_to_world(_numbers(words[1:5], where), _numbers(words[5:8], where), where)
-        images.append(ColmapImage(words[9].strip(), pose, cameras[words[8]]))
+        images.append(ColmapImage(name, pose, cameras[words[8]]))
         next(lines, None)  # its points
     return images
 
@@ -142,15 +155,18 @@ def camera_to_world(quaternion: list[float], translation: list[float], where: st
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines without their ends, but for comments; DataError if there is no such text file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; a COLMAP text model has cameras.txt and images.txt")
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file ({error.reason}); write the model as text") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.startswith("#"):
-            yield number, line.rstrip("\r")
+    number = 0
+    with open_file(path, "a COLMAP text model has cameras.txt and images.txt") as file:
+        while line := file.readline(MAX_LINE):
+            number += 1
+            if len(line) == MAX_LINE:
+                raise DataError(f"{path}: line {number} has {MAX_LINE:,} bytes or more; write the model as text")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: line {number} is not text ({error.reason}); write it as text") from None
+            if not text.startswith("#"):
+                yield number, text.rstrip("\r\n")
 
 
 def _numbers(words: list[str], where: str) -> list[float]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
-from sitdist.checks import number, whole
+from sitdist.config import Colour, Schema, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.scene import scene_background
 from sitdist.data.zoom import kernel_weights
-from sitdist.errors import DataError
-from sitdist.geometry.camera import Intrinsics
+from sitdist.errors import ConfigError, DataError
+from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
+from sitdist.io.images import check_camera_size, open_picture, picture_sizes, to_array
+from sitdist.io.npz import check_unit_range
 
 HELD_OUT_PICTURES = 16  # whose borders tell the background where no recipe does
 Picture = Any  # a path, a PIL image, a numpy array [H, W], [H, W, C] or a tensor [H, W], [C, H, W]
@@ -59,10 +61,18 @@ class Framing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Framing:
-        """What `to_dict` gave."""
-        camera, size = values["camera"], int(values["size"])
-        colours = {int(label): (float(r), float(g), float(b)) for label, (r, g, b) in values["backgrounds"].items()}
-        return cls(size, None if camera is None else square_camera(camera, size), colours)
+        """What `to_dict` gave; ConfigError or DataError if it cannot be that of training pictures."""
+        given = parse(_Framing, values, "framing")
+        camera = None if given.camera is None else square_camera(given.camera, given.size)
+        if camera is not None:
+            check_intrinsics(camera, "framing.camera")
+        return cls(given.size, camera, {int(label): colour for label, colour in given.backgrounds.items()})
+
+
+class _Framing(Schema):
+    size: Annotated[int, Field(gt=0, le=1 << 14)]
+    camera: Annotated[tuple[float, float, float, float], Field(strict=False)] | None
+    backgrounds: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Colour]
 
 
 def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
@@ -72,11 +82,22 @@ def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
 
 
 def framing_of(manifest: DatasetManifest, data: Path) -> Framing:
-    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand."""
+    """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand.
+
+    DataError where its recipe tells no camera or colour that pictures can have.
+    """
     dataset = data if _is_there(manifest, data) else None
-    colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
-    known = {label: colour for label, colour in colours.items() if colour is not None}
-    return Framing(manifest.image_size, _camera(manifest, dataset), known)
+    try:
+        colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
+        known = {label: colour for label, colour in colours.items() if colour is not None}
+        framing = Framing(manifest.image_size, _camera(manifest, dataset), known)
+        Framing.from_dict(framing.to_dict())
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, ConfigError) as error:
+        raise DataError(
+            f"dataset {manifest.name}: its recipe does not tell how its pictures are made ({str(error)[:160]}); "
+            "build the dataset again"
+        ) from None
+    return framing
 
 
 def _is_there(manifest: DatasetManifest, data: Path) -> bool:
@@ -143,9 +164,9 @@ def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
     Two and four channels hold opacity. Whole numbers are of 8 or 16 bits by their type, others are in [0, 1].
     """
     if isinstance(picture, str | Path):
-        picture = open_picture(Path(picture))
-    if isinstance(picture, Image.Image):
-        picture = _from_pil(picture)
+        picture, name = Path(picture), str(picture)
+    if isinstance(picture, Path | Image.Image):
+        picture = to_array(open_picture(picture, name), name)
     if isinstance(picture, Tensor):
         if picture.ndim == 3:
             picture = picture.permute(1, 2, 0)
@@ -172,26 +193,6 @@ def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
     return colour.expand(3, -1, -1), pixels[-1] if has_alpha else None
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture file, read whole; DataError where it cannot be."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise DataError(f"{path}: not a readable picture ({reason}); replace it or leave it out") from None
-
-
-def _from_pil(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16 bits, in whatever width PIL keeps them
-        return np.asarray(picture).clip(0, 65535).astype(np.uint16)
-    if picture.mode == "F":
-        return np.asarray(picture)
-    alpha = picture.has_transparency_data
-    return np.asarray(picture.convert("RGBA" if alpha else "RGB"))
-
-
 def _to_unit(array: np.ndarray, name: str) -> np.ndarray:
     """float32 in [0, 1]; DataError for pixels that are not."""
     if array.dtype in (np.uint8, np.uint16):
@@ -200,11 +201,7 @@ def _to_unit(array: np.ndarray, name: str) -> np.ndarray:
         return array.astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"{name}: pixels of type {array.dtype}; expected uint8, uint16, or floats in [0, 1]")
-    low, high = float(array.min()), float(array.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise DataError(f"{name}: pixels hold NaN or infinity; repair the picture or leave it out")
-    if low < -1e-3 or high > 1.0 + 1e-3:
-        raise DataError(f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)")
+    check_unit_range(array, name)
     return array.astype(np.float32).clip(0.0, 1.0)
 
 
@@ -224,15 +221,15 @@ def framed(
     picture: Picture,
     framing: Framing,
     name: str,
-    intrinsics: Intrinsics | None = None,
+    intrinsics: Intrinsics | Sequence[float] | None = None,
     mask: Any = None,
     background: Tensor | None = None,
 ) -> Tensor:
     """A picture as a training picture, [3, S, S] float32 in [0, 1].
 
-    intrinsics: of the picture, which is then resampled to the training camera; None: its largest centred square shows
-    what a training picture shows. mask: [H, W], the object's share of every pixel. background [3]: behind transparent
-    pixels and outside of the picture; None: neither may occur (DataError).
+    intrinsics: of the upright picture, or fx, fy, cx, cy of it; it is then resampled to the training camera. None: its
+    largest centred square shows what a training picture shows. mask: [H, W], the object's share of every pixel.
+    background [3]: behind transparent pixels and outside of the picture; None: neither may occur (DataError).
     """
     colour, alpha = to_pixels(picture, name)
     height, width = colour.shape[1:]
@@ -251,29 +248,25 @@ def framed(
             f"{name}: the training pictures' intrinsics are not known here, as the dataset is not at hand; load an "
             "export that was made beside the dataset, or crop the picture as they were and give no intrinsics"
         )
-    check_intrinsics(intrinsics, name)
-    if (intrinsics.width, intrinsics.height) != (width, height):
-        raise DataError(
-            f"{name}: {width}x{height} pixels but its intrinsics are for {intrinsics.width}x{intrinsics.height}; scale "
-            "the intrinsics as the picture was"
-        )
-    return resampled(colour, intrinsics, framing.camera, background, name)
+    shown = stored = (width, height)
+    if isinstance(picture, str | Path | Image.Image):
+        shown, stored = picture_sizes(Path(picture) if isinstance(picture, str) else picture, name)
+    told = (intrinsics.width, intrinsics.height) if isinstance(intrinsics, Intrinsics) else None
+    check_camera_size(shown, stored, told, name)
+    camera = camera_of(intrinsics, shown, name)
+    assert camera is not None
+    return resampled(colour, camera, framing.camera, background, name)
 
 
-def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
-    """DataError unless they are those of a pinhole camera."""
-    width, height = (
-        whole(f"{name}: {side}", getattr(intrinsics, side), 1, 2**16, DataError) for side in ("width", "height")
-    )
-    fx, fy, cx, cy = (
-        number(f"{name}: {key}", getattr(intrinsics, key), error=DataError) for key in ("fx", "fy", "cx", "cy")
-    )
-    side = max(width, height)
-    if not 0.01 * side <= min(fx, fy) <= max(fx, fy) <= 1e4 * side or max(abs(cx), abs(cy)) > 100.0 * side:
-        raise DataError(
-            f"{name}: fx, fy, cx, cy are {[fx, fy, cx, cy]} for {width}x{height} pixels; expected focal lengths above "
-            "0 and a principal point, in pixels of that picture"
-        )
+def camera_of(given: Intrinsics | Sequence[float] | None, size: tuple[int, int], name: str) -> Intrinsics | None:
+    """A camera as given, checked; fx, fy, cx, cy are for pictures of `size` (width, height). DataError."""
+    if given is None:
+        return None
+    if not isinstance(given, Intrinsics):
+        fx, fy, cx, cy = given
+        given = Intrinsics(fx, fy, cx, cy, *size)
+    check_intrinsics(given, name)
+    return given
 
 
 def _mask(mask: Any, size: tuple[int, int], name: str) -> Tensor:

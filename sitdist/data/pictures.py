@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from sitdist.data.animation import save_gif
 from sitdist.data.camera_path import transforms
 from sitdist.data.scene import backdrop, look, open_scene
 from sitdist.data.writer import open_splits
-from sitdist.errors import ConfigError, DataError
+from sitdist.errors import ConfigError
 from sitdist.geometry.camera import Intrinsics, look_at
-from sitdist.io.atomic import write_folder
+from sitdist.io.atomic import check_free, write_folder
+from sitdist.io.json_file import write_json
 from sitdist.io.memory import require_memory
 
 GIF_PER_SECOND = 16.0  # pictures
@@ -73,8 +73,7 @@ def write_pictures(
     `alpha` leaves the background out: the colour is the object's own and alpha its share of the pixel. `gif`: also
     turntable.gif, a loop of all pictures. DataError if `out` exists; it is there when it is whole, or not at all.
     """
-    if out.exists():
-        raise DataError(f"{out}: already exists; give another --out, or remove it")
+    check_free(out)
     if gif and cameras.intrinsics:
         pixels = len(cameras.intrinsics) * cameras.intrinsics[0].width * cameras.intrinsics[0].height
         require_memory(3 * pixels, f"a GIF of {len(cameras.intrinsics):,} views", "ask for fewer or smaller views")
@@ -95,7 +94,7 @@ def write_pictures(
         if gif:
             save_gif([frame for frame in shown if frame is not None], folder / "turntable.gif", GIF_PER_SECOND)
         values = transforms(cameras.camera_to_world, cameras.intrinsics)
-        (folder / "transforms.json").write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / "transforms.json", values)
 
     write_folder(out, write)
     return len(cameras.intrinsics)

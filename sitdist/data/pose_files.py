@@ -13,8 +13,9 @@ import io
 import json
 import math
 import os
-import zipfile
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from sitdist.data.camera_path import transforms
 from sitdist.data.colmap import find_model, read_model
-from sitdist.errors import DataError, one_line
-from sitdist.geometry.camera import Intrinsics
-from sitdist.geometry.pose import check_rigid
-from sitdist.io.atomic import write_atomically, write_folder
+from sitdist.errors import DataError
+from sitdist.geometry.camera import Intrinsics, check_intrinsics
+from sitdist.io.atomic import check_free, write_atomically, write_folder
+from sitdist.io.json_file import read_json
+from sitdist.io.npz import read_arrays
+from sitdist.io.transforms import camera_of, frames_of, number_of, pose_of, size_of
 
 OPENCV = (1.0, -1.0, -1.0)  # the signs of OpenGL's axes in OpenCV's
 
@@ -47,59 +50,69 @@ class PosedPicture:
     facts: dict[str, float | bool]
 
 
-def check_free(out: Path, kind: str, overwrite: bool = False) -> None:
-    """DataError if there is something at `out` already that may not be written over, a folder in any case."""
-    if out.exists() and (kind == "colmap" or not overwrite or out.is_dir()):
-        remedy = "remove it" if kind == "colmap" or out.is_dir() else "write over it by --overwrite"
-        raise DataError(f"{out}: already exists; give another --out, or {remedy}")
-
-
 def write_poses(posed: Sequence[PosedPicture], kind: str, out: Path, overwrite: bool = False) -> None:
     """Write them to the file `out`, or for `colmap` to the new folder `out`; whole or not at all.
 
     DataError where `out` cannot be written, or is there and not to be written over, or where the format needs
     intrinsics that are not known.
     """
-    check_free(out, kind, overwrite)
+    check_free(out, overwrite and kind != "colmap")
     if kind == "colmap":
         files = colmap_files(posed)
         write_folder(out, lambda folder: _write_all(folder, files))
         return
     text = to_text(posed, kind, out.parent)
-    write_atomically(out, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
+    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _write_all(folder: Path, files: dict[str, str]) -> None:
     folder.mkdir(parents=True)
     for name, text in files.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def to_text(posed: Sequence[PosedPicture], kind: str, beside: Path | None = None) -> str:
     """As one of the formats of one file; pictures are named by their path from the folder `beside` (None: as given)."""
-    names = [_name(each.path, beside) for each in posed]
+    names = picture_names([each.path for each in posed], kind, beside)
     if kind == "jsonl":
-        return "".join(json.dumps(_values(each, name)) + "\n" for each, name in zip(posed, names, strict=True))
+        return "".join(
+            json.dumps(_values(each, name), allow_nan=False) + "\n" for each, name in zip(posed, names, strict=True)
+        )
     if kind == "csv":
         return _csv(posed, names)
     if kind == "tum":
-        return tum_text(posed)
+        return tum_text(posed, names)
     poses = torch.stack([each.camera_to_world for each in posed])
     values = transforms(poses, _cameras(posed, "transforms.json"), names)
-    return json.dumps(values, indent=1) + "\n"
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
-def _name(path: Path, beside: Path | None) -> str:
-    if beside is None:
-        return str(path)
-    return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()
+def picture_names(pictures: Sequence[Path], kind: str, beside: Path | None = None) -> list[str]:
+    """What a format's file calls every picture; DataError for a name that it cannot hold.
 
-
-def _names_in_one_folder(posed: Sequence[PosedPicture]) -> list[str]:
-    """Every picture's path from the folder that holds all of them; its bare name where that is the same for all."""
-    paths = [each.path.resolve() for each in posed]
-    folder = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(folder).as_posix() for path in paths]
+    COLMAP's and TUM's: the path from the folder that holds all of them, a bare name where that is the same for all. The
+    others': the path from the folder `beside` (None: as given). No format escapes line breaks, but JSON; COLMAP's
+    readers end a name at its first space.
+    """
+    if kind in ("colmap", "tum"):
+        folder = Path(os.path.commonpath([picture.resolve().parent for picture in pictures]))
+        names = [picture.resolve().relative_to(folder).as_posix() for picture in pictures]
+    elif beside is not None:
+        names = [Path(os.path.relpath(picture.resolve(), beside.resolve())).as_posix() for picture in pictures]
+    else:
+        names = [str(picture) for picture in pictures]
+    for name in names:
+        categories = {unicodedata.category(character) for character in name}
+        breaks = kind in ("csv", "colmap", "tum") and categories & {"Cc", "Zl", "Zp"}  # control characters, line ends
+        if "Cs" in categories or breaks or (kind == "colmap" and "Zs" in categories):
+            raise DataError(
+                f"{name}: a name with spaces, control characters or bytes that are no UTF-8, which the format {kind} "
+                "cannot hold; rename the picture"
+            )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice and kind in ("colmap", "transforms"):
+        raise DataError(f"{twice[0]}: named twice, and the format {kind} has one pose for each picture; name it once")
+    return names
 
 
 def _cameras(posed: Sequence[PosedPicture], what: str) -> list[Intrinsics]:
@@ -161,10 +174,10 @@ def _opencv_camera_to_world(posed: Sequence[PosedPicture]) -> tuple[Tensor, Tens
     return poses[:, :3, :3] * torch.tensor(OPENCV, dtype=torch.float64), poses[:, :3, 3]
 
 
-def tum_text(posed: Sequence[PosedPicture]) -> str:
+def tum_text(posed: Sequence[PosedPicture], names: Sequence[str]) -> str:
     """Lines of timestamp, tx ty tz, qx qy qz qw of camera-to-world; the timestamp is the picture's number, from 0."""
     rotation, position = _opencv_camera_to_world(posed)
-    lines = [f"# {number} is {one_line(name)}" for number, name in enumerate(_names_in_one_folder(posed))]
+    lines = [f"# {number} is {name}" for number, name in enumerate(names)]
     for number, (q, place) in enumerate(zip(quaternions(rotation).tolist(), position.tolist(), strict=True)):
         lines.append(_words(float(number), *place, *q[1:], q[0]))
     return "\n".join(lines) + "\n"
@@ -173,7 +186,7 @@ def tum_text(posed: Sequence[PosedPicture]) -> str:
 def colmap_files(posed: Sequence[PosedPicture]) -> dict[str, str]:
     """cameras.txt, images.txt and an empty points3D.txt: world-to-camera, one PINHOLE camera for each that differs.
 
-    Pictures are named by their paths from the one folder that holds all of them, which is COLMAP's image folder.
+    Pictures are named as `picture_names` says, from the folder that is COLMAP's image folder.
     """
     intrinsics = _cameras(posed, "a COLMAP model")
     cameras = {camera: number for number, camera in enumerate(dict.fromkeys(intrinsics), 1)}
@@ -182,15 +195,13 @@ def colmap_files(posed: Sequence[PosedPicture]) -> dict[str, str]:
     translation = -(world_to_camera @ position[..., None])[..., 0]
     image_lines = ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of points, which are none"]
     rows = zip(
-        _names_in_one_folder(posed),
+        picture_names([each.path for each in posed], "colmap"),
         intrinsics,
         quaternions(world_to_camera).tolist(),
         translation.tolist(),
         strict=True,
     )
     for number, (name, camera, q, t) in enumerate(rows, 1):
-        if name != one_line(name):
-            raise DataError(f"{name}: no name that a COLMAP model can hold; rename the picture")
         image_lines += [f"{number} {_words(*q, *t)} {cameras[camera]} {name}", ""]
     camera_lines = ["# CAMERA_ID MODEL WIDTH HEIGHT PARAMS"]
     for camera, number in cameras.items():
@@ -218,82 +229,61 @@ def read_poses(path: Path) -> PoseFile:
     """Poses of a transforms.json or its folder, a camera path, an array [N, 4, 4] in .npy or as `poses` in .npz, or a
     COLMAP text model; DataError, PoseError for what is missing or no pose.
     """
-    if path.is_dir() and not (path / "transforms.json").is_file():
-        return _colmap_poses(path)
-    path = path / "transforms.json" if path.is_dir() else path
-    if not path.is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "transforms.json"):
+            return _colmap_poses(path)
+        path = path / "transforms.json"
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; give a transforms.json, camera path, .npy, .npz or COLMAP folder")
     if path.suffix.lower() == ".json":
         return _json_poses(path)
     if path.suffix.lower() not in (".npy", ".npz"):
         raise DataError(f"{path}: poses are read from .json, .npy, .npz or a COLMAP folder")
-    return PoseFile(_checked(_array(path), path), None)
+    return PoseFile(_checked(read_arrays(path, ["poses"])[0], path), None)
 
 
-def _array(path: Path) -> Any:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded as arrays:
-            if "poses" not in arrays.files:
-                raise DataError(f"{path}: no array 'poses' (it has {', '.join(arrays.files)}); save them as poses")
-            return arrays["poses"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable array ({error}); save it again with numpy") from None
-
-
-def _checked(matrices: Any, path: Path) -> Tensor:
-    try:
-        poses = torch.from_numpy(np.array(matrices, dtype=np.float64))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: poses are no 4x4 matrices of numbers; repair them") from None
-    if poses.ndim == 2:
-        poses = poses[None]
-    if poses.ndim != 3 or poses.shape[1:] != (4, 4) or len(poses) == 0:
-        raise DataError(f"{path}: poses of shape {list(poses.shape)}; expected [N, 4, 4], N above 0")
-    for number, pose in enumerate(poses):
-        check_rigid(pose, f"{path}: pose {number}")
-    return poses
+def _checked(matrices: np.ndarray, path: Path) -> Tensor:
+    matrices = matrices[None] if matrices.ndim == 2 else matrices
+    if matrices.ndim != 3 or matrices.shape[1:] != (4, 4) or len(matrices) == 0:
+        raise DataError(f"{path}: poses of shape {list(matrices.shape)}; expected [N, 4, 4], N above 0")
+    return torch.stack([pose_of(matrix, f"{path}: pose {number}") for number, matrix in enumerate(matrices)])
 
 
 def _json_poses(path: Path) -> PoseFile:
-    try:
-        values = json.loads(path.read_text())
-        if "camera_path" in values:
-            views = values["camera_path"]
-            size = int(values["render_width"]), int(values["render_height"])
-            matrices = [np.reshape(view["camera_to_world"], (4, 4)).tolist() for view in views]
-            cameras: list[Intrinsics | None] = [_vertical(float(view["fov"]), *size) for view in views]
-        else:
-            views = [{**values, **frame} for frame in values["frames"]]  # a frame's own values come first
-            matrices = [view["transform_matrix"] for view in views]
-            cameras = [_pixels(view) for view in views]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: neither frames with transform_matrix nor a camera path ({error!r})") from None
+    values = read_json(path, "give a transforms.json or a camera path")
+    if "camera_path" in values:
+        return _camera_path_poses(values, path)
+    frames = frames_of(values, path)
+    poses = [pose_of(frame.get("transform_matrix"), where) for where, frame in frames]
+    cameras = [_camera(frame, where) for where, frame in frames]
     known = [camera for camera in cameras if camera is not None]
-    return PoseFile(_checked(matrices, path), known if len(known) == len(cameras) else None)
+    return PoseFile(torch.stack(poses), known if len(known) == len(cameras) else None)
 
 
-def _vertical(fov_deg: float, width: int, height: int) -> Intrinsics:
-    """Square pixels, centred, with a vertical field of view in degrees."""
-    focal = 0.5 * height / math.tan(0.5 * math.radians(fov_deg))
-    return Intrinsics(focal, focal, 0.5 * width, 0.5 * height, width, height)
-
-
-def _pixels(view: dict[str, Any]) -> Intrinsics | None:
-    """A frame's camera where it tells its picture's size."""
-    if "w" not in view or "h" not in view:
+def _camera(frame: Mapping[str, Any], where: str) -> Intrinsics | None:
+    """A frame's camera where it tells its picture's size and a focal length."""
+    size = size_of(frame, where)
+    if size is None or not ("fl_x" in frame or "camera_angle_x" in frame):
         return None
-    width, height = int(view["w"]), int(view["h"])
-    if "fl_x" not in view:
-        angle = view.get("camera_angle_x")
-        return None if angle is None else Intrinsics.from_fov(math.degrees(angle), width, height)
-    fx = float(view["fl_x"])
-    fy, cx, cy = (
-        float(view.get(key, other)) for key, other in (("fl_y", fx), ("cx", 0.5 * width), ("cy", 0.5 * height))
-    )
-    return Intrinsics(fx, fy, cx, cy, width, height)
+    return camera_of(frame, *size, where)
+
+
+def _camera_path_poses(values: dict[str, Any], path: Path) -> PoseFile:
+    size = size_of(values, str(path), ("render_width", "render_height"))
+    views = values["camera_path"]
+    if size is None or not isinstance(views, list) or not views or not all(isinstance(view, dict) for view in views):
+        raise DataError(f"{path}: no camera path; it has render_width, render_height, and a list of cameras")
+    poses, cameras = [], []
+    for number, view in enumerate(views):
+        where = f"{path}: camera {number}"
+        poses.append(pose_of(view.get("camera_to_world"), where))
+        fov_deg = number_of(view, "fov", where)
+        if not 0.0 < fov_deg < 180.0:
+            raise DataError(f"{where}: fov is {fov_deg:g}; expected a vertical field of view from 0 to 180 degrees")
+        focal = 0.5 * size[1] / math.tan(0.5 * math.radians(fov_deg))  # of square pixels
+        cameras.append(Intrinsics(focal, focal, 0.5 * size[0], 0.5 * size[1], *size))
+        check_intrinsics(cameras[-1], where)
+    return PoseFile(torch.stack(poses), cameras)
 
 
 def _colmap_poses(path: Path) -> PoseFile:

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
+import math
 import mmap
-import tarfile
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import get_ident
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sitdist.data.caching import Recent
-from sitdist.data.format import load_index, load_manifest
+from sitdist.data.format import (
+    BUILD_AGAIN,
+    IMAGE_MEMBER,
+    MANIFEST,
+    MEMBERS,
+    SampleMeta,
+    check_index,
+    check_split,
+    index_name,
+    load_index,
+    load_manifest,
+    npy_header,
+    parse_meta,
+    sample_members,
+)
 from sitdist.data.order import WINDOW, BlockShuffle
 from sitdist.data.store import Store, open_store
 from sitdist.errors import ConfigError, DataError
-from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import file_sha256
+from sitdist.io.files import open_file
+from sitdist.io.images import open_picture
 
 log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 8 * WINDOW  # of which the index and the memory map are kept
 STAND_INS = 100  # tried in the place of a damaged sample
 READ_FIELDS = ("start", "stop", "crc32", "moments", "packed_pose", "image", "image_bytes", "label")
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # before width, height, bit depth and colour type
 COLUMNS = ("camera_to_world", "label", "codec_psnr")
 
 
@@ -63,7 +78,7 @@ class SampleSource(Protocol):
 
 
 class ShardReader:
-    """The samples of one split, by number. Every read checks the CRC of what it reads.
+    """The samples of one split, by number. Every read checks the CRC of what it reads, and that its numbers are finite.
 
     A shard's index is loaded, and checked against the manifest, when the first of its samples is read; those of the
     OPEN_SHARDS shards used last are kept, so memory does not grow with the dataset.
@@ -76,18 +91,12 @@ class ShardReader:
         if split not in self.manifest.splits:
             raise ConfigError(f"{self.folder}: no split '{split}'; it has {', '.join(sorted(self.manifest.splits))}")
         entry = self.manifest.splits[split]
-        self._shards = entry.shards
+        self.shards = entry.shards
         self.shard_names = [shard.name for shard in entry.shards]
         self.shard_counts = [shard.count for shard in entry.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.shard_counts, dtype=np.int64)])
-        if len(self) != entry.count:
-            raise DataError(
-                f"{self.folder}/{split}: shards of {len(self)} samples but the manifest says {entry.count}; "
-                "build the dataset again"
-            )
-        latent = self.manifest.latent
-        self._moments = _Member("moments", "<f2", (2 * latent.channels, latent.height, latent.width))
-        self._packed_pose = _Member("packed_pose", "<f4", (4, 4))
+        arrays = self.manifest.arrays()
+        self._moments, self._packed_pose = (_Member(name, *arrays[name]) for name in ("moments", "packed_pose"))
         self._open = Recent(self._open_shard, OPEN_SHARDS)
         self._reading: dict[int, int] = {}  # thread: the shard that it is at
 
@@ -126,6 +135,11 @@ class ShardReader:
             poses[rows] = self._packed_pose.read(shard, places)
             labels[rows] = shard.index["label"][places]
         self._reading.pop(get_ident(), None)
+        if not (self._moments.are_finite(moments) and self._packed_pose.are_finite(poses)):
+            for row in set(range(len(indices))) - faults.keys():
+                one = slice(row, row + 1)
+                if not (self._moments.are_finite(moments[one]) and self._packed_pose.are_finite(poses[one])):
+                    faults[row] = f"{self._name(int(indices[row]))}: NaN or infinity in its arrays; {BUILD_AGAIN}"
         return Samples(self._moments.tensor(moments), self._packed_pose.tensor(poses), torch.from_numpy(labels), faults)
 
     def reading(self) -> list[str]:
@@ -148,46 +162,64 @@ class ShardReader:
         """Pictures [B, 3, H, W] float32 in [0, 1] of these samples; the training split keeps none."""
         pictures = []
         for index in indices:
-            with Image.open(io.BytesIO(self._png(index)), formats=["PNG"]) as picture:
-                pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
+            picture = open_picture(self._png(index), self._name(index))
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
             pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
         return torch.stack(pictures)
 
     def intrinsics(self, indices: Sequence[int]) -> Tensor:
         """fx / width, fy / height, cx / width, cy / height of these samples' cameras, [B, 4] float64."""
-        return torch.tensor([self._intrinsics(index).normalized() for index in indices], dtype=torch.float64)
+        return torch.tensor([self.meta(index).camera.normalized() for index in indices], dtype=torch.float64)
 
-    def _intrinsics(self, index: int) -> Intrinsics:
-        number, place = self._place(index)
-        shard = self._open(number)
-        if not shard.are_whole(np.asarray([place])).all():
-            raise DataError(self._fault(index))
-        start, stop = int(shard.index["start"][place]), int(shard.index["stop"][place])
-        with tarfile.open(fileobj=io.BytesIO(shard.tar[start:stop] + bytes(1024)), mode="r:") as file:
-            meta = json.load(file.extractfile(f"{index:09d}.meta.json"))  # type: ignore[arg-type]
-        return Intrinsics.from_meta(meta)
+    def meta(self, index: int) -> SampleMeta:
+        """What meta.json of a sample says; DataError if the sample is damaged."""
+        shard, place = self._open_whole(index)
+        data = shard.tar[int(shard.index["start"][place]) : int(shard.index["stop"][place])]
+        try:
+            members = sample_members(data, f"{index:09d}", self.members)
+        except ValueError as error:
+            raise DataError(f"{self._name(index)}: {error}; {BUILD_AGAIN}") from None
+        return parse_meta(members["meta.json"][1], self.manifest.image_size, f"{self._name(index)}: meta.json")
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """What every sample consists of."""
+        return MEMBERS if self.split == "train" else (*MEMBERS, IMAGE_MEMBER)
 
     def expect(self, shards: list[int]) -> None:
         """Have these shards read, or fetched, in the background: their samples will be asked for."""
         self.store.expect([file for number in shards for file in self._files(number)])
 
     def _png(self, index: int) -> bytes:
+        if self.split == "train":
+            raise DataError(f"{self._name(index)}: keeps no picture (the training split never does)")
+        shard, place = self._open_whole(index)
+        offset, size = int(shard.index["image"][place]), int(shard.index["image_bytes"][place])
+        data, pixels = shard.tar[offset : offset + size], self.manifest.image_size
+        if not data.startswith(PNG + struct.pack(">IIBB", pixels, pixels, 8, 2)):
+            raise DataError(f"{self._name(index)}: its picture is no 8-bit RGB PNG of {pixels}x{pixels}; {BUILD_AGAIN}")
+        return data
+
+    def _open_whole(self, index: int) -> tuple[_Shard, int]:
+        """The shard of a sample, and its place there; DataError if the sample is damaged."""
         number, place = self._place(index)
         shard = self._open(number)
-        offset, size = int(shard.index["image"][place]), int(shard.index["image_bytes"][place])
-        if not size:
-            raise DataError(f"{self._name(index)}: keeps no picture (the training split never does)")
         if not shard.are_whole(np.asarray([place])).all():
             raise DataError(self._fault(index))
-        return shard.tar[offset : offset + size]
+        return shard, place
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
         indexes = []
-        for number in range(len(self._shards)):
-            index = self._load_index(number)
+        for number in range(len(self.shards)):
+            index = self.index(number)
             indexes.append({name: index[name] for name in COLUMNS})
-        return {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}
+        columns = {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}
+        try:
+            check_split(columns, self.manifest, self.split)
+        except DataError as error:
+            raise DataError(f"{self.folder / MANIFEST}: splits.{self.split}: {error}; {BUILD_AGAIN}") from None
+        return columns
 
     def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Every shard that holds some of these samples, and which of them, in the order in which they lie there."""
@@ -203,26 +235,36 @@ class ShardReader:
 
     def _files(self, number: int) -> tuple[tuple[str, str], tuple[str, str]]:
         """Index and tar of a shard, each by its name in the dataset and its SHA-256."""
-        shard = self._shards[number]
+        shard = self.shards[number]
         tar = f"{self.split}/{shard.name}"
-        return (tar.removesuffix(".tar") + ".index.npz", shard.index_sha256), (tar, shard.sha256)
+        return (index_name(tar), shard.index_sha256), (tar, shard.sha256)
 
-    def _load_index(self, number: int) -> dict[str, np.ndarray]:
+    def index(self, number: int) -> dict[str, np.ndarray]:
+        """The index of a shard; DataError if it is damaged, not the manifest's, or cannot be true."""
+        shard = self.shards[number]
         file, sha256 = self._files(number)[0]
         path = self.store.path(file, sha256)
-        index = load_index(path)
-        if file_sha256(path) != sha256 or len(index["start"]) != self.shard_counts[number]:
-            raise DataError(f"{path}: not the index that the manifest names; build the dataset again")
+        index = load_index(path, shard.count)
+        if file_sha256(path) != sha256:
+            raise DataError(f"{path}: not the index that the manifest names; {BUILD_AGAIN}")
+        try:
+            check_index(index, self.manifest, self.split, shard, int(self._starts[number]))
+        except DataError as error:
+            raise DataError(f"{path}: {error}; {BUILD_AGAIN}") from None
         return index
 
+    def open_tar(self, number: int) -> AbstractContextManager[BinaryIO]:
+        """The tar of a shard, open for reading; DataError if it cannot be."""
+        return open_file(self.store.path(*self._files(number)[1]), BUILD_AGAIN)
+
     def _open_shard(self, number: int) -> _Shard:
-        index = self._load_index(number)
-        path = self.store.path(*self._files(number)[1])
-        try:
-            with path.open("rb") as file:
+        index = self.index(number)
+        with self.open_tar(number) as file:
+            path = Path(file.name)
+            try:
                 tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); build the dataset again") from None
+            except ValueError as error:  # empty
+                raise DataError(f"{path}: cannot be read ({error}); {BUILD_AGAIN}") from None
         return _Shard(path, {name: index[name] for name in READ_FIELDS}, tar)
 
     def _name(self, index: int) -> str:
@@ -254,8 +296,8 @@ class _Shard:
         return (np.asarray(crcs, dtype=np.uint32) == wanted) & (stops <= len(self.tar))
 
     def windows(self, size: int) -> np.ndarray:
-        """The `size` bytes from every byte of the tar on, [tar - size + 1, size]; a view, nothing is copied."""
-        return np.ndarray((len(self.tar) - size + 1, size), np.uint8, self.tar, strides=(1, 1))
+        """The `size` bytes from every byte of the tar on, [tar - size + 1]; a view, nothing is copied."""
+        return np.ndarray(len(self.tar) - size + 1, f"V{size}", self.tar, strides=(1,))
 
 
 class _Member:
@@ -263,26 +305,30 @@ class _Member:
 
     def __init__(self, field: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.field, self.dtype, self.shape = field, np.dtype(dtype), shape
-        file, array = io.BytesIO(), np.zeros(shape, dtype)
-        np.save(file, array)
-        self._file_size, self._size = file.tell(), array.nbytes
-        self._header = np.frombuffer(file.getvalue(), np.uint8)[: -self._size]
+        self._header, self._size = npy_header(dtype, shape), math.prod(shape) * self.dtype.itemsize
+        bits = np.array([np.inf, -np.inf], dtype).view(f"<i{self.dtype.itemsize}")  # NaN lies above either, in its sign
+        self._infinity, self._minus_infinity = bits[0], bits[1:].view(f"<u{self.dtype.itemsize}")[0]
 
     def room(self, count: int) -> np.ndarray:
-        """Room for the bytes of `count` arrays."""
-        return np.empty((count, self._size), np.uint8)
+        """Room for the bytes of `count` arrays, [count]."""
+        return np.empty(count, f"V{self._size}")
 
     def read(self, shard: _Shard, places: np.ndarray) -> np.ndarray:
-        """The bytes of the arrays of whole samples, [n, bytes]; DataError if one is of another type or shape."""
+        """The bytes of the arrays of whole samples, [n]; DataError if one is of another type or shape."""
         if not len(places):
             return self.room(0)
-        files = shard.windows(self._file_size)[shard.index[self.field][places]]
-        if not (files[:, : len(self._header)] == self._header).all():
+        at = shard.index[self.field][places]
+        if shard.windows(len(self._header))[at].tobytes() != len(at) * self._header:
             raise DataError(
                 f"{shard.path}: holds a {self.field}.npy that is no {self.dtype} array of {list(self.shape)} in .npy "
-                "version 1.0; build the dataset again"
+                f"version 1.0; {BUILD_AGAIN}"
             )
-        return files[:, len(self._header) :]
+        return shard.windows(self._size)[at + len(self._header)]
+
+    def are_finite(self, data: np.ndarray) -> bool:
+        """Whether all numbers in these bytes are; twice the largest of their bits, which is faster than isfinite."""
+        signed, unsigned = (data.view(f"<{kind}{self.dtype.itemsize}") for kind in "iu")
+        return bool(signed.max(initial=0) < self._infinity and unsigned.max(initial=0) < self._minus_infinity)
 
     def tensor(self, data: np.ndarray) -> Tensor:
         """Bytes as arrays, [n, *shape]."""

@@ -169,7 +169,7 @@ class SampleMaker:
         members = {
             "__key__": f"{batch.first + row:09d}",
             "camera_to_world.npy": _npy(camera_to_world),
-            "meta.json": json.dumps(_meta(source, view)).encode(),
+            "meta.json": json.dumps(_meta(source, view), allow_nan=False).encode(),
             "moments.npy": _npy(moments),
             "packed_pose.npy": _npy(standardize(camera_to_world, self.statistics, intrinsics).float()),
         }

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from sitdist.errors import DataError
+from sitdist.io.json_file import parse_json
 
 MEMBERS = ("moments.npy", "packed_pose.npy", "meta.json")
 Streamed = tuple[Tensor, Tensor, Tensor]  # moments [B, 2C, h, w] float32, packed poses [B, 4, 4] float32, labels [B]
@@ -45,8 +45,8 @@ def stream_batches(
         ShardUrls(urls, seed, epoch, resample),
         *splitting,
         _opened,
-        webdataset.pipelinefilter(webdataset.tariterators.tar_file_expander)(select_files=_is_needed),
-        webdataset.pipelinefilter(webdataset.tariterators.group_by_keys)(),
+        webdataset.pipelinefilter(webdataset.tariterators.tar_file_expander)(_refuse, select_files=_is_needed),
+        webdataset.pipelinefilter(webdataset.tariterators.group_by_keys)(handler=_refuse),
         webdataset.shuffle(shuffle_buffer, initial=shuffle_buffer, seed=_hash(seed, epoch)),
         webdataset.map(decode),
         webdataset.batched(batch, collation_fn=collate, partial=not resample),
@@ -94,19 +94,43 @@ def _is_needed(name: str) -> bool:
     return name.partition(".")[2] in MEMBERS
 
 
+def _refuse(error: Exception) -> NoReturn:
+    """What webdataset calls for a tar that it cannot read; it adds the stream and the URL to the error's arguments."""
+    if isinstance(error, DataError):  # called before, further inside
+        error.args = error.args[:1]
+        raise error
+    where = error.args[-1] if len(error.args) > 1 and isinstance(error.args[-1], str) else "a shard"
+    reason = str(error.args[0])[:160] if error.args else type(error).__name__
+    raise DataError(f"{where}: no readable tar ({reason}); see shards/README.md") from None
+
+
 def decode(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Moments, packed pose and label of a sample's bytes; DataError if one is missing or not of the format."""
+    """Moments [2C, h, w] float16, packed pose [4, 4] float32 and label of a sample's bytes.
+
+    DataError if one is missing, not finite, or not of the format.
+    """
+    where = f"{sample['__url__']}: sample {sample['__key__']}"
     try:
         moments, pose = (
             np.load(io.BytesIO(sample[name]), allow_pickle=False) for name in ("moments.npy", "packed_pose.npy")
         )
-        return moments, pose, int(json.loads(sample["meta.json"])["label"])
-    except (KeyError, ValueError, TypeError) as error:
-        where = f"{sample['__url__']}: sample {sample['__key__']}"
-        raise DataError(f"{where}: not of the format ({error!r}); see shards/README.md") from None
+        label = parse_json(sample["meta.json"], f"{where}: meta.json", "see shards/README.md")["label"]
+        if moments.dtype != np.float16 or moments.ndim != 3 or moments.shape[0] % 2:
+            raise ValueError(f"moments {moments.dtype} {list(moments.shape)}")
+        if pose.dtype != np.float32 or pose.shape != (4, 4):
+            raise ValueError(f"packed_pose {pose.dtype} {list(pose.shape)}")
+        if not (np.isfinite(moments).all() and np.isfinite(pose).all()):
+            raise ValueError("NaN or infinity")
+        if type(label) is not int or not 0 <= label < 2**63:
+            raise ValueError(f"label {label!r:.40}")
+    except (KeyError, ValueError, TypeError, MemoryError, EOFError) as error:
+        raise DataError(f"{where}: not of the format ({error!r:.200}); see shards/README.md") from None
+    return moments, pose, label
 
 
 def collate(samples: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> Streamed:
-    """Decoded samples as a batch."""
+    """Decoded samples as a batch; DataError if their latents differ in shape."""
     moments, poses, labels = zip(*samples, strict=True)
+    if len({each.shape for each in moments}) > 1:
+        raise DataError("the shards hold latents of several shapes; stream those of one dataset")
     return torch.from_numpy(np.stack(moments)).float(), torch.from_numpy(np.stack(poses)), torch.tensor(labels)

@@ -1,108 +1,196 @@
-"""What a finished dataset holds, and everything that is wrong with it: nothing here changes a file."""
+"""What a finished dataset holds, and everything that is wrong with it: nothing here changes a file.
+
+Hashes and checksums find accidents. They do not prove who made a dataset: who alters one can write new hashes. That is
+why verifying also reads every array, label, pose, camera and picture as training and evaluation would.
+"""
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
-import tarfile
+import hashlib
+import math
+import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from sitdist.data.format import IMAGE_MEMBER, MEMBERS, ShardEntry, load_index, load_manifest
-from sitdist.geometry.camera import Intrinsics
+from sitdist.config import Recipe, parse
+from sitdist.data.format import (
+    BUILD_AGAIN,
+    IMAGE_MEMBER,
+    MANIFEST,
+    RADIUS_TOLERANCE,
+    CameraFacts,
+    DatasetManifest,
+    ShardEntry,
+    load_manifest,
+    parse_meta,
+    parse_npy,
+    sample_members,
+)
+from sitdist.data.reader import ShardReader
+from sitdist.data.store import Store, open_store
+from sitdist.errors import DataError, SitdistError
+from sitdist.geometry.camera import Intrinsics, camera_radius, is_upright, looks_at_origin
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import file_sha256
 from sitdist.model.codec import load_codec
 
-
-def verify(out: Path) -> list[str]:
-    """Everything wrong with a dataset, a line each, by shard and sample; an empty list if nothing is."""
-    manifest = load_manifest(out)
-    statistics = PoseStatistics.from_dict(manifest.statistics)
-    problems = []
-    for name, expected in manifest.codec_files.items():
-        path = out / "codec" / name
-        if not path.is_file() or file_sha256(path) != expected:
-            problems.append(f"codec/{name}: missing or altered; build the dataset again")
-    if not problems:
-        identity = load_codec(out / "codec").identity()
-        problems += [
-            f"manifest.json: codec {key} is {manifest.codec.get(key)} but the codec folder's is {value}; build again"
-            for key, value in identity.items()
-            if manifest.codec.get(key) != value
-        ]
-    for name, split in manifest.splits.items():
-        if sum(shard.count for shard in split.shards) != split.count:
-            problems.append(f"manifest.json: the shards of {name} do not hold {split.count} samples; build again")
-        keys = itertools.count()
-        for shard in split.shards:
-            wanted = [f"{next(keys):09d}" for _ in range(shard.count)]
-            problems += [
-                f"{name}/{shard.name}: {line}" for line in _verify_shard(out / name, name, shard, wanted, statistics)
-            ]
-    return problems
+CHUNK = 1 << 20
 
 
-def _verify_shard(
-    folder: Path, split: str, shard: ShardEntry, keys: list[str], statistics: PoseStatistics
-) -> list[str]:
-    tar, index_path = folder / shard.name, (folder / shard.name).with_suffix(".index.npz")
-    if not tar.is_file() or not index_path.is_file():
-        return [f"missing ({'tar' if not tar.is_file() else 'index'}); build the dataset again"]
-    if file_sha256(index_path) != shard.index_sha256:
-        return ["index altered; build the dataset again"]
-    index = load_index(index_path)
-    if len(index["start"]) != shard.count:
-        return [f"index of {len(index['start'])} samples but the manifest says {shard.count}"]
-    data = tar.read_bytes()
-    if len(data) < shard.bytes:
-        lost = int((index["stop"] > len(data)).sum())
-        return [f"truncated: {len(data)} of {shard.bytes} bytes, {lost} of {shard.count} samples lost; build again"]
-    problems = []
-    for row, key in enumerate(keys):
-        start, stop = int(index["start"][row]), int(index["stop"][row])
-        if zlib.crc32(data[start:stop]) != index["crc32"][row]:
-            problems.append(f"sample {key}: bytes altered (CRC differs); build the dataset again")
-            continue
-        problems += [
-            f"sample {key}: {line}" for line in _verify_sample(data[start:stop], key, split, index, row, statistics)
-        ]
-    if not problems and file_sha256(tar) != shard.sha256:
-        problems.append("bytes outside the samples altered; build the dataset again")
-    return problems
+def verify(dataset: str | Path) -> list[str]:
+    """Everything wrong with a dataset, a line each, by shard and sample; an empty list if nothing is.
 
-
-def _verify_sample(
-    data: bytes, key: str, split: str, index: dict[str, np.ndarray], row: int, statistics: PoseStatistics
-) -> list[str]:
-    with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode="r:") as file:
-        members = {member.name: file.extractfile(member).read() for member in file}  # type: ignore[union-attr]
-    names = [*MEMBERS] if split == "train" else sorted([*MEMBERS, IMAGE_MEMBER])
-    if sorted(members) != [f"{key}.{name}" for name in names]:
-        return [f"members {sorted(members)}; expected {', '.join(names)}"]
+    `dataset`: a folder, or an fsspec URL, of which the cached files are read, as training does. DataError for a
+    manifest that cannot be used at all.
+    """
+    store = open_store(dataset)
+    manifest = load_manifest(store.folder)
+    problems = [*_verify_codec(store, manifest)]
     try:
-        camera_to_world, packed_pose = (
-            torch.from_numpy(np.load(io.BytesIO(members[f"{key}.{name}.npy"]), allow_pickle=False))
-            for name in ("camera_to_world", "packed_pose")
-        )
-        camera = Intrinsics.from_meta(json.loads(members[f"{key}.meta.json"])).normalized()
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"unreadable array or camera ({error!r})"]
-    if not torch.equal(camera_to_world, torch.from_numpy(index["camera_to_world"][row])):
-        return ["camera_to_world differs from the index's"]
-    expected = standardize(camera_to_world, statistics, torch.tensor(camera, dtype=torch.float64))
-    if not torch.allclose(expected.float(), packed_pose, atol=1e-6):
-        return ["packed_pose is not camera_to_world standardized with the manifest's statistics"]
-    return []
+        parse(Recipe, manifest.recipe, f"{MANIFEST}: recipe")
+    except SitdistError as error:
+        problems.append(str(error))
+    for split in manifest.splits:
+        problems += _verify_split(ShardReader(store, split))
+    return [problem.removeprefix(f"{store.folder}/") for problem in problems]
 
 
-def info(out: Path) -> str:
-    """A few lines that say what a dataset holds."""
-    manifest = load_manifest(out)
+def _verify_codec(store: Store, manifest: DatasetManifest) -> Iterator[str]:
+    folder = store.folder / "codec"
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_dir() and name not in manifest.codec_files and not path.name.startswith("."):
+            yield f"codec/{name}: not in the manifest; remove it"
+    whole = True
+    for name, expected in manifest.codec_files.items():
+        path = store.path(f"codec/{name}", expected)
+        if not path.is_file() or file_sha256(path) != expected:
+            yield f"codec/{name}: missing or altered; {BUILD_AGAIN}"
+            whole = False
+    if not whole:
+        return
+    try:
+        identity = load_codec(folder).identity()
+    except SitdistError as error:
+        yield str(error)
+        return
+    for key in identity | manifest.codec:
+        ours, theirs = manifest.codec.get(key), identity.get(key)
+        if ours != theirs:
+            yield f"{MANIFEST}: codec {key} is {ours!r:.80} but the codec folder's is {theirs!r:.80}; {BUILD_AGAIN}"
+
+
+def _verify_split(reader: ShardReader) -> Iterator[str]:
+    samples, whole, first = _Samples(reader), True, 0
+    for number, shard in enumerate(reader.shards):
+        try:
+            index = reader.index(number)
+            with reader.open_tar(number) as file:
+                for problem in _verify_tar(file, shard, index, samples, first):
+                    yield f"{reader.split}/{shard.name}: {problem}"
+                    whole = False
+        except DataError as error:
+            yield str(error)
+            whole = False
+        first += shard.count
+    if not whole:
+        return
+    try:
+        poses = reader.camera_to_world()
+    except DataError as error:
+        yield str(error)
+        return
+    facts = reader.manifest.splits[reader.split].cameras
+    found = CameraFacts(
+        looks_at_origin=bool(looks_at_origin(poses).all()),
+        upright=bool(is_upright(poses).all()),
+        same_intrinsics=samples.same_camera,
+    )
+    if facts not in (None, found):
+        yield f"{MANIFEST}: splits.{reader.split}.cameras is {facts} but its views have {found}; {BUILD_AGAIN}"
+
+
+def _verify_tar(
+    file: BinaryIO, shard: ShardEntry, index: dict[str, np.ndarray], samples: _Samples, first: int
+) -> Iterator[str]:
+    """Read a tar once, from its first byte to its last, a sample at a time; `first` is the number of its first one."""
+    size = os.fstat(file.fileno()).st_size
+    if size < shard.bytes:
+        lost = int((index["stop"] > size).sum())
+        yield f"truncated: {size} of {shard.bytes} bytes, {lost} of {shard.count} samples lost; build again"
+        return
+    digest, whole = hashlib.sha256(), True
+    for row in range(shard.count):
+        data = file.read(int(index["stop"][row] - index["start"][row]))
+        digest.update(data)
+        problem = samples.problem(data, first + row, {name: column[row] for name, column in index.items()})
+        if problem is not None:
+            yield f"sample {first + row:09d}: {problem}"
+            whole = False
+    padding = True
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        padding = padding and not any(chunk)
+    if not padding or size != shard.bytes or (whole and digest.hexdigest() != shard.sha256):
+        yield f"bytes outside the samples altered; {BUILD_AGAIN}"
+
+
+class _Samples:
+    """Checks the samples of a split one by one; `same_camera`: all so far have the same intrinsics."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader, self._arrays = reader, reader.manifest.arrays()
+        self._statistics = PoseStatistics.from_dict(reader.manifest.statistics)
+        self._camera: Intrinsics | None = None
+        self.same_camera = True
+
+    def problem(self, data: bytes, number: int, row: dict[str, Any]) -> str | None:
+        """What is wrong with a sample, whose part of the tar is `data` and whose row of the index is `row`."""
+        if zlib.crc32(data) != row["crc32"]:
+            return f"bytes altered (CRC differs); {BUILD_AGAIN}"
+        try:
+            members = sample_members(data, f"{number:09d}", self._reader.members)
+            arrays = {}
+            for name, (dtype, shape) in self._arrays.items():
+                arrays[name] = parse_npy(members[f"{name}.npy"][1], dtype, shape)
+            meta = parse_meta(members["meta.json"][1], self._reader.manifest.image_size, "meta.json")
+            if IMAGE_MEMBER in members:
+                self._reader.images([number])
+        except (DataError, ValueError) as error:
+            return str(error).rpartition(f"sample {number:09d}: ")[2]
+        self._camera = self._camera or meta.camera
+        self.same_camera = self.same_camera and meta.camera == self._camera
+        where = {name.partition(".")[0]: int(row["start"]) + at for name, (at, _) in members.items()}
+        size = len(members[IMAGE_MEMBER][1]) if IMAGE_MEMBER in members else 0
+        for field in ("moments", "packed_pose", "image"):
+            if row[field] != where.get(field, 0):
+                return f"the index says that {field} begins at byte {row[field]}, and it does at {where.get(field, 0)}"
+        if row["image_bytes"] != size:
+            return f"the index says that the picture has {row['image_bytes']} bytes, and it has {size}"
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                return f"{name} holds NaN or infinity; {BUILD_AGAIN}"
+        if meta.label != row["label"]:
+            return f"meta.json has label {meta.label} and the index {row['label']}; {BUILD_AGAIN}"
+        pose = torch.from_numpy(arrays["camera_to_world"])
+        if not np.array_equal(arrays["camera_to_world"], row["camera_to_world"]):
+            return "camera_to_world differs from the index's"
+        if not math.isclose(meta.radius, float(camera_radius(pose)), rel_tol=RADIUS_TOLERANCE):
+            return f"meta.json has radius {meta.radius} and the pose {float(camera_radius(pose))}; {BUILD_AGAIN}"
+        expected = standardize(pose, self._statistics, torch.tensor(meta.camera.normalized(), dtype=torch.float64))
+        if not torch.allclose(expected.float(), torch.from_numpy(arrays["packed_pose"]), atol=1e-6):
+            return "packed_pose is not camera_to_world standardized with the manifest's statistics"
+        return None
+
+
+def info(dataset: str | Path) -> str:
+    """A few lines that say what a dataset holds, given as a folder or an fsspec URL."""
+    manifest = load_manifest(open_store(dataset).folder)
     latent, psnr = manifest.latent, manifest.codec_psnr
     lines = [
         f"{manifest.name}: {manifest.image_size}x{manifest.image_size} pixels, latents "

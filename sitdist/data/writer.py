@@ -6,16 +6,12 @@ after any number of interruptions.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import os
 import platform
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from contextlib import ExitStack, contextmanager
-from errno import ENOLCK, ENOSYS, ENOTSUP
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,11 +35,13 @@ from sitdist.data.shard import SampleMaker, Shard, Split, Written, shards_of, wr
 from sitdist.data.sources import open_source
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.flow import draws
-from sitdist.geometry.camera import camera_radius
+from sitdist.geometry.camera import camera_radius, is_upright, looks_at_origin
 from sitdist.geometry.packing import PoseStatistics
-from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, flush_folder, write_atomically, write_folder
+from sitdist.io.atomic import PREFIX, file_sha256, write_atomically, write_folder
+from sitdist.io.json_file import read_json, write_json
 from sitdist.io.memory import require_memory
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
+from sitdist.runs.ownership import check_ours, only_writer
 from sitdist.runtime import Agreement, helper_threads
 
 log = logging.getLogger("sitdist")
@@ -72,8 +70,6 @@ def build(
             if agreement.rank == 0:
                 held.enter_context(_begin(recipe, out, splits, plan, pool))
         with agreement.together():
-            if agreement.rank > 0:
-                held.enter_context(_join(out))
             codec = load_codec(out / "codec")  # always used from there
             train = splits["train"]
             intrinsics = train.intrinsics if recipe.packing == "intrinsics" else None
@@ -194,91 +190,32 @@ def _check_same_plans(out: Path, plans: Sequence[dict[str, Any]]) -> None:
 
 @contextmanager
 def _begin(recipe: Recipe, out: Path, splits: dict[str, Split], plan: dict[str, Any], pool: Executor) -> Iterator[None]:
-    """Within `with`: the folder is this build's, with its plan and its codec, and no other build can begin there."""
+    """Within `with`: the folder is this build's alone, with its plan and its codec."""
     _refuse_finished(out)
-    codec = None
-    if not (out / "build.json").is_file():
-        _check_empty(out)
-        codec = _make_codec(recipe, splits["train"], pool)  # before anything is written: it may not be there or not fit
-    with _open_plan(out / "build.json") as handle:
-        _lock(handle, fcntl.LOCK_EX, out)
+    with only_writer(out, "dataset"):
         _refuse_finished(out)  # by a build that has ended meanwhile
-        if os.fstat(handle).st_size == 0:
-            _write_plan(handle, plan, out / "build.json")
-        else:
+        begun = (out / "build.json").exists()
+        if begun:
             _check_plan(out, plan)
             _tidy_up(out)
         if not (out / "codec").is_dir():
-            write_folder(out / "codec", (codec or _make_codec(recipe, splits["train"], pool)).save)
-        _lock(handle, fcntl.LOCK_SH, out)  # the other processes of this build hold it too
-        yield
-
-
-@contextmanager
-def _join(out: Path) -> Iterator[None]:
-    """Within `with`: this process belongs to the build that the main one has begun, which lasts until the last ends."""
-    with _open_plan(out / "build.json") as handle:
-        _lock(handle, fcntl.LOCK_SH, out)
+            codec = _make_codec(recipe, splits["train"], pool)  # before the plan is written: it may not fit
+            if not begun:
+                write_json(out / "build.json", plan)
+            write_folder(out / "codec", codec.save)
         yield
 
 
 def _refuse_finished(out: Path) -> None:
-    if (out / "manifest.json").exists():
-        (out / "build.json").unlink(missing_ok=True)
+    """DataError if the folder holds a finished dataset, or is not ours to write in."""
+    if check_ours(out, "dataset") and (out / "manifest.json").exists():
+        (out / "build.json").unlink(missing_ok=True)  # of a build that was killed at its very end
         raise DataError(f"{out}: a finished dataset is there; give another --out, or remove the folder to build again")
-
-
-def _check_empty(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file; give another --out")
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty and no unfinished build; give another --out")
-
-
-@contextmanager
-def _open_plan(path: Path) -> Iterator[int]:
-    """A handle on build.json, which is made, empty, if it is not there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, kind: int, out: Path) -> None:
-    """Lock build.json until it is closed, even by the end of the process; DataError if another build holds it."""
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(
-            f"{out}: another build is at work there; wait until it has ended, or give another --out"
-        ) from None
-    except OSError as error:
-        if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
-            raise cannot_write(out / "build.json", error) from None
-        log.warning("%s: its file system has no locks; see to it that no other build is at work there", out)
-
-
-def _write_plan(handle: int, plan: dict[str, Any], path: Path) -> None:
-    try:
-        os.write(handle, (json.dumps(plan, indent=1) + "\n").encode())
-        os.fsync(handle)
-        flush_folder(path.parent)
-    except OSError as error:
-        path.unlink()
-        raise cannot_write(path, error) from None
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     """DataError unless the unfinished build in the folder was begun with this plan."""
-    try:
-        begun = dict(json.loads((out / "build.json").read_text()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{out}/build.json: damaged ({error}); remove the folder and build again") from None
+    begun = read_json(out / "build.json", "remove the folder and build again")
     here, there = plan["environment"], begun.pop("environment", {})
     if begun != {key: value for key, value in plan.items() if key != "environment"}:
         raise DataError(
@@ -432,16 +369,10 @@ def _split_entry(split: Split, written: Sequence[Written]) -> SplitEntry:
 
 
 def _camera_facts(split: Split) -> CameraFacts:
-    poses = split.camera_to_world
-    right, up, backward, position = poses[:, :3, :4].unbind(-1)  # [n, 3] each
-    distance = (position * backward).sum(-1)  # of the origin, along the line of sight
-    beside = torch.linalg.vector_norm(position - distance[:, None] * backward, dim=-1)
-    aimed = (beside <= 1e-4 * camera_radius(poses)) & (distance > 0)
-    level = (right[:, 2].abs() <= 1e-4) & (up[:, 2] >= -1e-4)
     first = split.source.intrinsics(int(split.indices[0]))
     return CameraFacts(
-        looks_at_origin=bool(aimed.all()),
-        upright=bool(level.all()),
+        looks_at_origin=bool(looks_at_origin(split.camera_to_world).all()),
+        upright=bool(is_upright(split.camera_to_world).all()),
         same_intrinsics=all(split.source.intrinsics(view) == first for view in split.indices.tolist()),
     )
 
@@ -472,8 +403,7 @@ def _held_out_psnr(written: dict[str, list[Written]]) -> CodecPsnr | None:
 
 def _finish(out: Path, manifest: DatasetManifest) -> None:
     """Write what makes the folder a dataset."""
-    provenance = json.dumps(_environment(), indent=1) + "\n"
-    write_atomically(out / "provenance.json", lambda path: path.write_text(provenance))
+    write_json(out / "provenance.json", _environment())
     text = manifest.model_dump_json(indent=1) + "\n"
     write_atomically(out / "manifest.json", lambda path: path.write_text(text))
     (out / "build.json").unlink(missing_ok=True)

@@ -8,7 +8,6 @@ OUT/table.md  table.html  strip.png
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -25,18 +24,23 @@ from sitdist.config import Config, ModelConfig, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.rewrite import NewMoments, rewrite
-from sitdist.errors import ConfigError
+from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
+from sitdist.evaluate.report.stored import Metrics, load_evaluation
+from sitdist.evaluate.report.tables import Column
 from sitdist.evaluate.report.template import data_uri, render
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import write_atomically
+from sitdist.io.json_file import read_json, write_json
 from sitdist.model.codec import Codec, latent_mean, load_codec
+from sitdist.runs.ownership import check_ours, only_writer
 from sitdist.train.checkpoint import dataset_fingerprint
 from sitdist.train.trainer import train
 
 log = logging.getLogger("sitdist")
 
+PLAN = "ablation.json"
 STEPS = 1500
 TOKENS = 4  # a side
 FLOW = {"sigma": 0.1, "share_at_one": 0.25, "share_at_zero": 0.15}
@@ -145,21 +149,26 @@ def ablate(
     split = split or next((name for name in manifest.splits if name not in ("train", "val")), "val")
     if split == "train" or split not in manifest.splits:
         raise ConfigError(f"--split {split}: not to be evaluated; {dataset} has {', '.join(manifest.splits)}")
-    _check_same(out, {"dataset": dataset_fingerprint(dataset), "steps": steps, "split": split})
-    for number, variant in enumerate(VARIANTS, 1):
-        log.info("%d of %d: %s (%s)", number, len(VARIANTS), variant.name, variant.what)
-        _run(variant, dataset, out / variant.name, steps, split, model or _model(manifest))
-    return _write_table(out, split, steps)
+    plan = {"dataset": dataset_fingerprint(dataset), "steps": steps, "split": split}
+    if check_ours(out, "ablation") and (out / PLAN).exists():
+        _check_same(out, plan)
+    with only_writer(out, "ablation"):
+        if not (out / PLAN).exists():
+            write_json(out / PLAN, plan)
+        _check_same(out, plan)
+        for number, variant in enumerate(VARIANTS, 1):
+            log.info("%d of %d: %s (%s)", number, len(VARIANTS), variant.name, variant.what)
+            _run(variant, dataset, out / variant.name, steps, split, model or _model(manifest))
+        return _write_table(out, split, steps)
 
 
 def _check_same(out: Path, plan: dict[str, Any]) -> None:
-    path = out / "ablation.json"
-    if not path.is_file():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(plan) + "\n"))
-    begun = json.loads(path.read_text())
+    begun = read_json(out / PLAN, "give another --out", ConfigError)
     for name, value in plan.items():
         if begun.get(name) != value:
-            raise ConfigError(f"{out}: was begun with {name} {begun.get(name)}, not {value}; give another --out")
+            raise ConfigError(
+                f"{out}: was begun with {name} {str(begun.get(name))[:80]}, not {value}; give another --out"
+            )
 
 
 def _model(manifest: DatasetManifest) -> ModelConfig:
@@ -204,30 +213,30 @@ def _config(variant: Variant, data: Path, steps: int, model: ModelConfig) -> Con
 
 # --------------------------------------------------------------------------------------------------------------- table
 
-HEADS = (
-    "variant",
-    "what",
-    "rotation (deg)",
-    "median",
-    "translation",
-    "PSNR (dB)",
-    "ceiling",
-    "SSIM",
-    "noise floor (deg)",
+COLUMNS = (
+    Column("", "rotation (deg)", "rotation_error_deg"),
+    Column("", "median", "rotation_error_deg", "median"),
+    Column("", "translation", "translation_error", style=".3f"),
+    Column("", "PSNR (dB)", "psnr"),
+    Column("", "ceiling", "codec_psnr"),
+    Column("", "SSIM", "ssim", style=".3f"),
 )
+HEADS = ("variant", "what", *(column.head for column in COLUMNS), "noise floor (deg)")
 
 
 def _write_table(out: Path, split: str, steps: int) -> str:
-    rows = [
-        _row(variant, json.loads((out / variant.name / "eval" / "metrics.json").read_text())) for variant in VARIANTS
-    ]
-    first = json.loads((out / VARIANTS[0].name / "eval" / "metrics.json").read_text())
-    augmented = ", radius augmented" if first["radius_augmented"] else ""
-    count = max(row["n"] for row in first["rows"])
-    title = f"Ablation on {first['dataset']}{augmented}: {steps} steps each, {count} views of {split}, means"
+    found = [load_evaluation(out / variant.name / "eval") for variant in VARIANTS]
+    for each in found:
+        if not each.metrics.rows or "rendered" not in each.pictures:
+            raise DataError(f"{each.folder}: holds no pictures by radius; delete it and run the same command again")
+    first = found[0].metrics
+    rows = [_row(variant, each.metrics) for variant, each in zip(VARIANTS, found, strict=True)]
+    augmented = ", radius augmented" if first.radius_augmented else ""
+    count = max(row.n for row in first.rows)
+    title = f"Ablation on {first.dataset}{augmented}: {steps} steps each, {count} views of {split}, means"
     lines = [" | ".join(cells) for cells in (HEADS, ["---"] * len(HEADS), *rows)]
     text = "\n".join([title, "", *(f"| {line} |" for line in lines)]) + "\n"
-    strip = _strip(out)
+    strip = _strip([each.pictures for each in found])
     names = ["true", *(variant.name for variant in VARIANTS)]
     rendered = render("ablate.html.jinja", title=title, heads=HEADS, rows=rows, strip=data_uri(strip), names=names)
     write_atomically(out / "strip.png", lambda path: path.write_bytes(strip))
@@ -236,33 +245,26 @@ def _write_table(out: Path, split: str, steps: int) -> str:
     return text
 
 
-def _row(variant: Variant, metrics: dict[str, Any]) -> list[str]:
+def _row(variant: Variant, metrics: Metrics) -> list[str]:
     """The cells of a variant: means over all views."""
-    row = max(metrics["rows"], key=lambda each: each["n"])
-    rotation = row["rotation_error_deg"]
+    row = max(metrics.rows, key=lambda each: each.n)
+    floor = metrics.floors.get("rotation_error_deg")
     return [
         variant.name,
         variant.what,
-        f"{rotation['mean']:.2f}",
-        f"{rotation['median']:.2f}",
-        f"{row['translation_error']['mean']:.3f}",
-        f"{row['psnr']['mean']:.2f}",
-        f"{row['codec_psnr']['mean']:.2f}",
-        f"{row['ssim']['mean']:.3f}",
-        f"{metrics['noise_floor']['rotation_deg']:.2f}",
+        *(column.cell(row) for column in COLUMNS),
+        "n/a" if floor is None else f"{floor:.2f}",
     ]
 
 
-def _strip(out: Path) -> bytes:
+def _strip(found: list[dict[str, np.ndarray]]) -> bytes:
     """A PNG of rows: the true views, then for every variant the views rendered from their poses."""
     rows: list[np.ndarray] = []
-    for variant in VARIANTS:
-        with np.load(out / variant.name / "eval" / "images.npz", allow_pickle=False) as pictures:
-            chosen = (
-                np.linspace(0, len(pictures["key"]) - 1, min(STRIP_VIEWS, len(pictures["key"]))).round().astype(int)
-            )
-            rows += [] if rows else [pictures["true"][chosen]]
-            rows.append(pictures["rendered"][chosen])
+    for pictures in found:
+        count = len(pictures["key"])
+        chosen = np.linspace(0, count - 1, min(STRIP_VIEWS, count)).round().astype(int)
+        rows += [] if rows else [pictures["true"][chosen]]
+        rows.append(pictures["rendered"][chosen])
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "PNG")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import DataError
+from sitdist.evaluate.schema import Angle, Length
 from sitdist.flow import draws
 from sitdist.flow.endpoint import pose_endpoint
 from sitdist.geometry.packing import PoseStatistics, destandardize, standardize, unpack
@@ -32,8 +33,8 @@ def constant_pose(camera_to_world: Tensor) -> Tensor:
 class NoiseFloor:
     """Mean errors that the endpoint's own noise leaves in a packed pose: degrees, and the dataset's units."""
 
-    rotation_deg: float
-    translation: float
+    rotation_deg: Angle
+    translation: Length
 
 
 def noise_floor(

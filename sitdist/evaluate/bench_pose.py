@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from sitdist.config import EvaluateConfig, parse
-from sitdist.errors import ConfigError
+from sitdist.data.format import load_manifest
+from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.poses import PoseReader
-from sitdist.evaluate.views import SplitViews, ViewBatch
+from sitdist.evaluate.views import SplitViews, ViewBatch, check_codec
 from sitdist.flow.estimate import SOURCE_STEPS, EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.predict import guided
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 from sitdist.runtime import log
 from sitdist.train.checkpoint import LoadedRun, load_run
@@ -36,6 +38,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"estimator": "source"},
 )
 PROTOCOL_VIEWS = 8  # read by the source's protocol, one at a time
+PIXEL_BYTES = 24  # of a view's pixels while they are loaded
 BEST_OF = 3  # rounds of the fast way
 
 
@@ -50,7 +53,9 @@ class Errors:
 
     @classmethod
     def of(cls, estimated: Tensor, true: Tensor) -> Errors:
-        """Of estimated and true camera_to_world [N, 4, 4]."""
+        """Of estimated and true camera_to_world [N, 4, 4]; DataError if one is not finite."""
+        if not estimated.isfinite().all():
+            raise DataError("a pose that was read is not finite; the checkpoint has diverged, use an earlier one")
         rotation = rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3])
         translation = translation_error(estimated, true)
         return cls(*(float(value) for each in (rotation, translation) for value in (each.mean(), each.quantile(0.5))))
@@ -113,6 +118,9 @@ def bench_pose(runs: Sequence[Path], split: str, views: int | None, batch: int, 
     One step and the source's protocol are also measured on the first PROTOCOL_VIEWS: the protocol reads one picture at
     a time by 249 explicit Euler steps with guidance, which evaluates every step twice.
     """
+    for name, value in (("views", views), ("batch", batch)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected 1 or more")
     rows: list[Row] = []
     protocols: list[Protocols] = []
     skipped: list[str] = []
@@ -144,9 +152,13 @@ def _settings(loaded: LoadedRun, way: dict[str, Any]) -> EvaluateConfig:
 
 
 def _load(loaded: LoadedRun, split: str, views: int | None, device: str) -> ViewBatch:
-    of_split = SplitViews(Path(loaded.config.data), split, None, None)
-    references = sorted(of_split.references(), key=lambda view: view.position)
-    batch = of_split.load(tuple(references[:views]))
+    data = Path(loaded.config.data)
+    check_codec(data, load_manifest(data), loaded)
+    of_split = SplitViews(data, split, None, None)
+    references = sorted(of_split.references(), key=lambda view: view.position)[:views]
+    need = PIXEL_BYTES * len(references) * loaded.manifest.image_size**2
+    require_memory(need, f"{len(references):,} views", "give fewer by --views")
+    batch = of_split.load(tuple(references))
     return ViewBatch(**{name: value.to(device) for name, value in vars(batch).items()})
 
 
@@ -197,6 +209,8 @@ def _name(settings: EvaluateConfig) -> str:
 def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Protocols:
     reader = PoseReader.open(loaded, _settings(loaded, {"estimator": "one_step"}))
     latents, labels, true = latent_mean(views.moments), views.labels, views.camera_to_world
+    need = 4 * batch * latents[0].numel()
+    require_memory(need, f"a batch of {batch:,} views", "give a smaller --batch")
     repeats = -(-batch // len(labels))  # a whole batch, also of few views
     many, of_many = (each.repeat(repeats, *[1] * (each.ndim - 1))[:batch] for each in (latents, labels))
     device, few = labels.device, min(PROTOCOL_VIEWS, len(labels))

@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sitdist.config import Positive, Schema, parse
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.poses import OF_PICTURES
+from sitdist.evaluate.views import check_codec
 from sitdist.flow.calibration import BAR_LEVELS, FEWEST, LEVELS, Calibration, fit_calibration, rendered_mean
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
-from sitdist.io.atomic import write_atomically
+from sitdist.io.json_file import read_json, write_json
 from sitdist.model.codec import latent_mean
+from sitdist.runs.ownership import check_ours
 from sitdist.train.build import build_estimate
 from sitdist.train.checkpoint import LoadedRun, load_run
 
@@ -70,7 +73,7 @@ class RunCalibration:
 
     def sha256(self) -> str:
         """What tells this calibration from others."""
-        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_dict(), allow_nan=False).encode()).hexdigest()
 
     def fill(self, loaded: LoadedRun, estimate: PoseEstimate, latents: Tensor, labels: Tensor) -> PoseEstimate:
         """The estimate of latents [B, C, h, w], labels [B], with its error bars and its trust."""
@@ -93,31 +96,54 @@ def load_calibration(run: Path, loaded: LoadedRun, options: EstimateOptions) -> 
     """The run's calibration for poses read so, or None and why there is none; ConfigError if the file is damaged."""
     path = Path(run) / FILE
     again = f"`sitdist calibrate {run} --split SPLIT`"
-    if not path.is_file():
+    kept = read_calibration(run)
+    if kept is None:
         return None, f"not calibrated; fit error bars with {again}"
-    kept = _read(path)
     if kept.weights != weights_sha256(loaded.model):
         return None, f"{path} is of other weights than those of step {loaded.step}; calibrate again with {again}"
     if kept.estimator != _plain(options):
         return None, f"{path} is of the estimator {kept.estimator}, not {_plain(options)}; calibrate again for it"
+    scale, latent = kept.calibration.residual_scale, loaded.manifest.latent
+    if scale is not None and scale.shape != (latent.channels, latent.height, latent.width):
+        raise ConfigError(
+            f"{path}: residual_scale {list(scale.shape)} is not of the latents; calibrate again by {again}"
+        )
     return kept, ""
 
 
 def _plain(options: EstimateOptions) -> dict[str, Any]:
     """The options as JSON gives them back."""
-    return json.loads(json.dumps(asdict(options)))
+    return json.loads(json.dumps(asdict(options), allow_nan=False))
 
 
-def _read(path: Path) -> RunCalibration:
+class _File(Schema):
+    """calibration.json."""
+
+    format: int
+    weights: str
+    estimator: dict[str, Any]
+    dataset: str
+    split: str
+    split_sha256: str
+    views: Positive
+    levels: list[float]
+    calibration: dict[str, Any]
+
+
+def read_calibration(run: Path) -> RunCalibration | None:
+    """What `calibrate` wrote, or None where there is nothing; ConfigError if it is damaged."""
+    path, remedy = Path(run) / FILE, "delete it and run `sitdist calibrate` again"
+    if not path.exists():
+        return None
+    values = read_json(path, remedy, ConfigError)
     try:
-        values = json.loads(path.read_text())
-        if values.pop("format") != FORMAT:
-            raise ValueError(f"not of format {FORMAT}")
-        if tuple(values.pop("levels")) != LEVELS:
-            raise ValueError("of other levels")
-        return RunCalibration(**values | {"calibration": Calibration.from_dict(values["calibration"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a calibration ({error}); delete it and run `sitdist calibrate` again") from None
+        kept = dict(parse(_File, values, str(path)))
+        if (kept.pop("format"), tuple(kept.pop("levels"))) != (FORMAT, LEVELS):
+            raise ValueError(f"not of format {FORMAT}, or of other levels")
+        return RunCalibration(**kept | {"calibration": Calibration.from_dict(kept["calibration"])})
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")[:160]
+        raise ConfigError(f"{path}: not a calibration ({reason}); {remedy}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- fitting
@@ -140,6 +166,10 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     ConfigError for the training split, whose errors are smaller than others', and for a model that reads no poses.
     """
     run = Path(run)
+    if options.batch is not None and options.batch < 1:
+        raise ConfigError(f"--batch {options.batch}: expected 1 or more")
+    if not check_ours(run, "run"):
+        raise DataError(f"{run}: no run; give the --out of `sitdist train`")
     loaded = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     settings = loaded.config.evaluate
     why_not = loaded.config.flow.why_no_pose()
@@ -165,8 +195,7 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
         split_sha256=split_fingerprint(manifest, options.split),
         views=manifest.splits[options.split].count,
     )
-    text = json.dumps(kept.to_dict(), indent=1, allow_nan=False) + "\n"
-    write_atomically(run / FILE, lambda path: path.write_text(text))
+    write_json(run / FILE, kept.to_dict())
     return kept
 
 
@@ -178,8 +207,7 @@ def _check_split(data: Path, manifest: DatasetManifest, loaded: LoadedRun, split
             f"--split {split}: the run was trained on these views, so that their errors are smaller than others'; "
             "calibrate on a split that was held out"
         )
-    if manifest.codec != loaded.manifest.codec:
-        raise ConfigError(f"{data}: encoded by another codec than the run's; build it with the codec in the run")
+    check_codec(data, manifest, loaded)
     if manifest.splits[split].count < FEWEST:
         raise DataError(
             f"{data}: split '{split}' has {manifest.splits[split].count} views, too few to calibrate on; "

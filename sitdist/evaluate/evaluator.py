@@ -11,46 +11,51 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 import platform
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 import sitdist
 from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
 from sitdist.data.format import DatasetManifest, load_manifest
 from sitdist.data.reader import ShardReader
-from sitdist.errors import CodecError, ConfigError, DataError
+from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate import calibrate, metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.coverage import coverage_counts
 from sitdist.evaluate.poses import OF_PICTURES, PoseReader
 from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
-from sitdist.evaluate.units import Unit, ViewRecord, make_units, merge_pictures, pictured, save_arrays, thinned
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
-from sitdist.evaluate.work import Job, Producer, do_jobs, merge, plan_conflict, prepare
+from sitdist.evaluate.units import BINS_AT_MOST, RECORD, Unit, ViewRecord, make_units, merge_pictures, pictured, thinned
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, check_codec, to_uint8
+from sitdist.evaluate.work import Job, Producer, do_jobs, do_left, merge, plan_conflict, prepare
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.io.atomic import write_atomically
+from sitdist.io.json_file import write_json
+from sitdist.io.npz import save_arrays
 from sitdist.model.codec import latent_mean
+from sitdist.runs.ownership import check_ours, only_writer
 from sitdist.runtime import log, processes
 from sitdist.train.build import build_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun, load_run
 from sitdist.train.posthoc_ema import use_average
 
+VIEWS_AT_MOST = 2_000_000
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers")
 
 
@@ -92,15 +97,16 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
     """Evaluate `run`: write records.csv, metrics.json, images.npz and the report; returns the folder they are in.
 
     Started again it goes on with the units that are not on disk yet, on any number of processes; a folder that holds
-    units of another checkpoint, dataset or option is a ConfigError. Every process calls it; the main one merges.
+    units of another checkpoint, dataset or option is a ConfigError, one that is another's or in use a DataError. Every
+    process calls it; the main one is the folder's only writer meanwhile, and merges.
     """
-    with processes() as (accelerator, agreement):
+    with processes() as (accelerator, agreement), ExitStack() as held:
         main = accelerator.is_main_process
         with agreement.together():
             evaluation, producers = _open_all(Path(run), options, accelerator.device)
         with agreement.together():
             if main:
-                _check_beside(evaluation)
+                _take_folders(evaluation, producers, held)
             pending = [prepare(producer) for producer in producers] if main else []
         pending = agreement.of_main(pending)
         jobs = [len(producer.jobs()) for producer in producers]
@@ -111,6 +117,7 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
         agreement.barrier()
         with agreement.together():
             if main:
+                do_left(producers)
                 _write_all(evaluation, producers)
     return evaluation.out
 
@@ -130,6 +137,20 @@ def _open_all(run: Path, options: EvalOptions, device: torch.device) -> tuple[_E
         else:
             producers.append(_experiment(name, evaluation, options))
     return evaluation, producers
+
+
+def _take_folders(evaluation: _Evaluation, producers: list[Producer], held: ExitStack) -> None:
+    """Become the only writer in the folders of the evaluation and its producers until `held` ends.
+
+    Nothing is written unless all of them are ours or new, and hold nothing that disagrees.
+    """
+    folders = dict.fromkeys([evaluation.out, *(producer.out for producer in producers)])
+    for folder in folders:
+        check_ours(folder, "evaluation")
+    _check_beside(evaluation)
+    for folder in folders:
+        held.enter_context(only_writer(folder, "evaluation"))
+    _check_beside(evaluation)  # again, as another process may have written there meanwhile
 
 
 def _check_beside(evaluation: _Evaluation) -> None:
@@ -208,6 +229,7 @@ class _Evaluation:
     background: Tensor | None
     plan: dict[str, Any]
     device: torch.device
+    record: ClassVar[TypeAdapter[Any]] = RECORD
 
     @cached_property
     def training_views(self) -> TrainingViews:
@@ -363,8 +385,7 @@ class _Evaluation:
 
     def write_summary(self, records: list[ViewRecord], symmetries: Symmetries | None = None) -> None:
         """metrics.json, without rows where there are no records."""
-        summary = json.dumps(self._summary(records, symmetries), indent=2, allow_nan=False) + "\n"
-        write_atomically(self.out / "metrics.json", lambda path: path.write_text(summary))
+        write_json(self.out / "metrics.json", self._summary(records, symmetries))
 
     def _summary(self, records: list[ViewRecord], symmetries: Symmetries | None) -> dict[str, Any]:
         settings, flow, endpoint = self.settings, self.loaded.config.flow, self.loaded.endpoint
@@ -409,11 +430,6 @@ class _Evaluation:
             "labels": label_rows(records, {entry.label: entry.name for entry in self.loaded.manifest.objects}),
         }
 
-    def _bars_held(self, records: list[ViewRecord]) -> dict[str, Any] | None:
-        if self.calibration is None or not records:
-            return None
-        return calibrate.coverage_summary(self.calibration, records)
-
     def _provenance(self) -> dict[str, str]:
         """What was run on what."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
@@ -441,7 +457,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
         use_average(loaded.model, run, loaded.step, settings.average)
     data = Path(options.data or loaded.config.data)
     manifest = load_manifest(data)
-    _check_codec(data, manifest, loaded)
+    check_codec(data, manifest, loaded)
     poses = PoseReader.open(loaded, settings)
     views, title = _choose_views(data, manifest, loaded, options, settings, device)
     units = make_units(thinned(views.references(), options.max_views), settings.batch)
@@ -501,19 +517,8 @@ def _calibration(
     if calibration is None:
         return None, why_not
     if options.split is not None or options.radii is None:
-        calibration.refuse_views_of(manifest, options.split or "test")
+        calibration.refuse_views_of(manifest, "test" if options.split is None else options.split)
     return calibration, why_not
-
-
-def _check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:
-    """CodecError with both values unless the dataset was encoded by the run's codec."""
-    ours, theirs = loaded.codec.identity(), manifest.codec
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise CodecError(
-                f"{data / 'manifest.json'}: codec {name} {theirs.get(name)} but the run's is {ours.get(name)}; "
-                "build the dataset with the codec that the run was trained on"
-            )
 
 
 def _training_folder(loaded: LoadedRun, data: Path) -> Path:
@@ -541,8 +546,16 @@ def _choose_views(
         raise ConfigError(f"--radii {radii[0]}:{radii[1]}: expected whole numbers A:B with 1 <= A < B, such as 1:7")
     if count is not None and not 0 < count <= VIEWS_PER_BIN_AT_MOST:
         raise ConfigError(f"--views-per-radius {count}: expected 1 to {VIEWS_PER_BIN_AT_MOST:,}")
+    if radii is not None and (
+        radii[1] - radii[0] > BINS_AT_MOST or (radii[1] - radii[0]) * (count or 1) > VIEWS_AT_MOST
+    ):
+        raise ConfigError(
+            f"--radii {radii[0]}:{radii[1]}: at most {BINS_AT_MOST:,} bins and {VIEWS_AT_MOST:,} views are evaluated; "
+            "give fewer, or a lower --views-per-radius"
+        )
     limits = None if radii is None else (int(radii[0]), int(radii[1]))
-    name = f"radii_{limits[0]}-{limits[1]}" if limits else (options.split or "test")
+    split = "test" if options.split is None else options.split
+    name = f"radii_{limits[0]}-{limits[1]}" if limits else split
     source = parse(Recipe, manifest.recipe, f"{data / 'manifest.json'}: recipe").splits["train"]
     if limits and options.split is None and isinstance(source, SceneSource):
         if count is None:
@@ -551,7 +564,6 @@ def _choose_views(
             )
         codec = loaded.codec
         return SceneViews(source, manifest.image_size, codec, limits, count, settings.seed, device), name
-    split = options.split or "test"
     if split not in manifest.splits:
         raise ConfigError(f"{data}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
     return SplitViews(data, split, limits, count), name if options.split is None or not limits else f"{split}_{name}"
@@ -570,6 +582,6 @@ def _plan(
         "split": title,
         "units": len(units),
         "views": hashlib.sha256(views.encode()).hexdigest(),
-        **settings.model_dump(exclude={"lpips_backbone"}),
+        **settings.model_dump(mode="json", exclude={"lpips_backbone"}),
         "lpips": None if lpips is None else lpips.identity(),
     }

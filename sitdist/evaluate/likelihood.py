@@ -15,15 +15,18 @@ from tqdm import tqdm
 from sitdist import checks
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import ShardReader
-from sitdist.errors import ConfigError
+from sitdist.errors import ConfigError, DataError
+from sitdist.evaluate.views import check_codec
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import PoseStatistics, standardize
-from sitdist.io.atomic import write_atomically
+from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 from sitdist.train.checkpoint import LoadedRun, load_run
 
+PROBE_BYTES = 40  # of every number of a probe while it is drawn
+STEPS_AT_MOST = 1_000_000
 LIKELIHOOD_FORMAT = "{:<24}{:>8} views   {:>10.3f} +- {:.3f} nats   {:>8.4f} +- {:.4f} bits per dimension"
 
 
@@ -36,9 +39,9 @@ class SplitLikelihood:
     dimensions: int
 
     def line(self, name: str) -> str:
-        """Means with their standard errors, as one line of text."""
+        """Means with their standard errors (nan for one view, which has none), as one line of text."""
         bits = -self.log_density / (self.dimensions * math.log(2.0))
-        error = max(len(self.keys), 1) ** -0.5
+        error = len(self.keys) ** -0.5
         values = (self.log_density.mean(), self.log_density.std() * error, bits.mean(), bits.std() * error)
         return LIKELIHOOD_FORMAT.format(name, len(self.keys), *map(float, values))
 
@@ -55,12 +58,21 @@ def split_likelihood(
     seed: int = 0,
     device: torch.device | str = "cpu",
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> SplitLikelihood:
     """Log density of the first `views` views of `split`, with `probes` Hutchinson probes each; `out`: CSV by view.
 
     Of a pose endpoint: p(latent), over the mixture of all training poses. Of a gaussian one: p(latent | pose).
+
+    ConfigError for counts below 1 or too large, and what cannot be integrated; DataError for an `out` that is there
+    already, unless it is to be overwritten, and for densities that are not finite.
     """
+    if out is not None:
+        check_free(out, overwrite)
     checks.whole("--steps", steps, 1, MOST_STEPS)
+    for name, value in (("views", views), ("probes", probes), ("batch", batch)):
+        if value is not None:
+            checks.whole(f"--{name}", value, 1)
     loaded = load_run(run, device)
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:
@@ -69,17 +81,23 @@ def split_likelihood(
     manifest = load_manifest(folder)
     if split not in manifest.splits:
         raise ConfigError(f"{folder}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
+    check_codec(folder, manifest, loaded)
     base, reader = _base(loaded, folder), ShardReader(folder, split)
     count = len(reader) if views is None else min(views, len(reader))
-    need = 60 * probes * min(batch, count) * math.prod(_shape(loaded))
-    require_memory(
-        need, f"{probes:,} probes of {min(batch, count):,} views", "give fewer --probes or a smaller --batch"
-    )
+    batch = min(batch, count)
+    need = PROBE_BYTES * probes * batch * math.prod(_shape(loaded))
+    require_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")
     densities = []
     for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
         indices = list(range(start, min(start + batch, count)))
         densities.append(_of_views(loaded, reader, indices, base, probes, method, steps, seed))
     result = SplitLikelihood([reader.keys()[i] for i in range(count)], torch.cat(densities), math.prod(_shape(loaded)))
+    bad = (~result.log_density.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise DataError(
+            f"view {result.keys[bad[0]]}: its log density is {float(result.log_density[bad[0]])}; the checkpoint has "
+            "diverged, or --steps is too low"
+        )
     if out is not None:
         _write(out, result)
     return result

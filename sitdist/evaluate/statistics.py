@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sitdist.errors import DataError
+from sitdist.evaluate.schema import Count, Number, Share
 
 THRESHOLDS = (1, 2, 5, 10, 15, 30)  # degrees, of the shares of views
 AUC_DEG = 30.0
@@ -32,20 +33,20 @@ class Summary:
     Shares of views below 1 to 30 degrees and AUC_DEFINITION are those of rotation errors only. None: not computed.
     """
 
-    mean: float
-    median: float
-    n: int
-    q25: float | None = None
-    q75: float | None = None
-    low: float | None = None
-    high: float | None = None
-    share_under_1_deg: float | None = None
-    share_under_2_deg: float | None = None
-    share_under_5_deg: float | None = None
-    share_under_10_deg: float | None = None
-    share_under_15_deg: float | None = None
-    share_under_30_deg: float | None = None
-    auc_30_deg: float | None = None
+    mean: Number
+    median: Number
+    n: Count
+    q25: Number | None = None
+    q75: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    share_under_1_deg: Share | None = None
+    share_under_2_deg: Share | None = None
+    share_under_5_deg: Share | None = None
+    share_under_10_deg: Share | None = None
+    share_under_15_deg: Share | None = None
+    share_under_30_deg: Share | None = None
+    auc_30_deg: Share | None = None
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields that apply, for metrics.json."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sitdist.evaluate.baselines import TrainingViews
+from sitdist.evaluate.schema import Angle, Count, Length, Share
 from sitdist.geometry.pose import project_to_so3, rotation_error_deg, translation_error
 
 EXAMINED_AT_MOST = 512  # views of every label, by stride
@@ -28,11 +29,11 @@ PAIRS_LISTED = 20
 class Pair:
     """Two training views that coincide, by number; their rotations differ by `angle_deg`; RMS distance of latents."""
 
-    label: int
-    a: int
-    b: int
-    angle_deg: float
-    distance: float
+    label: Count
+    a: Count
+    b: Count
+    angle_deg: Angle
+    distance: Length
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Symmetry:
     `support`: the share of the examined views whose counterpart it gives.
     """
 
-    label: int
+    label: Count
     rotation: list[list[float]]
     translation: list[float]
-    angle_deg: float
-    support: float
+    angle_deg: Angle
+    support: Share
 
     def moved(self, camera_to_world: Tensor) -> Tensor:
         """Poses [..., 4, 4] of the cameras that see the same on the other side."""
@@ -60,8 +61,8 @@ class Symmetry:
 class Symmetries:
     """What was found: how many views were examined, how many coincide with another, the nearest such pairs."""
 
-    examined: int
-    coinciding: int
+    examined: Count
+    coinciding: Count
     pairs: list[Pair]
     symmetries: list[Symmetry]
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, with_config
 
-from sitdist.io.atomic import write_atomically
+from sitdist.errors import DataError
+from sitdist.evaluate.schema import STRICT, Angle, Count, Length, Number, Pose, Share
 
 PICTURES_PER_BIN = 4
 WORST_PER_UNIT = 2
 POSE_ENTRIES = [f"{row}{column}" for row in range(3) for column in range(4)]
+BINS_AT_MOST = 10_000
 EDGE = 1e-6  # a camera this close below a bin's edge stands on it: radii are norms of rounded numbers
 
 
@@ -44,6 +46,7 @@ class Unit:
         return f"unit_{self.number:05d}"
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class ViewRecord:
     """All that is measured of one view: angles in degrees, translations in scene units, PSNR in dB.
@@ -55,36 +58,36 @@ class ViewRecord:
     """
 
     key: str
-    label: int
-    radius: float
-    bin: int
-    rotation_error_deg: float | None
-    translation_error: float | None
-    focal_error: float | None
-    mae: float | None
-    psnr: float | None
-    ssim: float | None
-    lpips: float | None
-    codec_psnr: float
-    codec_ssim: float
-    codec_mae: float
-    constant_rotation_error_deg: float
-    constant_translation_error: float
-    nearest_rotation_error_deg: float
-    nearest_translation_error: float
-    nearest_psnr: float
-    true: list[float]
-    estimated: list[float] | None
-    rotation_bar_50_deg: float | None = None  # these five: of a run that is calibrated
-    rotation_bar_90_deg: float | None = None
-    translation_bar_50: float | None = None
-    translation_bar_90: float | None = None
-    trust: float | None = None
-    object_psnr: float | None = None
-    codec_object_psnr: float | None = None
-    symmetric_rotation_error_deg: float | None = None
-    symmetric_translation_error: float | None = None
-    function_evaluations: int | None = None
+    label: Count
+    radius: Length
+    bin: Count
+    rotation_error_deg: Angle | None
+    translation_error: Length | None
+    focal_error: Length | None
+    mae: Length | None
+    psnr: Number | None
+    ssim: Number | None
+    lpips: Number | None
+    codec_psnr: Number
+    codec_ssim: Number
+    codec_mae: Length
+    constant_rotation_error_deg: Angle
+    constant_translation_error: Length
+    nearest_rotation_error_deg: Angle
+    nearest_translation_error: Length
+    nearest_psnr: Number
+    true: Pose
+    estimated: Pose | None
+    rotation_bar_50_deg: Length | None = None  # these five: of a run that is calibrated
+    rotation_bar_90_deg: Length | None = None
+    translation_bar_50: Length | None = None
+    translation_bar_90: Length | None = None
+    trust: Share | None = None
+    object_psnr: Number | None = None
+    codec_object_psnr: Number | None = None
+    symmetric_rotation_error_deg: Angle | None = None
+    symmetric_translation_error: Length | None = None
+    function_evaluations: Count | None = None
     converged: bool | None = None
 
     @property
@@ -101,15 +104,23 @@ class ViewRecord:
         return values
 
 
+RECORD = TypeAdapter(ViewRecord)
+
+
 def radius_bins(radii: list[float], limits: tuple[int, int] | None) -> tuple[list[int | None], tuple[int, int]]:
     """The unit bin [a, a + 1) of every radius and the whole range (a, b); the last bin holds its upper edge too.
 
     With `limits` = (a, b), radii outside [a, b] have no bin (None); without, the range is the smallest that holds all.
+    DataError for more than BINS_AT_MOST bins.
     """
     if limits is None:
         low = math.floor(min(radii) + EDGE)
         limits = (low, max(low + 1, math.ceil(max(radii) - EDGE)))
     low, high = limits
+    if high - low > BINS_AT_MOST:
+        raise DataError(
+            f"radii {low} to {high}: more than {BINS_AT_MOST:,} bins of width 1; give a range by --radii A:B"
+        )
     bins: list[int | None] = []
     for radius in radii:
         inside = low - EDGE <= radius <= high + EDGE
@@ -139,16 +150,6 @@ def thinned(views: list[ViewRef], at_most: int | None) -> list[ViewRef]:
         ranked.append((seen[view.bin], view.bin, view.key))
     kept = {key for _, _, key in sorted(ranked)[:at_most]}
     return [view for view in views if view.key in kept]
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Named arrays as an .npz file, written atomically."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
-    write_atomically(path, write)
 
 
 def pictured(unit: Unit, records: list[ViewRecord]) -> list[int]:

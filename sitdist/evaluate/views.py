@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from sitdist.config import SceneSource
+from sitdist.data.format import DatasetManifest
 from sitdist.data.reader import ShardReader
 from sitdist.data.scene import backdrop, cameras_at, open_scene, render
-from sitdist.errors import ConfigError, DataError
+from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.model.codec import Codec, latent_mean
+from sitdist.train.checkpoint import LoadedRun
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
 BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
@@ -65,9 +67,9 @@ class SplitViews:
         self._split, self._radii, self._limit = split, radii, views_per_radius
 
     def references(self) -> list[ViewRef]:
+        keys = self._reader.keys()
         radii = camera_radius(self._camera_to_world).tolist()
         bins, _ = radius_bins(radii, self._radii)
-        keys = self._reader.keys()
         taken: dict[int, int] = {}
         views = []
         for position in sorted(range(len(keys)), key=keys.__getitem__):
@@ -153,6 +155,17 @@ class SceneViews:
                 for pose in camera_to_world
             ]
         )
+
+
+def check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:
+    """CodecError with both values unless the dataset was encoded by the run's codec."""
+    ours, theirs = loaded.codec.identity(), manifest.codec
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise CodecError(
+                f"{data / 'manifest.json'}: codec {name} {theirs.get(name)} but the run's is {ours.get(name)}; "
+                "build the dataset with the codec that the run was trained on"
+            )
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

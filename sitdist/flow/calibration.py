@@ -203,18 +203,34 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
         """The inverse of `to_dict`; KeyError, TypeError or ValueError if it is none of its results."""
-        scale = values["residual_scale"]
-        return cls(
-            rotation=_bars(values["rotation"]),
-            translation=_bars(values["translation"]),
-            trust=Trust(**{name: tuple(value) for name, value in values["trust"].items()}),
-            residual_scale=None if scale is None else torch.tensor(scale, dtype=torch.float64),
-        )
+        given = values["residual_scale"]
+        scale = None if given is None else torch.tensor(given, dtype=torch.float64)
+        if scale is not None and not (scale.ndim == 3 and (scale > 0).all() and scale.isfinite().all()):
+            raise ValueError("residual_scale must be positive numbers [C, h, w]")
+        scores = len(SCORES) - (scale is None)
+        rotation, translation = (_bars(values[name], scores) for name in ("rotation", "translation"))
+        mean, std, worst = (_numbers(values["trust"][name]) for name in ("mean", "std", "worst"))
+        if not (len(mean) == len(std) == scores and min(std) > 0 and worst and list(worst) == sorted(worst)):
+            raise ValueError(f"trust must hold mean and std, above 0, of {scores} scores, and sorted worst ones")
+        return cls(rotation, translation, Trust(mean, std, worst), scale)
 
 
-def _bars(values: dict[str, Any]) -> Bars:
-    weights, factors = (tuple(float(each) for each in values[name]) for name in ("weights", "factors"))
-    return Bars(float(values["intercept"]), weights, factors, float(values["rms"]))
+def _bars(values: dict[str, Any], scores: int) -> Bars:
+    weights, factors = _numbers(values["weights"]), _numbers(values["factors"])
+    intercept, rms = _numbers([values["intercept"], values["rms"]])
+    if not (len(weights) == scores and min(weights) >= 0 and len(factors) == len(LEVELS)):
+        raise ValueError(f"bars must have {scores} weights, not negative, and {len(LEVELS)} factors")
+    if not (list(factors) == sorted(factors) and min(*factors, rms) >= 0):
+        raise ValueError("factors of bars must be sorted and, like rms, not negative")
+    return Bars(intercept, weights, factors, rms)
+
+
+def _numbers(values: list[float]) -> tuple[float, ...]:
+    """As they are; ValueError unless all are finite numbers."""
+    found = tuple(float(each) for each in values if isinstance(each, int | float))
+    if len(found) != len(values) or not all(map(math.isfinite, found)):
+        raise ValueError("numbers must be finite")
+    return found
 
 
 def fit_calibration(

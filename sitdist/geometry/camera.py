@@ -7,12 +7,18 @@ A pose is `camera_to_world`, [..., 4, 4]: OpenGL axes (x right, y up, the camera
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from sitdist.errors import DataError
+
+MAX_PIXELS = 89_478_485  # of a picture; Pillow warns of a decompression bomb beyond
+FOCAL_RANGE = (1e-3, 1e6)  # focal lengths, in widths or heights of the picture
+MAX_OFFSET = 1e3  # of the principal point from the middle of the picture, in its widths or heights
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,6 @@ class Intrinsics:
         """Square pixels, centred, with a horizontal field of view of `fov_deg` degrees."""
         focal = 0.5 * width / math.tan(0.5 * math.radians(fov_deg))
         return cls(focal, focal, 0.5 * width, 0.5 * height, width, height)
-
-    @classmethod
-    def from_meta(cls, values: Mapping[str, Any]) -> Intrinsics:
-        """From a mapping of fx, fy, cx, cy, width and height, among others, to numbers."""
-        return cls(*(values[name] for name in ("fx", "fy", "cx", "cy", "width", "height")))
 
     def scaled(self, factor: int) -> Intrinsics:
         """The same camera with every pixel cut into factor^2."""
@@ -62,9 +63,44 @@ class Intrinsics:
         return [self.fx, self.fy, self.cx, self.cy]
 
 
+def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
+    """DataError, naming `name`, unless they are a pinhole camera's: finite numbers within the bounds above."""
+    width, height = intrinsics.width, intrinsics.height
+    values = [*intrinsics.to_list(), width, height]
+    if not all(isinstance(value, Real) and -1e300 < value < 1e300 for value in values):
+        raise DataError(f"{name}: fx, fy, cx, cy, width, height are {values}; expected finite numbers")
+    if min(width, height) < 1 or width % 1 or height % 1 or width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: a camera for {width:.12g}x{height:.12g} pixels; expected whole numbers above 0, and at most "
+            f"{MAX_PIXELS:,} pixels in all"
+        )
+    for focal, centre, size in ((intrinsics.fx, intrinsics.cx, width), (intrinsics.fy, intrinsics.cy, height)):
+        low, high = (bound * size for bound in FOCAL_RANGE)
+        if not low <= focal <= high:
+            raise DataError(f"{name}: focal length {focal:g} for {size} pixels; expected {low:g} to {high:g} pixels")
+        if abs(centre - 0.5 * size) > MAX_OFFSET * size:
+            raise DataError(
+                f"{name}: principal point {centre:g} for {size} pixels is far outside the picture; give it in pixels"
+            )
+
+
 def camera_radius(camera_to_world: Tensor) -> Tensor:
     """Distance of the camera to the world's origin, [...]."""
     return torch.linalg.vector_norm(camera_to_world[..., :3, 3], dim=-1)
+
+
+def looks_at_origin(camera_to_world: Tensor) -> Tensor:
+    """Whether the optical axis of each camera [N, 4, 4] meets the origin, in front of it, to 1e-4 of its distance."""
+    backward, position = camera_to_world[:, :3, 2], camera_to_world[:, :3, 3]
+    distance = (position * backward).sum(-1)  # of the origin, along the line of sight
+    beside = torch.linalg.vector_norm(position - distance[:, None] * backward, dim=-1)
+    return (beside <= 1e-4 * camera_radius(camera_to_world)) & (distance > 0)
+
+
+def is_upright(camera_to_world: Tensor) -> Tensor:
+    """Whether the x axis of each camera [N, 4, 4] is level and its y axis does not point down, to 1e-4."""
+    right, up = camera_to_world[:, :3, 0], camera_to_world[:, :3, 1]
+    return (right[:, 2].abs() <= 1e-4) & (up[:, 2] >= -1e-4)
 
 
 def look_at(position: Tensor, target: Sequence[float] | Tensor = (0.0, 0.0, 0.0)) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sitdist.errors import PoseError
 
 RIGID_TOLERANCE = 1e-3
+FARTHEST = 1e12  # a camera's coordinate: beyond, squares leave little of float32
 
 
 def check_rigid(camera_to_world: Tensor, name: str) -> None:
@@ -29,6 +30,19 @@ def check_rigid(camera_to_world: Tensor, name: str) -> None:
             f"{name}: pose is not rigid (determinant {determinant:.4g}, |R^T R - I| {residual:.2g} > "
             f"{RIGID_TOLERANCE:g}); divide out scale and shear, and mirror no axis"
         )
+    if pose[:3, 3].abs().max() > FARTHEST:
+        raise PoseError(f"{name}: position {pose[:3, 3].tolist()}; expected at most {FARTHEST:g}, so change the unit")
+
+
+def are_rigid(camera_to_world: Tensor) -> Tensor:
+    """Whether `check_rigid` accepts each of the matrices [..., 4, 4]; [...] bool."""
+    pose = camera_to_world.to(torch.float64)
+    rotation, last = pose[..., :3, :3], pose.new_tensor([0.0, 0.0, 0.0, 1.0])
+    residual = (rotation.mT @ rotation - torch.eye(3).to(pose)).abs().amax((-2, -1))
+    first, second, third = rotation.unbind(-2)
+    determinant = (torch.linalg.cross(first, second) * third).sum(-1)
+    proper = (residual <= RIGID_TOLERANCE) & (determinant >= 0)
+    return proper & torch.isclose(pose[..., 3, :], last, atol=1e-6).all(-1) & pose.isfinite().all(-1).all(-1)
 
 
 def project_to_so3(matrix: Tensor) -> Tensor:

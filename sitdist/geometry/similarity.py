@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sitdist.errors import PoseError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.geometry.pose import RIGID_TOLERANCE
 
 PARALLEL = 1e-4  # smallest curvature, per camera, of the squared distance to all optical axes: below it, no centre
 LEVEL = 0.02  # mean square of the cameras' x axes along the second-flattest direction: below it, no plane is level
@@ -59,9 +61,16 @@ class Similarity:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Similarity:
-        """What `to_dict` gave."""
+        """What `to_dict` gave; ValueError, KeyError or TypeError if it is no similarity."""
         rotation, translation = (torch.tensor(values[key], dtype=torch.float64) for key in ("rotation", "translation"))
-        return cls(float(values["scale"]), rotation, translation)
+        scale, identity = float(values["scale"]), torch.eye(3, dtype=torch.float64)
+        if rotation.shape != (3, 3) or not torch.allclose(rotation @ rotation.T, identity, atol=RIGID_TOLERANCE):
+            raise ValueError(f"rotation {values['rotation']!r:.80} is no rotation")
+        if torch.linalg.det(rotation) < 0 or translation.shape != (3,) or not translation.isfinite().all():
+            raise ValueError("rotation is a mirror, or translation is not three finite numbers")
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale {scale} is not positive")
+        return cls(scale, rotation, translation)
 
 
 def capture_frame(camera_to_world: Tensor, intrinsics: Sequence[Intrinsics]) -> Similarity:

@@ -56,12 +56,20 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         raise cannot_write(folder, error) from None
 
 
-def check_free(path: Path, overwrite: bool = False) -> None:
-    """DataError if something is at `path` that may not be replaced: with `overwrite`, a file may."""
-    if not os.path.lexists(path) or (overwrite and path.is_file()):
+def check_free(path: Path, overwrite: bool | None = None) -> None:
+    """DataError if something is at `path` that may not be replaced: with `overwrite`, a file may.
+
+    None: there is no such option to tell of.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return
-    remedy = " or --overwrite" if path.is_file() else ""
-    raise DataError(f"{path}: already exists; give another name{remedy}")
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise cannot_write(path, error) from None
+    if not (overwrite and path.is_file()):
+        remedy = " or --overwrite" if overwrite is not None and path.is_file() else ""
+        raise DataError(f"{path}: already exists; give another name{remedy}")
 
 
 def temporary_name(path: Path) -> Path:
@@ -76,10 +84,15 @@ def remove_leftovers(folder: Path) -> None:
     for left in folder.glob(f"{PREFIX}{_host()}-*-*.tmp"):
         pid = left.name.removeprefix(f"{PREFIX}{_host()}-").split("-")[0]
         if pid.isdigit() and not _lives(int(pid)):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all in it, as far as that is possible; where links lead, nothing is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _host() -> str:

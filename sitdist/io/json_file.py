@@ -9,19 +9,15 @@ from typing import Any, NoReturn
 
 from sitdist.errors import DataError, SitdistError
 from sitdist.io.atomic import write_atomically
+from sitdist.io.files import open_file
 
 MAX_BYTES = 256 * 2**20  # a manifest of 10^9 samples in 10^5 shards has 30 MB
 
 
 def read_json(path: Path, remedy: str, error: type[SitdistError] = DataError) -> dict[str, Any]:
     """The object in a JSON file; `error`, which ends with `remedy`, where there is none."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise error(f"{path}: {size:,} bytes, and at most {MAX_BYTES:,} are read; {remedy}")
-        data = path.read_bytes()
-    except OSError as failure:
-        raise error(f"{path}: cannot be read ({failure.strerror}); {remedy}") from None
+    with open_file(path, remedy, MAX_BYTES, error) as file:
+        data = file.read()
     return parse_json(data, str(path), remedy, error)
 
 

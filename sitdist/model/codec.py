@@ -7,21 +7,22 @@ of the variance of the latent, stacked on the channels: [B, 2C, h, w].
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sitdist.errors import CodecError
+from sitdist.io.json_file import read_json, write_json
+from sitdist.io.tensors import check_numbers, read_tensors
 
 CONSTANT_DEVIATION = 1e-4  # a component that varies less over the training patches is rounding, not signal
 NO_VARIANCE = -30.0  # log-variance of a codec without a posterior
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a VAE's weights
 
 
 def latent_mean(moments: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class PcaCodec(Codec):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self._tensors(), folder / "weights.safetensors")
-        (folder / "codec.json").write_text(json.dumps({"kind": "pca", "patch": self.downsample}, indent=1) + "\n")
+        write_json(folder / "codec.json", {"kind": "pca", "patch": self.downsample})
 
     def to(self, device: torch.device | str) -> PcaCodec:
         self.mean, self.basis, self.scale = (x.to(device) for x in (self.mean, self.basis, self.scale))
@@ -130,18 +131,24 @@ class PcaCodec(Codec):
 
 
 class VaeCodec(Codec):
-    """diffusers' AutoencoderKL: fed pictures in [-1, 1], its latents multiplied by its own scaling factor."""
+    """diffusers' AutoencoderKL: fed pictures in [-1, 1], its latents multiplied by its own scaling factor.
 
-    def __init__(self, path: str, dtype: str = "fp32") -> None:
-        self.path, self.dtype = path, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        self.model = _load_vae(path, self.dtype).eval().requires_grad_(False)
+    `path`: a folder or, unless `local`, a hub id.
+    """
+
+    def __init__(self, path: str, dtype: str = "fp32", local: bool = False) -> None:
+        self.path, self.dtype = path, DTYPES[dtype]
+        self.model = _load_vae(path, self.dtype, local).eval().requires_grad_(False)
+        remedy = "give another AutoencoderKL, or download it again"
+        check_numbers(self.model.state_dict(), Path(path), remedy, CodecError, [self.dtype])
         config = self.model.config
-        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
-        if not 0.0 < self.scale < math.inf:
+        scale, shift = config.scaling_factor, config.shift_factor
+        if not (_is_number(scale) and scale > 0.0 and (shift is None or _is_number(shift))):
             raise CodecError(
-                f"codec.path {path}: scaling_factor {self.scale:g} in its config.json; expected a positive number, one "
-                "over the standard deviation of the latents"
+                f"codec.path {path}: scaling_factor {scale} and shift_factor {shift} in its config.json; expected a "
+                "positive number, one over the standard deviation of the latents, and a number or null"
             )
+        self.scale, self.shift = float(scale), float(shift or 0.0)
         self.channels, self.downsample = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
         self._weights_sha256 = _state_sha256(self.model.state_dict())
 
@@ -170,9 +177,9 @@ class VaeCodec(Codec):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         self.model.save_pretrained(folder / "vae")
-        (folder / "codec.json").write_text(json.dumps({"kind": "vae", "dtype": dtype}, indent=1) + "\n")
+        write_json(folder / "codec.json", {"kind": "vae", "dtype": dtype})
 
     def to(self, device: torch.device | str) -> VaeCodec:
         self.model.to(device)
@@ -180,15 +187,28 @@ class VaeCodec(Codec):
 
 
 def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
-    """The codec that `save` wrote to `folder`; CodecError if it is missing or damaged."""
-    try:
-        description = json.loads((folder / "codec.json").read_text())
-        if description["kind"] == "vae":
-            return VaeCodec(str(folder / "vae"), description["dtype"]).to(device)
-        weights = load_file(folder / "weights.safetensors")
-        return PcaCodec(weights["mean"], weights["basis"], weights["scale"], description["patch"]).to(device)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CodecError(f"{folder}: no readable codec ({error}); build the dataset again") from None
+    """The codec that `save` wrote to `folder`; CodecError if it is missing or damaged. No hub is asked."""
+    path, remedy = folder / "codec.json", "put the codec back, or build the dataset again"
+    values = read_json(path, remedy, CodecError)
+    match values:
+        case {"kind": "vae", "dtype": "fp32" | "bf16" as dtype}:
+            return VaeCodec(str(folder / "vae"), dtype, local=True).to(device)
+        case {"kind": "pca", "patch": int(patch)} if patch > 0:
+            return _load_pca(folder / "weights.safetensors", patch, remedy).to(device)
+    raise CodecError(f"{path}: {str(values)[:80]} describes neither a PCA with its patch nor a VAE; {remedy}")
+
+
+def _load_pca(path: Path, patch: int, remedy: str) -> PcaCodec:
+    tensors = read_tensors(path, None, remedy, CodecError)
+    numbers, channels = 3 * patch**2, tensors["scale"].numel() if "scale" in tensors else 0
+    expected = {"mean": (numbers,), "basis": (numbers, channels), "scale": (channels,)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected or not 0 < channels <= numbers:
+        raise CodecError(f"{path}: holds {str(found)[:160]}, which is no PCA of patches of {patch} pixels; {remedy}")
+    mean, basis, scale = (tensors[name].clone() for name in expected)
+    if not (scale > 0).all():
+        raise CodecError(f"{path}: scale holds {float(scale.min()):g}, and must be positive; {remedy}")
+    return PcaCodec(mean, basis, scale, patch)
 
 
 @torch.no_grad()
@@ -211,25 +231,52 @@ def _state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _load_vae(path: str, dtype: torch.dtype) -> Any:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _load_vae(path: str, dtype: torch.dtype, local: bool) -> Any:
     folder = Path(path).expanduser()
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
     if folder.is_dir():
-        source = str(folder)
-    elif looks_local:
+        path, local = str(folder), True
+    elif local or path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise CodecError(
             f"codec.path {path}: no such folder; give a diffusers AutoencoderKL folder or a hub id such as "
             "stabilityai/sd-vae-ft-ema"
         )
-    else:
-        source = path
+    if local:
+        _check_vae_size(folder / "config.json")
     from diffusers import AutoencoderKL
+    from diffusers.utils.logging import set_verbosity_error
 
-    try:
-        return AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)  # and never a pickle
+    set_verbosity_error()  # of the lines that it prints besides
+    try:  # safetensors, and never a pickle
+        model, found = AutoencoderKL.from_pretrained(
+            path, torch_dtype=dtype, use_safetensors=True, local_files_only=local, output_loading_info=True
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"has no tensor {min(found['missing_keys'])}")
+        return model
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CodecError(
             f"codec.path {path}: no AutoencoderKL could be loaded ({reason}); check the folder or the hub id, "
             "or download it first and give its folder"
         ) from None
+
+
+def _check_vae_size(path: Path) -> None:
+    """CodecError for sizes far beyond those of published VAEs (512 channels, 4 levels), before they are allocated."""
+    remedy = "give the folder of a diffusers AutoencoderKL"
+    values = {"in_channels": 3, "out_channels": 3, "latent_channels": 4} | read_json(path, remedy, CodecError)
+    match values:
+        case {
+            "block_out_channels": [*levels],
+            "layers_per_block": int(layers),
+            "latent_channels": latent,
+            "in_channels": 3,
+            "out_channels": 3,
+        } if len(levels) <= 8 and layers <= 8 and all(type(n) is int and 0 < n <= 4096 for n in [*levels, latent]):
+            return
+    shown = {name: values.get(name) for name in ("block_out_channels", "layers_per_block", "latent_channels")}
+    raise CodecError(f"{path}: {str(shown)[:160]}: not the sizes of an AutoencoderKL of RGB pictures; {remedy}")

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from sitdist.errors import CheckpointError
+from sitdist.io.files import open_file
+from sitdist.io.tensors import check_numbers, read_tensors
 from sitdist.model.sit import SiT
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+REMEDY = "give a SiT checkpoint (.pt or .safetensors)"
 
 WRAPPERS = ("ema", "model")  # where checkpoints of a training keep the weights, the better ones first
 POSITIONS, LABELS, PATCHES = "pos_embed", "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
@@ -59,6 +64,8 @@ def initialize_from(model: SiT, path: Path) -> Initialization:
         given = theirs.get(name)
         if given is None:
             report.fresh.append(name)
+        elif given.dtype != tensor.dtype:
+            raise CheckpointError(f"{path}: tensor {name} holds {given.dtype}, not floating point numbers; {REMEDY}")
         elif given.shape == tensor.shape and (same_patches or name not in FINAL):
             ours[name] = given
             report.kept.append(name)
@@ -92,12 +99,16 @@ def _check_same_transformer(ours: Mapping[str, Tensor], theirs: Mapping[str, Ten
 
 def _fit(model: SiT, name: str, given: Tensor, tensor: Tensor) -> Tensor | None:
     """`given` in the shape of `tensor`, or None where there is no meaningful way."""
-    if name == POSITIONS and given.shape[::2] == tensor.shape[::2]:
+    if name == POSITIONS and given.ndim == 3 and given.shape[::2] == tensor.shape[::2]:
         old, new = (math.isqrt(each.shape[1]) for each in (given, tensor))
-        return resample_abs_pos_embed(given, [new, new], [old, old], num_prefix_tokens=0)
-    if name == LABELS and given.shape[1] == tensor.shape[1]:
+        if old**2 == given.shape[1]:
+            return resample_abs_pos_embed(given, [new, new], [old, old], num_prefix_tokens=0)
+    if given.ndim != tensor.ndim or given.shape[1:] != tensor.shape[1:] or not len(given):
+        return None
+    if name == LABELS:
         return _fit_labels(model, given, tensor)
-    if name in FINAL:
+    places = model.patch_size**2
+    if name in FINAL and len(given) % places == 0 and len(given) >= places * model.in_channels:
         return _fit_final(model, given, tensor)
     return None
 
@@ -127,22 +138,35 @@ def _shape(tensor: Tensor) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict, float32, in a .safetensors or a .pt, also under "ema" or "model"; CheckpointError otherwise."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a SiT checkpoint (.pt or .safetensors) as model.init_from")
+    """The state dict in a .safetensors or a .pt, also under "ema" or "model"; CheckpointError otherwise.
+
+    Floating point numbers are finite, and become float32; those of 8 bits, whose scale is not known here, are refused.
+    """
     values: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     wrapper = next((name for name in WRAPPERS if isinstance(values.get(name), dict)), None)
     values = values if wrapper is None else values[wrapper]
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"{name!r:.80} with a {type(value).__name__}"
+            raise CheckpointError(f"{path}: holds {what}, where names with tensors are expected; {REMEDY}")
+        if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or _is_larger(value):
+            raise CheckpointError(f"{path}: tensor {name[:80]} does not hold all its numbers, one by one; {REMEDY}")
+    check_numbers(values, path, REMEDY, CheckpointError, DTYPES)
+    if not values:
+        raise CheckpointError(f"{path}: holds no tensors; {REMEDY}")
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
+    check_numbers(tensors, path, REMEDY, CheckpointError, DTYPES)  # float32 may not hold what float64 does
+    return tensors
+
+
+def _is_larger(tensor: Tensor) -> bool:
+    """Whether a tensor has more numbers than its storage, as one that is expanded to an absurd size."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """Its tensors; those below "ema." or "model." as dictionaries of their own."""
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: no safetensors file: {error}; give a SiT checkpoint") from None
+    tensors = read_tensors(path, None, REMEDY, CheckpointError, DTYPES)
     wrapped = {
         wrapper: {
             name.removeprefix(f"{wrapper}."): value for name, value in tensors.items() if name.startswith(f"{wrapper}.")
@@ -153,13 +177,26 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
+    with open_file(path, REMEDY, error=CheckpointError) as file:
+        _check_stored(path, file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # of many types, where the file is none
         foreign = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it would run {foreign[1]}" if foreign else f"no PyTorch checkpoint ({str(error).splitlines()[0]})"
+        why = f"it would run {foreign[1][:80]}" if foreign else "no PyTorch checkpoint of plain tensors"
         raise CheckpointError(f"{path}: refused: {why}; give one of tensors alone, such as a .safetensors") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds {type(values).__name__}, not a state dict; give a SiT checkpoint")
+        raise CheckpointError(f"{path}: holds {type(values).__name__}, not a state dict; {REMEDY}")
     return values
+
+
+def _check_stored(path: Path, file: BinaryIO) -> None:
+    """CheckpointError for a zip that becomes larger when it is unpacked, as no file of torch.save does."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # of torch's older format, or nothing that it reads
+        return
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f"{path}: refused: a compressed archive, which becomes {unpacked:,} bytes; {REMEDY}")

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sitdist import __version__
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.similarity import Similarity
+from sitdist.io.atomic import file_sha256, write_folder
+from sitdist.io.json_file import read_json, write_json
+from sitdist.io.tensors import read_tensors
 from sitdist.scene.grid import VoxelField
 from sitdist.scene.volume import Rendered, march_occupied, picture
 
 SCENE_VERSION = 1
+REMEDY = "fit the scene again"
+CHANNELS = (4, 13)  # density and colour; and slopes of the colour
+LARGEST = 1e9  # coordinate of the box, and density per unit of length: float32 holds their products
 FIELD_FILE, SCENE_FILE, TURNTABLE_FILE = "field.safetensors", "scene.json", "turntable.png"
 
 Frame = Literal["unit", "capture"]
@@ -83,26 +85,20 @@ class _SceneFile:
     versions: dict[str, str]
 
 
-def check_free(folder: Path) -> None:
-    """DataError if there is something at `folder` already."""
-    if folder.exists():
-        raise DataError(f"{folder}: already exists; give another --out, or remove it")
-
-
 def save_scene(scene: Scene, folder: Path, turntable: Tensor | None = None) -> None:
     """Write the scene, and a picture [3, H, W], as a new folder; DataError if there is one."""
-    check_free(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    assert scene.field.cells is not None
-    data = save({"values": scene.field.values.cpu().contiguous(), "cells": scene.field.cells.cpu()})
-    (temporary / FIELD_FILE).write_bytes(data)
-    values = dataclasses.asdict(_describe(scene, hashlib.sha256(data).hexdigest()))
-    (temporary / SCENE_FILE).write_text(json.dumps(values, indent=2) + "\n")
-    if turntable is not None:
-        write_png(turntable, temporary / TURNTABLE_FILE)
-    temporary.rename(folder)
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        assert scene.field.cells is not None
+        tensors = {"values": scene.field.values.cpu().contiguous(), "cells": scene.field.cells.cpu()}
+        save_file(tensors, temporary / FIELD_FILE)
+        description = _describe(scene, file_sha256(temporary / FIELD_FILE))
+        write_json(temporary / SCENE_FILE, dataclasses.asdict(description))
+        if turntable is not None:
+            write_png(turntable, temporary / TURNTABLE_FILE)
+
+    write_folder(folder, write)
 
 
 def _describe(scene: Scene, field_sha256: str) -> _SceneFile:
@@ -126,44 +122,54 @@ def load_scene(folder: Path, device: torch.device | str = "cpu") -> Scene:
     """What `save_scene` wrote; DataError if it is missing, damaged, or of a newer version."""
     path = folder / SCENE_FILE
     values = _read_scene_file(path)
-    data = _read_field_file(folder / FIELD_FILE, values.field_sha256)
+    data = read_tensors(folder / FIELD_FILE, values.field_sha256, REMEDY, dtypes=(torch.float32, torch.bool))
     try:
-        box, background = torch.tensor(values.box).reshape(2, 3), torch.tensor(values.background).reshape(3)
-        field = VoxelField(data["values"], box, background, float(values.density_scale), data["cells"])
+        field = _field_of(values, data)
         similarity = Similarity.from_dict(values.similarity)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{path}: not a scene's description ({error!r}); fit the scene again") from None
+        if not all(isinstance(each, int | float) for each in values.held_out.values()):
+            raise ValueError("held_out must be numbers")
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
+        raise DataError(f"{path}: not a scene's description ({str(error)[:160]}); {REMEDY}") from None
     return Scene(field.to(device).frozen(), similarity, values.frame, values.held_out, values.source)
 
 
+def _field_of(values: _SceneFile, data: dict[str, Tensor]) -> VoxelField:
+    box, background = (torch.tensor(each, dtype=torch.float32) for each in (values.box, values.background))
+    nx, ny, nz = values.resolution
+    shapes = {"values": (values.channels, nz, ny, nx), "cells": (nz - 1, ny - 1, nx - 1)}
+    found = {name: tuple(tensor.shape) for name, tensor in data.items()}
+    if found != shapes or min(values.resolution) < 2 or values.channels not in CHANNELS:
+        raise ValueError(f"{FIELD_FILE} holds {found}; expected {shapes}, at least 2 a side, of 4 or 13 channels")
+    if data["values"].dtype != torch.float32 or data["cells"].dtype != torch.bool:
+        raise ValueError(f"values must be float32 and cells bool in {FIELD_FILE}")
+    if box.shape != (2, 3) or not (box[1] > box[0]).all() or not (box.abs() < LARGEST).all():
+        raise ValueError(f"box {values.box} is no lower and upper corner")
+    if background.shape != (3,) or not ((background >= 0) & (background <= 1)).all():
+        raise ValueError(f"background {values.background} is no colour from 0 to 1")
+    if not 0.0 < values.density_scale < LARGEST:
+        raise ValueError(f"density_scale {values.density_scale} is not above 0 and below {LARGEST:g}")
+    return VoxelField(data["values"], box, background, float(values.density_scale), data["cells"])
+
+
 def _read_scene_file(path: Path) -> _SceneFile:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; make a scene with `sitdist scene fit`")
+    remedy = "make a scene with `sitdist scene fit`"
+    if not path.exists():
+        raise DataError(f"{path}: no such file; {remedy}")
+    values = read_json(path, remedy)
+    version = values.get("format_version")
+    if version != SCENE_VERSION:
+        raise DataError(
+            f"{path}: format_version {version!r:.80} but this sitdist reads {SCENE_VERSION}; update it, or fit again"
+        )
     try:
-        values = json.loads(path.read_text())
-        version = values["format_version"]
-        if version != SCENE_VERSION:
-            raise DataError(
-                f"{path}: format_version {version} but this sitdist reads {SCENE_VERSION}; update it, or fit again"
-            )
         description = _SceneFile(**values)
-    except (ValueError, KeyError, TypeError) as error:  # a TypeError names the key that is missing or not known
-        raise DataError(f"{path}: not a scene's description ({error}); fit the scene again") from None
+    except TypeError as error:  # it names the key that is missing or not known
+        raise DataError(f"{path}: not a scene's description ({str(error)[:160]}); {REMEDY}") from None
+    if not isinstance(description.field_sha256, str):
+        raise DataError(f"{path}: field_sha256 is no text; {REMEDY}")
     if description.frame not in get_args(Frame):
-        raise DataError(f"{path}: frame '{description.frame}' is none of {get_args(Frame)}; fit the scene again")
+        raise DataError(f"{path}: frame {description.frame!r:.80} is none of {get_args(Frame)}; {REMEDY}")
     return description
-
-
-def _read_field_file(path: Path, sha256: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file, though {SCENE_FILE} is there; fit the scene again")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise DataError(f"{path}: its bytes are not those that {SCENE_FILE} was written with; fit the scene again")
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise DataError(f"{path}: not readable ({error}); fit the scene again") from None
 
 
 def write_png(picture: Tensor, path: Path) -> None:

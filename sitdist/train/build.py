@@ -115,7 +115,9 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig)
 
 
 def load_matching_codec(folder: Path, manifest: DatasetManifest, device: torch.device | str) -> Codec:
-    """The codec in `folder`; CodecError with both values if it is not the one that encoded the manifest's dataset."""
+    """The codec in `folder`; CodecError with both values if it is not the one that encoded the manifest's dataset, or
+    if its latents can hold no pose.
+    """
     codec = load_codec(folder, device)
     ours, theirs = codec.identity(), manifest.codec
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
@@ -124,4 +126,10 @@ def load_matching_codec(folder: Path, manifest: DatasetManifest, device: torch.d
                 f"{folder}: {name} is {ours.get(name)!r} but the dataset {manifest.name} was encoded with "
                 f"{theirs.get(name)!r}; put its own codec back, or build the dataset again"
             )
+    side = manifest.image_size // codec.downsample
+    if side % 2 or codec.channels % 4:
+        raise CodecError(
+            f"{folder}: latents of {codec.channels} channels, {side}x{side}, hold no pose, which needs a multiple of 4 "
+            "channels and an even size; build the dataset with another codec"
+        )
     return codec

@@ -6,51 +6,85 @@
         manifest.json      sizes and SHA-256 of the files above, written last
 
 A checkpoint is written beside its final name, flushed to disk, then renamed. Nothing is ever unpickled.
+The config and the dataset in state.json decide how the weights are used; files of the run that disagree are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.config import Config, load_yaml
+from sitdist.config import Config, NonNegative, Positive, S, Schema, parse, read_yaml
 from sitdist.data.format import DatasetManifest, read_manifest
-from sitdist.errors import CheckpointError, ConfigError
+from sitdist.errors import CheckpointError, ConfigError, one_line
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.path import Path as FlowPath
 from sitdist.flow.path import get_path
 from sitdist.flow.predict import velocity_model
+from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, remove, temporary_name, write_folder
+from sitdist.io.json_file import parse_json, read_json, write_json
+from sitdist.io.tensors import read_hashed, read_tensors
 from sitdist.model.codec import Codec
 from sitdist.train.build import build_endpoint, build_model, load_matching_codec
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-Content = bytes | Mapping[str, Tensor]
-TENSOR_FILES = ("model", "ema", "optimizer")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-# What may differ between a run and its continuation: where things are, how long and how closely it is watched.
+FORMAT_VERSION = 1
+TENSOR_FILES = ("model", "ema", "optimizer")
+FILES = {"state.json", *(f"{name}.safetensors" for name in TENSOR_FILES)}
+REMEDY = "use an earlier checkpoint"
+NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
+LEFT_BEHIND = re.compile(  # by a process that was killed while it wrote or removed, also of earlier versions
+    rf"{re.escape(PREFIX)}[0-9a-f]{{8}}-[0-9]+-[0-9a-f]{{8}}\.tmp"
+    r"|\.step_[0-9]{8,}(\.(tmp|old|damaged)-[0-9]+|\.safetensors\.tmp)"
+)
+
+# What may differ between a run and its continuation, and between a checkpoint and the config.yaml beside it: where
+# things are (`data` may have moved), how long it is trained, how closely it is watched, and how it is evaluated.
 MAY_CHANGE = re.compile(
     r"name|data|train\.(steps|max_batch_per_device|log_every|validate_every|validation_views|picture_views"
     r"|checkpoint_every|keep_checkpoints|keep_every|checkpoint_async|compile|activation_checkpointing|layer_norms_every|loss_spike|non_finite\.budget|profile(\..*)?|tracker)"
     r"|evaluate\..*"
 )
+
+
+class _File(Schema):
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Sha256
+
+
+class _Manifest(Schema):
+    """manifest.json of a checkpoint."""
+
+    format_version: int
+    files: dict[str, _File]
+
+
+class _State(Schema):
+    """What must be right in state.json; there may be more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: NonNegative
+    config: dict[str, Any]
+    dataset: Sha256
+    world_size: Positive = 1
+    left_out: Annotated[dict[Literal["total", "in_a_row", "rollbacks"], NonNegative], Field(min_length=3)] | None = None
+    precision: str | None = None
+    scaler: dict[str, float] | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,36 +128,43 @@ def save_checkpoint(
     Until the last rename the checkpoint does not exist; a crash at any moment leaves the earlier ones as they were.
     """
     folder = folder_of(run, state["step"])
-    unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        contents: dict[str, Content] = {f"{name}.safetensors": tensors[name] for name in TENSOR_FILES}
-        contents["state.json"] = _json({"format_version": FORMAT_VERSION, **state})
-        entries = {}
-        for name, content in contents.items():
-            _write(unfinished / name, content)
-            entries[name] = _entry(unfinished / name)
-        _write(unfinished / "manifest.json", _json({"format_version": FORMAT_VERSION, "files": entries}))
-        _flush_folder(unfinished)
-        if folder.exists():  # a damaged one that the run has gone back behind
-            os.rename(folder, folder.with_name(f".{folder.name}.damaged-{os.getpid()}"))
-        os.rename(unfinished, folder)
-        _flush_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{folder}: cannot be written: {reason}; free space and start again") from None
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        for name in TENSOR_FILES:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors[name].items()}
+            save_file(plain, temporary / f"{name}.safetensors")
+        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+        written = [temporary / name for name in sorted(FILES)]
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in written}
+        write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+
+    if folder.exists():  # a damaged one that the run has gone back behind
+        try:
+            hidden = temporary_name(folder)
+            os.rename(folder, folder.with_name(f"{folder.name}.{hidden.stem[-8:]}") if _foreign(folder) else hidden)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+    write_folder(folder, write)
     _remove_old(run, folder, keep, keep_every)
     return folder
+
+
+def _foreign(folder: Path) -> set[str]:
+    """Names in a checkpoint's folder that are not a checkpoint's, which are never removed."""
+    return {path.name for path in folder.iterdir()} - FILES - {"manifest.json"}
 
 
 def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> None:
     """Hide, then remove all checkpoints but the newest `keep` and the milestones, and what was left half-removed."""
     try:
-        for old in [other for other in list_checkpoints(run) if other <= newest][:-keep]:
+        for old in [other for other in list_checkpoints(run) if step_of(other) <= step_of(newest)][:-keep]:
             if keep_every is not None and step_of(old) % keep_every == 0:
                 continue
-            os.rename(old, old.with_name(f".{old.name}.old-{os.getpid()}"))
+            if foreign := _foreign(old):
+                log.warning("%s: kept, as it holds %s", old, one_line(min(foreign)))
+            else:
+                os.rename(old, temporary_name(old))
         remove_unfinished(run)
     except OSError as error:
         log.warning("%s: an old checkpoint cannot be removed: %s", run, error)
@@ -131,86 +172,54 @@ def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> N
 
 def remove_unfinished(run: Path) -> None:
     """Remove what earlier processes left half-written or half-removed; one process calls it, while none is writing."""
-    for left in (run / "checkpoints").glob(".step_*"):
-        shutil.rmtree(left)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write(path: Path, content: Content) -> None:
-    """Bytes, or tensors as .safetensors, flushed to disk; other threads go on meanwhile."""
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for left in [*(run / "checkpoints").glob(".s*"), *(run / "averages").glob(".s*")]:
+        if LEFT_BEHIND.fullmatch(left.name):
+            remove(left)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+def _folders(run: Path) -> list[Path]:
+    """The folders that are named as checkpoints are, oldest first."""
+    named = [folder for folder in (run / "checkpoints").glob("step_*") if NAME.fullmatch(folder.name)]
+    return sorted((folder for folder in named if folder.is_dir()), key=step_of)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run whose manifest is readable and whose files have its sizes, oldest first."""
-    folders = sorted((run / "checkpoints").glob("step_*"))
-    return [folder for folder in folders if _problem(folder) is None]
+    return [folder for folder in _folders(run) if _is_whole(folder)]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _files(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint:
     """Read the tensors of `files` and the state; CheckpointError if a file read is not what the manifest says."""
-    problem = _problem(folder)
-    if problem is not None:
-        raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
-    entries = json.loads((folder / "manifest.json").read_bytes())["files"]
-
-    def checked(name: str) -> bytes:
-        content = (folder / name).read_bytes()
-        if _sha256(content) != entries[name]["sha256"]:
-            raise CheckpointError(
-                f"{folder / name}: SHA-256 {_sha256(content)[:12]}... but its manifest says "
-                f"{entries[name]['sha256'][:12]}...; the file is damaged, use an earlier checkpoint"
-            )
-        return content
-
-    def tensors(name: str) -> dict[str, Tensor]:
-        content = checked(name)
-        try:
-            return tensors_from_bytes(content)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{folder / name}: no safetensors file ({error}), and nothing else is read; use an earlier checkpoint"
-            ) from None
-
-    state = json.loads(checked("state.json"))
-    return Checkpoint(folder, state, {name: tensors(f"{name}.safetensors") for name in files})
+    known, path = _files(folder), folder / "state.json"
+    content = read_hashed(path, known[path.name].sha256, REMEDY, CheckpointError)
+    state = parse_json(content, str(path), REMEDY, CheckpointError)
+    if checked(_State, state, path).step != step_of(folder):
+        raise CheckpointError(f"{path}: of step {state['step']!r:.40}, which is not this folder's; {REMEDY}")
+    tensors = {}
+    for name in files:
+        path = folder / f"{name}.safetensors"
+        tensors[name] = read_tensors(path, known[path.name].sha256, REMEDY, CheckpointError)
+    return Checkpoint(folder, state, tensors)
 
 
 def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | None:
     """The newest checkpoint that reads back whole, or None; says which damaged ones it passed over."""
-    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+    for folder in reversed(_folders(run)):
         try:
             return read_checkpoint(folder, files)
         except CheckpointError as error:
-            log.warning("passed over: %s", error)
+            log.warning("passed over: %s", one_line(str(error)))
     return None
 
 
@@ -219,53 +228,61 @@ def describe_checkpoints(run: Path, verify: bool = False) -> tuple[str, bool]:
 
     CheckpointError where there are none.
     """
-    folders = sorted((run / "checkpoints").glob("step_*"))
+    folders = _folders(run)
     if not folders:
         raise CheckpointError(f"{run}: holds no checkpoints; give the --out of `sitdist train`")
     lines, whole = [], True
     for folder in folders:
-        problem = _problem(folder)
-        if problem is None and verify:
-            try:
-                read_checkpoint(folder)
-            except CheckpointError as error:
-                problem = str(error).removeprefix(f"{folder}/")
-        whole &= problem is None
-        lines.append(
-            f"{folder.name}  {_size_and_versions(folder, verify)}"
-            if problem is None
-            else f"{folder.name}  damaged: {problem}"
-        )
+        try:
+            said = _size_and_versions(read_checkpoint(folder, TENSOR_FILES if verify else ()), verify)
+        except CheckpointError as error:
+            said = f"damaged: {str(error).removeprefix(str(folder)).lstrip('/: ').removesuffix(f'; {REMEDY}')}"
+            whole = False
+        lines.append(one_line(f"{folder.name}  {said}"))
     return "\n".join(lines), whole
 
 
-def _size_and_versions(folder: Path, verified: bool) -> str:
-    state = json.loads((folder / "state.json").read_bytes())
-    megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+def _size_and_versions(checkpoint: Checkpoint, verified: bool) -> str:
+    state = checkpoint.state
+    megabytes = sum(file.bytes for file in _files(checkpoint.folder).values()) / 1e6
     versions = " ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
     what = "whole, every hash is right" if verified else "whole by its sizes"
     return f"{megabytes:.1f} MB  {state.get('world_size', '?')} processes  {versions}  {what}"
 
 
-def _problem(folder: Path) -> str | None:
-    """Why a folder is no checkpoint, as far as can be told without reading its tensors."""
+def _files(folder: Path) -> dict[str, _File]:
+    """What manifest.json says of every file; CheckpointError if one is not there, or not of its size."""
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        version, entries = manifest["format_version"], manifest["files"]
-        sizes = {name: entry["bytes"] for name, entry in entries.items()}
-    except FileNotFoundError:
-        return "has no manifest.json, so it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is damaged"
-    if version != FORMAT_VERSION:
-        return f"manifest.json: format_version {version}, but this version of sitdist reads {FORMAT_VERSION}"
-    for name in ("state.json", *(f"{name}.safetensors" for name in TENSOR_FILES)):
-        path = folder / name
-        if name not in sizes or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != sizes[name]:
-            return f"{name} has {path.stat().st_size} bytes but its manifest says {sizes[name]}"
-    return None
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: has no manifest.json, so it was never finished; {REMEDY}")
+        values = read_json(path, REMEDY, CheckpointError)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format_version {version!r:.80}, but this version of sitdist reads {FORMAT_VERSION}; {REMEDY}"
+            )
+        files = checked(_Manifest, values, path).files
+        if set(files) != FILES:
+            odd = min(set(files) ^ FILES)
+            raise CheckpointError(f"{path}: {'does not list' if odd in FILES else 'lists'} {odd[:80]}; {REMEDY}")
+        for name, file in files.items():
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: {name} is missing; {REMEDY}")
+            size = (folder / name).stat().st_size
+            if size != file.bytes:
+                raise CheckpointError(f"{folder}: {name} has {size} bytes but its manifest says {file.bytes}; {REMEDY}")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); {REMEDY}") from None
+    return files
+
+
+def checked(schema: type[S], values: dict[str, Any], path: Path, remedy: str = REMEDY) -> S:
+    """What was read from `path`, as `schema`; CheckpointError if it is something else."""
+    try:
+        return parse(schema, values, str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; {remedy}") from None
 
 
 # ----------------------------------------------------------------------------------------------- does it belong here?
@@ -276,16 +293,44 @@ def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
 
     A key that did not exist when the checkpoint was written has its default there.
     """
-    stored = checkpoint.state["config"]
-    with suppress(ValidationError):  # a key that exists no more is compared as it is
-        stored = Config.model_validate(stored).model_dump(mode="json")
-    before, now = _flatten(stored), _flatten(config.model_dump(mode="json"))
+    stored = parse(Config, checkpoint.state["config"], str(checkpoint.folder / "state.json"))
+    _check_same(stored, config, "", checkpoint.folder)
+
+
+def _check_same(stored: Config, config: Config, where: str, folder: Path) -> None:
+    """What MAY_CHANGE is not compared."""
+    before, now = _flatten(stored.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
         if before.get(key) != now.get(key) and not MAY_CHANGE.fullmatch(key):
             raise ConfigError(
-                f"{key} is {now.get(key)!r} but {checkpoint.folder} was trained with {before.get(key)!r}; "
+                f"{where}{key} is {now.get(key)!r} but {folder} was trained with {before.get(key)!r}; "
                 "set it back, or start another run with another --out"
             )
+
+
+def stored_config(values: dict[str, Any], where: Path) -> Config:
+    """The config that a checkpoint or an export carries; ConfigError if it is not one.
+
+    A key of `train`, `reader` or `evaluate` that this version does not know is left out, and said: the weights do not
+    depend on it. One of the model or the flow is refused.
+    """
+    try:
+        return Config.model_validate(values)
+    except UnicodeEncodeError:  # text with half a surrogate pair, which `parse` tells
+        unknown = []
+    except ValidationError as error:
+        unknown = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+    for location in unknown:
+        if location[0] in ("train", "reader", "evaluate"):
+            log.warning("%s: %s: not known to this version, left out", where, one_line(".".join(map(str, location))))
+            values = _without(values, location)
+    return parse(Config, values, str(where))
+
+
+def _without(values: dict[Any, Any], location: Sequence[str | int]) -> dict[Any, Any]:
+    first, *rest = location
+    kept = {key: value for key, value in values.items() if key != first or rest}
+    return kept | ({first: _without(values[first], rest)} if rest else {})
 
 
 def check_same_dataset(checkpoint: Checkpoint, dataset: Path, fingerprint: str) -> None:
@@ -311,14 +356,14 @@ def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
         theirs = tuple(tensors[name].shape) if name in tensors else "absent"
         if ours != theirs:
             raise CheckpointError(
-                f"{where}: tensor {name} is {theirs} but the model of the config has {ours}; "
+                f"{where}: tensor {name[:80]} is {theirs} but the model of the config has {ours}; "
                 "it is a checkpoint of another model, give the config it was trained with"
             )
 
 
 def dataset_fingerprint(dataset: Path) -> str:
     """SHA-256 of the dataset's manifest, which holds the hashes of all its shards."""
-    return _sha256((dataset / "manifest.json").read_bytes())
+    return file_sha256(dataset / "manifest.json")
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -383,17 +428,29 @@ class LoadedRun:
 
 
 def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = None) -> LoadedRun:
-    """Load the newest checkpoint of `run` that reads back whole, or the one of `step`, onto `device`."""
+    """Load the newest checkpoint of `run` that reads back whole, or the one of `step`, onto `device`.
+
+    The config is the checkpoint's; of RUN/config.yaml, where there is one, `name`, `data` and `evaluate` are used.
+    ConfigError, with both values, where that file disagrees in anything else that a run that goes on may not change.
+    """
     run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run}: holds no config.yaml, so it is no run; give the --out of `sitdist train`")
-    config = load_yaml(Config, run / "config.yaml")
     checkpoint = read_newest(run, ["ema"]) if step is None else read_checkpoint(folder_of(run, step), ["ema"])
     if checkpoint is None:
-        raise CheckpointError(f"{run}: has no whole checkpoint; train first with `sitdist train CONFIG --out {run}`")
-    manifest = _dataset_of(run, checkpoint)
+        raise CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`, or train first")
+    config = _config_of(run, checkpoint)
+    manifest = _dataset_of(run, checkpoint, config)
     weights = checkpoint.folder / "ema.safetensors"
     return assemble(config, manifest, checkpoint.tensors["ema"], weights, run / "codec", checkpoint.step, device)
+
+
+def _config_of(run: Path, checkpoint: Checkpoint) -> Config:
+    path, stored = run / "config.yaml", checkpoint.state["config"]
+    if not path.is_file():
+        return stored_config(stored, checkpoint.folder / "state.json")
+    beside = stored_config(read_yaml(path, "config"), path)
+    config = stored_config(stored, checkpoint.folder / "state.json")
+    _check_same(config, beside, f"{path}: ", checkpoint.folder)
+    return config.model_copy(update={key: getattr(beside, key) for key in ("name", "data", "evaluate")})
 
 
 def assemble(
@@ -407,16 +464,16 @@ def assemble(
 ) -> LoadedRun:
     """A model with the weights `tensors`, which came from the file `where`, and the codec in the folder `codec`.
 
-    ConfigError, CheckpointError, CodecError where they do not belong together.
+    ConfigError, CheckpointError, CodecError where they do not belong together, before the model takes any memory.
     """
+    matching = load_matching_codec(codec, manifest, device)
     endpoint = build_endpoint(config.flow)
     path = get_path(config.flow.path, config.flow.prediction)
-    model = build_model(config.model, manifest, endpoint)
-    load_tensors(model, tensors, where)
+    model = _model_of(config, manifest, endpoint, tensors, where)
     return LoadedRun(
         model=velocity_model(model, path, config.flow.prediction).to(device).eval().requires_grad_(False),
         path=path,
-        codec=load_matching_codec(codec, manifest, device),
+        codec=matching,
         manifest=manifest,
         config=config,
         step=step,
@@ -424,13 +481,24 @@ def assemble(
     )
 
 
-def _dataset_of(run: Path, checkpoint: Checkpoint) -> DatasetManifest:
+def _model_of(
+    config: Config, manifest: DatasetManifest, endpoint: Endpoint, tensors: Mapping[str, Tensor], where: Path
+) -> nn.Module:
+    if config.model.sizes()["depth"] > len(tensors):
+        raise CheckpointError(f"{where}: {len(tensors)} tensors are too few for model.depth {config.model.depth}")
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model, manifest, endpoint)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise CheckpointError(f"{where}: no model has the sizes of its config ({reason})") from None
+    check_tensors(model, tensors, where)
+    model.to_empty(device="cpu").load_state_dict(dict(tensors))
+    return model
+
+
+def _dataset_of(run: Path, checkpoint: Checkpoint, config: Config) -> DatasetManifest:
     """The manifest that the run keeps of its dataset; CheckpointError if it is not the one that was trained on."""
-    path = run / "dataset.json"
-    content = path.read_bytes() if path.is_file() else b""
-    if _sha256(content) != checkpoint.state["dataset"]:
-        raise CheckpointError(
-            f"{path}: missing or altered since {checkpoint.folder.name} was saved; "
-            f"copy the manifest.json of {checkpoint.state['config']['data']} there"
-        )
+    path, remedy = run / "dataset.json", f"copy the manifest.json of {config.data} there"
+    read_hashed(path, checkpoint.state["dataset"], remedy, CheckpointError)
     return read_manifest(path)

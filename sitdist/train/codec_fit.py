@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from sitdist.data.shard import Split
 from sitdist.data.writer import open_splits
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.flow import draws
-from sitdist.io.atomic import cannot_write, write_folder
+from sitdist.io.atomic import cannot_write, check_free, remove_leftovers, temporary_name, write_folder
 from sitdist.io.memory import require_memory
 from sitdist.model.codec import VaeCodec, round_trip_psnr
 from sitdist.model.codec_fit import CodecLoss, PerceptualDistance, RoundTrip, latent_sums, make_vae, scaling_factor
@@ -77,7 +76,7 @@ def fit_codec(
 ) -> CodecFitResult:
     """Fit to the recipe's training views and write a diffusers folder; every process calls it.
 
-    `make_perceptual` gives a perceptual distance that works on a device. CodecError if the folder exists,
+    `make_perceptual` gives a perceptual distance that works on a device. DataError if the folder exists,
     NonFiniteError where the loss is no longer a number; the folder is there when it is whole, or not at all.
     """
     with processes(options.precision) as (accelerator, agreement):
@@ -97,8 +96,7 @@ def fit_codec(
 
 
 def _check(folder: Path, options: CodecFitOptions, world: int) -> None:
-    if folder.exists():
-        raise CodecError(f"{folder}: already exists; give another --out, or remove it")
+    check_free(folder)
     if options.batch % world:
         below, above = options.batch // world * world, -(-options.batch // world) * world
         raise ConfigError(
@@ -212,8 +210,6 @@ class CodecFit:
     def write(self, folder: Path, factor: float) -> None:
         """Write the VAE as a new folder, whole or not at all."""
         self.vae.register_to_config(scaling_factor=factor)
-        if folder.exists():
-            raise CodecError(f"{folder}: has come to exist meanwhile; give another --out")
         write_folder(folder, self.vae.save_pretrained)
 
     def held_out_psnr(self, views: np.ndarray, folder: Path) -> tuple[float, int]:
@@ -277,16 +273,14 @@ def shared_views(split: Split, size: int, folder: Path, agreement: Agreement) ->
 
 def _begin_file(folder: Path, size: int) -> Path:
     """An empty file of a size beside `folder`; what a killed fit left there is removed."""
-    path = folder.with_name(f".{folder.name}.{os.getpid()}.views")
+    path = temporary_name(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(f".{folder.name}.*.views"):
-            with suppress(FileNotFoundError):
-                leftover.unlink()
+        remove_leftovers(folder.parent)
         with path.open("xb") as file:
             file.truncate(size)
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(folder, error) from None
     return path
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sitdist.errors import CheckpointError, ConfigError
-from sitdist.io.atomic import write_atomically
+from sitdist.io.atomic import check_free, write_atomically
 from sitdist.model.pretrained import read_weights
 from sitdist.train.checkpoint import folder_of, read_checkpoint, read_newest
 
@@ -27,8 +27,7 @@ def convert(source: Path, out: Path, step: int | None = None, weights: Weights =
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"{out}: what is to be written shows in the name; end it with {' or '.join(SUFFIXES)}")
-    if out.exists():
-        raise ConfigError(f"{out}: already exists; give another name, or remove it")
+    check_free(out)
     if source.is_dir():
         tensors, where = _of_run(source, step, weights)
     elif source.is_file():
@@ -39,15 +38,17 @@ def convert(source: Path, out: Path, step: int | None = None, weights: Weights =
         raise CheckpointError(f"{source}: no such run or file; give the --out of `sitdist train`, or a file of weights")
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
-    def write(path: Path) -> None:
-        if out.suffix == ".pt":
-            torch.save(plain, path)
-        else:
-            save_file(plain, path)
-
-    write_atomically(out, write)
+    write_atomically(out, lambda path: (_save_pt if out.suffix == ".pt" else save_file)(plain, path))
     numbers = sum(tensor.numel() for tensor in plain.values())
     return f"{out}: {len(plain)} tensors, {numbers:,} numbers, of {where}"
+
+
+def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # which is what torch says where the file raised another
+            raise error.__context__ or error from None
 
 
 def _of_run(run: Path, step: int | None, weights: Weights) -> tuple[dict[str, Tensor], str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sitdist.config import Config
+from sitdist.io.atomic import write_atomically
 from sitdist.model.flops import listed_peak
 from sitdist.runtime import Agreement
 from sitdist.train.watch import open_tracker
@@ -187,12 +188,13 @@ class Monitor:
         return {f"train_speed/{name}": value for name, value in speed.items()}
 
     def write_scalars(self, step: int, scalars: dict[str, float], group: str) -> None:
-        """One line of metrics.jsonl, and a TensorBoard scalar for each value."""
+        """One line of metrics.jsonl, in which what is not finite is null, and a TensorBoard scalar for each value."""
         self._write(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         if self._lines is not None:
-            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             self._lines.flush()
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
@@ -241,9 +243,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of a metrics.jsonl after `step`, and a last one that was cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept))
-    replacement.replace(path)
+    """Drop the lines of a metrics.jsonl after `step`, and those that are damaged, such as a last one that was cut."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = "".join(line for line in lines if line.endswith("\n") and _step_of(line) <= step)
+    write_atomically(path, lambda temporary: temporary.write_text(kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

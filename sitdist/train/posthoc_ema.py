@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.errors import CheckpointError, ConfigError
+from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.flow.predict import VelocityModel
+from sitdist.io.atomic import check_free, write_atomically
+from sitdist.io.tensors import read_tensors
+from sitdist.runs.ownership import check_ours
 from sitdist.train.guard import lerp_unless_masked
 from sitdist.train.parts import own_parts, part_of, whole_of
 
@@ -32,6 +35,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # updates whose weights are in memory at a time
 LARGEST_SIGMA_REL = 12.0**-0.5  # of the plain mean, g = 0
+NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})\.safetensors")
+AVERAGE = re.compile(r"sigma_rel_(0\.[0-9]+|[0-9.]+e-[0-9]+)")
+REMEDY = "put it back, or go on from another checkpoint"
 
 
 # ------------------------------------------------------------------------------------------------------------ profiles
@@ -135,7 +141,7 @@ class Averages:
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """The inverse of `tensors` through a file; CheckpointError if it is not there or of other averages."""
-        stored = _read(path)
+        stored = read_tensors(path, None, REMEDY, CheckpointError)
         wanted = {f"{average}/{name}" for average in self.averages for name in self._names}
         if wanted != set(stored):
             kept = sorted({name.partition("/")[0] for name in stored})
@@ -162,22 +168,13 @@ def step_of(path: Path) -> int:
 
 def snapshots(run: Path) -> list[Path]:
     """The files of a run's averages, oldest first."""
-    return sorted((run / "averages").glob("step_*.safetensors"))
+    return sorted(filter(lambda path: NAME.fullmatch(path.name), (run / "averages").glob("step_*")), key=step_of)
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the averages after `step` updates, whole or not at all; one process calls it."""
-    path = path_of(run, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written: {error}; free space and start again") from None
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path_of(run, step), lambda path: save_file(plain, path))
 
 
 def prune(run: Path, keep: Iterable[int], every: int | None) -> None:
@@ -189,18 +186,9 @@ def prune(run: Path, keep: Iterable[int], every: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; put it back, or go on from another checkpoint") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); go on from another checkpoint") from None
-
-
 def read_average(run: Path, step: int, name: str) -> dict[str, Tensor]:
     """The trained parameters in the average called `name` after `step` updates."""
-    stored = _read(path_of(run, step))
+    stored = read_tensors(path_of(run, step), None, REMEDY, CheckpointError)
     found = {key.partition("/")[2]: tensor for key, tensor in stored.items() if key.partition("/")[0] == name}
     if not found:
         kept = sorted({key.partition("/")[0] for key in stored})
@@ -224,7 +212,7 @@ def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> Reconst
     """The average of width `sigma_rel` after `step` updates (default: the last snapshot), from the run's snapshots."""
     exponent_of(sigma_rel)
     paths = [path for path in snapshots(run) if step is None or step_of(path) <= step]
-    stored = [(path, name) for path in paths for name in _names_in(path) if name.startswith("sigma_rel_")]
+    stored = [(path, name) for path in paths for name in _names_in(path) if AVERAGE.fullmatch(name)]
     if not stored:
         raise CheckpointError(
             f"{run}: has no snapshots of power profiles; train with train.averages.sigma_rels: [0.05, 0.1] and "
@@ -245,16 +233,25 @@ def _names_in(path: Path) -> list[str]:
     try:
         with safe_open(path, "pt") as file:
             return sorted({key.partition("/")[0] for key in file.keys()})  # noqa: SIM118
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); remove it, and the others will do") from None
 
 
-def reconstruct_to_file(run: Path, sigma_rel: float, step: int | None, out: Path | None) -> str:
-    """`reconstruct` written as .safetensors; returns a line that says where, and how near."""
+def reconstruct_to_file(
+    run: Path, sigma_rel: float, step: int | None, out: Path | None, overwrite: bool = False
+) -> str:
+    """`reconstruct` written as .safetensors; returns a line that says where, and how near.
+
+    `out`: by default a file in the run, in place of an earlier one. DataError if it is there already and not to be
+    overwritten.
+    """
+    if out is not None:
+        check_free(out, overwrite)
+    elif not check_ours(run, "run"):
+        raise DataError(f"{run}: no run; give the --out of `sitdist train`")
     found = reconstruct(run, sigma_rel, step)
     place = out or run / "averages" / f"reconstructed_{sigma_rel:g}_at_{found.step}.safetensors"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    save_file(found.tensors, place)
+    write_atomically(place, lambda path: save_file(found.tensors, path))
     return f"{place}: sigma_rel {sigma_rel:g} after step {found.step}, relative error of the profile {found.error:.2g}"
 
 
@@ -265,7 +262,10 @@ def use_average(model: nn.Module, run: Path, step: int, average: str) -> None:
     """
     network = model.network if isinstance(model, VelocityModel) else model
     where = Path(average) if average.endswith(".safetensors") else path_of(run, step)
-    tensors = _read(where) if average.endswith(".safetensors") else read_average(run, step, average)
+    if average.endswith(".safetensors"):
+        tensors = read_tensors(where, None, "give a file that `sitdist ema reconstruct` wrote", CheckpointError)
+    else:
+        tensors = read_average(run, step, average)
     state = network.state_dict()
     for name, tensor in tensors.items():
         if name not in state or state[name].shape != tensor.shape:

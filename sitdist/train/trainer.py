@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -31,9 +32,11 @@ from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
 from sitdist.flow.loss import flow_loss, training_interval, weigh_times
 from sitdist.flow.path import get_path
+from sitdist.io.atomic import write_atomically
 from sitdist.model.codec import draw_latent
 from sitdist.model.flops import training_flops
 from sitdist.model.pretrained import initialize_from
+from sitdist.runs.ownership import only_writer
 from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, count_nodes, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train import posthoc_ema
@@ -63,9 +66,16 @@ def train(config: Config, run: Path) -> None:
 
     RunInterrupted after SIGTERM, SIGINT or SIGUSR1, with a checkpoint of the last step done.
     """
-    settings = config.train
-    with processes(settings.precision, settings.deterministic) as (accelerator, agreement), StopSignal() as stop:
-        trainer = Trainer(config, Path(run), accelerator, agreement)
+    settings, run = config.train, Path(run)
+    with (
+        processes(settings.precision, settings.deterministic) as (accelerator, agreement),
+        StopSignal() as stop,
+        ExitStack() as held,
+    ):
+        with agreement.together():
+            if accelerator.is_main_process:
+                held.enter_context(only_writer(run, "run"))
+        trainer = Trainer(config, run, accelerator, agreement)
         try:
             trainer.run_steps(stop)
         finally:
@@ -460,9 +470,8 @@ class Trainer:
 
     def _write_run(self) -> None:
         """The files that make the run usable without the dataset's folder: config, manifest and codec."""
+        write_atomically(self.run / "config.yaml", lambda path: path.write_text(dump_yaml(self.config)))
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            (self.run / "config.yaml").write_text(dump_yaml(self.config))
             shutil.copyfile(self.dataset / "manifest.json", self.run / "dataset.json")
             shutil.copytree(self.dataset / "codec", self.run / "codec", dirs_exist_ok=True)
         except OSError as error:

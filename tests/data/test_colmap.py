@@ -1,13 +1,16 @@
 """COLMAP's text model is read with the right axes, and what a pinhole camera cannot honour is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sitdist.data import colmap
 from sitdist.data.colmap import camera_to_world, find_model, read_cameras, read_model
 from sitdist.data.photos import read_photos
-from sitdist.errors import DataError
+from sitdist.errors import DataError, PoseError
 from sitdist.geometry.camera import Intrinsics, camera_rays, look_at
 
 CAMERAS = "# Camera list\n1 PINHOLE 8 6 10 11 4.5 3 \n\n2 SIMPLE_PINHOLE 8 6 9 4 3\n"
@@ -94,12 +97,25 @@ def test_photos_of_a_workspace_are_found_with_their_poses(tmp_path):
         ("1 OPENCV_FISHEYE 8 6 9 9 4 3 0 0 0 0", "OPENCV_FISHEYE is no pinhole camera"),
         ("1 PINHOLE 8 6 9 4 3", "3 parameters, but PINHOLE has 4"),
         ("1 PINHOLE 8 6 nan 9 4 3", "not all finite numbers"),
-        ("1 PINHOLE 8 6 -9 9 4 3", "expected positive numbers"),
+        ("1 PINHOLE 8 6 -9 9 4 3", "focal length -9 for 8 pixels"),
         ("1 PINHOLE", "is no camera"),
+        ("1 PINHOLE 0 6 9 9 4 3", "a camera for 0x6 pixels"),
+        ("1 PINHOLE -8 6 9 9 4 3", "a camera for -8x6 pixels"),
+        ("1 PINHOLE 8 2.5 9 9 4 3", r"a camera for 8x2\.5 pixels; expected whole numbers"),
+        ("1 PINHOLE 1e30 6 9 9 4 3", r"a camera for 1e\+30x6 pixels"),
+        ("1 PINHOLE 100000 100000 9 9 4 3", "at most 89,478,485 pixels"),
+        ("1 PINHOLE inf 6 9 9 4 3", "not all finite numbers"),
+        (f"1 PINHOLE {'9' * 5000} 6 9 9 4 3", "not all finite numbers"),
+        ("1 PINHOLE 8 6 1e200 9 4 3", r"focal length 1e\+200 for 8 pixels"),
+        ("1 PINHOLE 8 6 9 1e-9 4 3", "focal length 1e-09 for 6 pixels"),
+        ("1 PINHOLE 8 6 9 9 1e9 3", r"principal point 1e\+09 for 8 pixels is far outside"),
+        ("1 PINHOLE 8 6 9 9 4 -1e9", "far outside"),
+        ("1 PINHOLE 8 6 9 9 4 3\n1 PINHOLE 8 6 9 9 4 3", "line 2: camera 1 is there twice"),
+        ("1 PINHOLE 8 6 9 9 4 \udcff", "line 1 is not text"),
     ],
 )
 def test_cameras_that_are_no_pinhole_are_refused(tmp_path, camera, message):
-    (tmp_path / "cameras.txt").write_text(camera + "\n")
+    (tmp_path / "cameras.txt").write_text(camera + "\n", errors="surrogateescape")
     with pytest.raises(DataError, match=message):
         read_cameras(tmp_path / "cameras.txt")
 
@@ -111,15 +127,32 @@ def test_distortion_of_zero_is_a_pinhole_camera(tmp_path):
     assert cameras["2"] == Intrinsics(9.0, 9.0, 4.0, 3.0, 8, 6)
 
 
-def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path, monkeypatch):
     def refused(images, message):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises((DataError, PoseError), match=message):
             read_model(write_model(tmp_path / "model", images=images))
 
     refused("", "holds no pictures")
     refused("1 1 0 0 0 0 0 5 7 a.png\n\n", "camera 7 of a.png is not in cameras.txt")
     refused("1 1 0 0 0 0 0 5 1\n\n", "is no picture")
     refused("1 1 0 1 0 0 0 5 1 a.png\n\n", "of length 1.414")
+    line = "1 1 0 0 0 0 0 5 1"
+    for name in ("/etc/a.png", "../a.png", "b/../../a.png"):
+        refused(f"{line} {name}\n\n", "is not in the folder of pictures")
+    refused(f"{line} a.png\n\n{line} b.png\n\n", "picture 1, b.png, is there twice")
+    refused(f"{line} a.png\n\n2 {line[2:]} a.png\n\n", "picture 2, a.png, is there twice")
+    refused("1 0 0 0 0 0 0 5 1 a.png\n\n", "of length 0")
+    refused("1 1e200 1e200 0 0 0 0 5 1 a.png\n\n", "of length")
+    refused("1 1 0 0 0 0 0 1e300 1 a.png\n\n", "expected at most")
+    refused("1 1 0 0 0 0 0 nan 1 a.png\n\n", "not all finite numbers")
+    monkeypatch.setattr(colmap, "MAX_LINE", 1000)
+    refused(f"{line} a.png\n{'1 2 -1 ' * 200}\n", "line 2 has 1,000 bytes or more")
+    monkeypatch.undo()
+    (tmp_path / "model" / "images.txt").unlink()
+    os.mkfifo(tmp_path / "model" / "images.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_model(tmp_path / "model")
+    assert find_model(tmp_path / "model") is None
     (tmp_path / "binary" / "sparse").mkdir(parents=True)
     (tmp_path / "binary" / "sparse" / "cameras.bin").write_bytes(b"\0")
     with pytest.raises(DataError, match="model_converter --output_type TXT"):
@@ -129,12 +162,17 @@ def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path):
 
 def test_pictures_that_are_missing_or_of_another_size_are_refused(tmp_path):
     write_model(tmp_path)
-    with pytest.raises(DataError, match=r"photo a\.png is missing"):
+    with pytest.raises(DataError, match=r"a\.png: picture is missing"):
         read_photos(tmp_path)
     write_pictures(tmp_path / "images", (16, 12))
-    with pytest.raises(DataError, match=r"16x12 pixels but its camera .* has 8x6"):
+    with pytest.raises(DataError, match=r"16x12 pixels but its intrinsics are for 8x6"):
         read_photos(tmp_path)
     write_pictures(tmp_path / "images")
     Image.new("RGB", (6, 8)).save(tmp_path / "images" / "b side.png")
-    with pytest.raises(DataError, match=r"b side\.png: 6x8 pixels but a\.png has 8x6"):
+    with pytest.raises(DataError, match=r"b side\.png: 6x8 pixels but its intrinsics are for 8x6"):
+        read_photos(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 6)).save(tmp_path / "images" / "b side.png", exif=exif)
+    with pytest.raises(DataError, match=r"b side\.png: stored as 8x6 pixels, turned to 6x8 .* for 8x6; save"):
         read_photos(tmp_path)

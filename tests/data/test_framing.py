@@ -151,8 +151,8 @@ def cut(folder):
     [
         (empty, r"picture\.png: not a readable picture \("),
         (cut, r"picture\.png: not a readable picture \("),
-        (lambda folder: folder / "none.png", r"none\.png: not a readable picture \(No such file or directory\)"),
-        (lambda folder: folder, r"not a readable picture \(Is a directory\)"),
+        (lambda folder: folder / "none.png", r"none\.png: cannot be read \(No such file or directory\)"),
+        (lambda folder: folder, "is a folder, not a file"),
         (lambda _: np.zeros((4, 4, 5)), r"it: an array of shape \[4, 4, 5\] is no picture"),
         (lambda _: np.zeros((0, 4, 3)), r"it: an array of shape \[0, 4, 3\] is no picture"),
         (lambda _: np.full((4, 4), 200.0), r"it: pixels from 200 to 200; float pictures are in \[0, 1\]"),
@@ -170,8 +170,8 @@ def test_what_is_no_picture_is_named(tmp_path, picture, message):
     ("options", "message"),
     [
         ({"intrinsics": Intrinsics.from_fov(40.0, 16, 16)}, "32x32 pixels but its intrinsics are for 16x16"),
-        ({"intrinsics": Intrinsics(0.0, 9.0, 4.0, 4.0, 32, 32)}, "expected focal lengths above 0"),
-        ({"intrinsics": Intrinsics(9.0, float("nan"), 4.0, 4.0, 32, 32)}, "it: fy nan: expected a number"),
+        ({"intrinsics": Intrinsics(0.0, 9.0, 4.0, 4.0, 32, 32)}, "focal length 0 for 32 pixels"),
+        ({"intrinsics": Intrinsics(9.0, float("nan"), 4.0, 4.0, 32, 32)}, "expected finite numbers"),
         ({"mask": np.zeros((8, 8))}, "mask of it: 8x8 pixels but the picture has 32x32"),
     ],
 )
@@ -203,3 +203,23 @@ def test_what_the_recipe_does_not_tell_is_read_from_the_dataset(tiny_dataset, tm
         unknown.background(0)
     with pytest.raises(DataError, match="the training pictures' intrinsics are not known here"):
         framed(np.zeros((16, 16, 3)), unknown, "it", intrinsics=CAMERA)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"background": "red"},
+        {"background": [0.5]},
+        {"background": [2.0, 0.0, 0.0]},
+        {"fov_deg": "wide"},
+        {"fov_deg": 0.0},
+        {"fov_deg": [40.0]},
+        {"radius_augmentation": 3},
+    ],
+)
+def test_a_recipe_that_tells_no_camera_or_colour_is_refused_in_one_line(tiny_dataset, tmp_path, source):
+    manifest = load_manifest(tiny_dataset)
+    recipe = manifest.recipe | {"splits": {"train": manifest.recipe["splits"]["train"] | source}}
+    with pytest.raises(DataError, match=r"dataset tiny|framing") as refused:
+        framing_of(manifest.model_copy(update={"recipe": recipe}), tmp_path)
+    assert "\n" not in str(refused.value)

@@ -9,9 +9,10 @@ from PIL import Image
 
 from sitdist.cli import run
 from sitdist.data.photos import read_photos
-from sitdist.errors import DataError, PoseError
+from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at, shell_cameras
+from sitdist.io import memory
 from sitdist.scene.store import load_scene
 from sitdist.scene.volume import render_views
 
@@ -85,12 +86,12 @@ def _rewrite(folder, frames, **values):
     [
         ({"k1": 0.1}, "distortion k1 is 0.1"),
         ({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE is no pinhole camera"),
-        ({"w": 16}, "w is 16 but its picture has 8"),
-        ({"fl_x": -1.0}, "expected positive numbers"),
+        ({"w": 16}, "8x6 pixels but its intrinsics are for 16x6"),
+        ({"fl_x": -1.0}, "focal length -1 for 8 pixels"),
         ({"frames": []}, "holds no frames"),
-        ({"frames": [{"file_path": "0"}]}, "a photo without a pose"),
-        ({"frames": [{"file_path": "0", "transform_matrix": "none"}]}, "not a 4x4 matrix of numbers"),
-        ({"frames": [{"file_path": "9", "transform_matrix": POSES[0].tolist()}]}, "photo 9 is missing"),
+        ({"frames": [{"file_path": "0"}]}, "its pose is not a 4x4 matrix of numbers"),
+        ({"frames": [{"file_path": "0", "transform_matrix": "none"}]}, "its pose is not a 4x4 matrix of numbers"),
+        ({"frames": [{"file_path": "9", "transform_matrix": POSES[0].tolist()}]}, "frame 9: picture is missing"),
         ({"frames": 3}, "no list of frames"),
     ],
 )
@@ -113,6 +114,14 @@ def test_places_without_posed_photos_are_refused(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "one.jpg")
     with pytest.raises(DataError, match=r"photos without poses; expected .*run COLMAP"):
         read_photos(tmp_path)
+
+
+def test_photos_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
+    folder = write_transforms(tmp_path / "photos")
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "_limits", lambda: [(2 * 3 * 3 * 8 * 6 - 1, 10**9)])
+    with pytest.raises(OutOfMemoryError, match=r"transforms\.json: 3 photos: .* GB of memory.*; give fewer"):
+        read_photos(folder)
 
 
 def test_sizes_that_differ_are_refused(tmp_path):

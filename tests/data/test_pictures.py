@@ -10,6 +10,7 @@ from sitdist.cli import run
 from sitdist.config import TransformsSource
 from sitdist.data import pictures
 from sitdist.data.pictures import recipe_cameras, turntable_cameras, write_pictures
+from sitdist.data.pose_files import read_poses
 from sitdist.data.scene import open_scene, render
 from sitdist.data.sources import open_source
 from sitdist.errors import ConfigError, DataError
@@ -83,10 +84,34 @@ def test_the_cameras_of_a_recipe_and_the_command(tmp_path, capsys):
         recipe_cameras(parse(Recipe, recipe, "views"), "test")
 
 
+def test_cameras_are_written_for_other_tools_and_replace_nothing_unasked(tmp_path, capsys):
+    recipe = tmp_path / "views.yaml"
+    recipe.write_text(
+        "name: views\nimage_size: 16\ncodec: {kind: pca, patch: 4}\nval_views: 0\n"
+        "splits: {train: {kind: scene, views: 4}}\n"
+    )
+    files = tmp_path / "path.json", tmp_path / "transforms.json"
+    command = ["shards", "cameras", str(recipe), "--split", "train", "--out", str(files[0]), "--transforms"]
+    assert run([*command, str(files[1])]) == 0
+    one, other = map(read_poses, files)
+    assert torch.equal(one.camera_to_world, other.camera_to_world)
+    assert one.intrinsics[0].to_list() == pytest.approx(other.intrinsics[0].to_list())
+    before = files[0].read_bytes()
+    files[1].write_text("precious")
+    assert run([*command, str(files[1])]) == 2
+    assert "already exists; give another name or --overwrite" in capsys.readouterr().err
+    files[0].unlink()
+    assert run([*command, str(files[1])]) == 2
+    assert files[1].read_text() == "precious"
+    assert not files[0].exists()
+    assert run([*command, str(files[1]), "--overwrite"]) == 0
+    assert files[0].read_bytes() == before
+
+
 def test_what_is_there_is_kept_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     cameras = turntable_cameras(2, 4.0, 20.0, 40.0, 16)
     (tmp_path / "there").mkdir()
-    with pytest.raises(DataError, match="there: already exists; give another --out"):
+    with pytest.raises(DataError, match="there: already exists; give another name"):
         write_pictures(None, cameras, tmp_path / "there")
     with pytest.raises(DataError, match=r"scene\.json: no such file"):
         write_pictures(str(tmp_path / "none"), cameras, tmp_path / "out")

@@ -145,8 +145,8 @@ def test_a_damaged_missing_or_exchanged_index_is_named_when_its_shard_is_first_r
     first, second = (damaged / "train" / f"0000{shard}.index.npz" for shard in (0, 1))
     whole = first.read_bytes()
     cases = [
-        (whole[:700], "missing or damaged index"),
-        (whole[:900] + bytes([whole[900] ^ 1]) + whole[901:], "missing or damaged index|not the index"),
+        (whole[:700], "damaged index"),
+        (whole[:900] + bytes([whole[900] ^ 1]) + whole[901:], "damaged index|not the index"),
         (second.read_bytes(), r"00000\.index\.npz: not the index that the manifest names; build the dataset again"),
     ]
     for content, message in cases:
@@ -158,7 +158,7 @@ def test_a_damaged_missing_or_exchanged_index_is_named_when_its_shard_is_first_r
     first.unlink()
     reader = ShardReader(damaged, "train")
     assert torch.isfinite(reader.moments(range(16, 48))).all()  # of the other shards
-    with pytest.raises(DataError, match="missing or damaged index"):
+    with pytest.raises(DataError, match=r"00000\.index\.npz: cannot be read"):
         reader.moments([15])
 
 
@@ -166,7 +166,7 @@ def test_shards_that_do_not_add_up_to_the_manifests_count_are_refused(damaged):
     values = json.loads((damaged / "manifest.json").read_text())
     values["splits"]["train"]["count"] = 47
     (damaged / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(DataError, match="shards of 48 samples but the manifest says 47"):
+    with pytest.raises(DataError, match="shards of 48 samples but count 47"):
         ShardReader(damaged, "train")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -13,6 +14,7 @@ from sitdist.data import store
 from sitdist.data.format import load_manifest
 from sitdist.data.reader import BatchReader, ShardReader
 from sitdist.data.store import RemoteStore, open_store
+from sitdist.data.verify import verify
 from sitdist.errors import ConfigError, DataError
 
 URL = "memory://bucket/tiny"
@@ -172,6 +174,197 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path):
     manifest = json.loads(remote.cat("/bucket/tiny/manifest.json"))
     manifest["codec_files"]["../../../outside"] = "0" * 64
     remote.pipe("/bucket/tiny/manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(DataError, match="outside of the dataset; do not use it"):
+    with pytest.raises(DataError, match=rf"{URL}/manifest\.json: damaged \(codec_files"):
         open_store(URL, tmp_path / "cache")
     assert not (tmp_path / "outside").exists()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sitdist.json"]  # what cannot be used is not kept
+
+
+# ------------------------------------------------------------------------------------- whose files are whose
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def bystanders(folder):
+    """Put what looks like shards where a cache's shards are; returns what is there."""
+    for name in ("data/train/00000.tar", "data/train/00000.index.npz", "more/a.b.tar", "0123456789abcdef/train/x.npz"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"somebody's work")
+        os.utime(path, (1, 1))  # used long ago
+    return contents(folder)
+
+
+def fill(cache, limit=150_000):
+    """Read a whole dataset through a cache that has room for one of its shards."""
+    reader = ShardReader(open_store(URL, cache, limit), "train")
+    for shard in range(3):
+        reader.moments([16 * shard])
+    return reader.folder
+
+
+def test_a_folder_of_somebodys_files_is_no_cache_and_stays_as_it_is(remote, tmp_path):
+    theirs = bystanders(tmp_path)
+    with pytest.raises(DataError, match=r"not empty, and no cache of sitdist's; give another reader\.cache"):
+        fill(tmp_path)
+    assert contents(tmp_path) == theirs
+
+
+def test_a_cache_removes_only_the_shards_that_its_manifests_list(remote, tmp_path):
+    folder = fill(tmp_path)
+    theirs = {name: data for name, data in bystanders(tmp_path).items() if data == b"somebody's work"}
+    for name in ("train/other.tar", "train/other.npz", "train/00000.tar.npz", "other/00000.tar", "codec/00000.tar"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"somebody's work")
+        os.utime(folder / name, (1, 1))
+        theirs[f"{folder.name}/{name}"] = b"somebody's work"
+    fill(tmp_path)
+    left = contents(tmp_path)
+    assert {name: data for name, data in left.items() if data == b"somebody's work"} == theirs
+    assert [name for name in left if name.endswith(".tar") and name not in theirs] == [f"{folder.name}/train/00002.tar"]
+
+
+def test_links_in_a_cache_are_not_followed(remote, tmp_path):
+    folder = fill(tmp_path / "cache", 10**9)
+    theirs = tmp_path / "theirs"
+    (folder / "train").rename(theirs)
+    (folder / "train").symlink_to(theirs)
+    (folder / "val").mkdir()
+    (folder / "val" / "00000.tar").symlink_to(theirs / "00000.tar")
+    before = contents(theirs)
+    ShardReader(open_store(URL, tmp_path / "cache", 150_000), "test").moments([0])
+    assert contents(theirs) == before
+    assert (folder / "val" / "00000.tar").is_symlink()
+    with pytest.raises(DataError, match="leads out of the cache by a link"):
+        ShardReader(open_store(URL, tmp_path / "cache"), "train").moments([0])
+
+
+def test_a_dataset_in_the_place_of_anothers_name_is_not_believed(remote, tiny_dataset, tmp_path):
+    """A subfolder of a cache is named by the hash of URL and manifest; in one that is not, nothing is removed."""
+    folder = fill(tmp_path)
+    other = shutil.copytree(tiny_dataset, tmp_path / "0123456789abcdef")
+    (other / "remote.json").write_bytes((folder / "remote.json").read_bytes())
+    for path in other.rglob("0*"):
+        os.utime(path, (1, 1))
+    before = contents(other)
+    fill(tmp_path)
+    assert contents(other) == before
+    with pytest.raises(DataError, match=r"remote\.json"):
+        open_store(other)
+
+
+def test_a_cache_of_before_is_taken_over_as_it_is(remote, tmp_path):
+    folder = fill(tmp_path, 10**9)
+    (tmp_path / "sitdist.json").unlink()
+    (tmp_path / ".manifest.json.lock").touch()
+    before = contents(folder)
+    remote.rm("/bucket/tiny/train", recursive=True)
+    assert fill(tmp_path, 10**9) == folder  # nothing is fetched again
+    assert contents(folder) == before
+    assert json.loads((tmp_path / "sitdist.json").read_text())["kind"] == "cache"
+
+
+def test_the_default_cache_is_ours_by_its_place(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "DEFAULT_CACHE", str(tmp_path / "sitdist"))
+    (tmp_path / "sitdist").mkdir()
+    (tmp_path / "sitdist" / "log.txt").write_text("of something else that we keep there")
+    assert open_store(URL).folder.parent == tmp_path / "sitdist"
+
+
+def test_processes_that_make_a_cache_at_the_same_moment_all_have_it(remote, tmp_path):
+    for attempt in range(5):
+        folders, cache = [], tmp_path / str(attempt)
+        threads = [threading.Thread(target=lambda c=cache, f=folders: f.append(open_store(URL, c))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({each.folder for each in folders}) == 1
+        assert len(folders) == 4
+
+
+ORIGINS = [
+    {"url": URL},
+    {"url": URL, "limit": 1},
+    {"url": URL, "limit": 1, "cache": "/"},
+    {"url": "file:///etc"},
+    {"url": 5},
+    {"url": None, "limit": "1"},
+    [1],
+    "NaN",
+]
+
+
+@pytest.mark.parametrize("origin", ORIGINS, ids=str)
+def test_what_a_strangers_dataset_says_of_its_origin_is_not_acted_on(remote, tiny_dataset, tmp_path, origin):
+    """Beside it lie other datasets, whose shards a cache would remove."""
+    given = shutil.copytree(tiny_dataset, tmp_path / "given")
+    (given / "remote.json").write_text(json.dumps(origin) if origin != "NaN" else '{"url": NaN}')
+    shutil.rmtree(given / "train")
+    theirs = bystanders(tmp_path)
+    with pytest.raises(DataError) as raised:
+        ShardReader(open_store(given, limit=1), "train").moments([0])
+    assert str(raised.value).startswith(f"{given}/remote.json: only in a cache of sitdist's")
+    assert "\n" not in str(raised.value)
+    assert contents(tmp_path) == theirs
+
+
+@pytest.mark.parametrize("origin", ORIGINS[2:], ids=str)
+def test_a_damaged_origin_in_a_cache_is_one_line(remote, tmp_path, origin):
+    folder = fill(tmp_path)
+    (folder / "remote.json").write_text(json.dumps(origin))
+    with pytest.raises(DataError, match=r"remote\.json: only in a cache") as raised:
+        open_store(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_a_cache_keeps_is_read_as_it_is_whatever_the_url_holds_now(remote, tmp_path):
+    folder = fill(tmp_path, 10**9)
+    manifest = json.loads(remote.cat("/bucket/tiny/manifest.json"))
+    remote.pipe("/bucket/tiny/manifest.json", json.dumps(manifest | {"name": "other"}).encode())
+    reader = ShardReader(folder, "test")
+    assert reader.manifest.name == "tiny"
+    assert torch.isfinite(reader.moments([0])).all()  # fetched from there
+    assert reader.store.limit == 10**9
+
+
+def test_a_remote_without_an_end_is_given_up_at_the_size_that_the_manifest_says(remote, tmp_path, monkeypatch):
+    class Endless:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def read(self, size):
+            return bytes(size)
+
+    opened = RemoteStore(URL, tmp_path)
+    monkeypatch.setattr(opened, "_largest", 3 * store.CHUNK)
+    monkeypatch.setattr(opened._filesystem, "open", lambda *arguments: Endless())
+    with pytest.raises(DataError, match=r"00000\.index\.npz: more than 3,145,728 bytes; do not use it"):
+        ShardReader(opened, "train").moments([0])
+    assert not list(opened.folder.rglob("*.tmp"))
+
+
+def test_verify_reads_what_training_would_read(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "DEFAULT_CACHE", str(tmp_path / "cache"))
+    assert verify(URL) == []
+    folder = open_store(URL).folder
+    tar = folder / "train" / "00001.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(data)  # the cached file, and not the remote one
+    expected = ["train/00001.tar: sample 000000016: bytes altered (CRC differs); build the dataset again"]
+    assert verify(URL) == expected
+    assert verify(folder) == expected
+    tar.unlink()
+    remote.rm("/bucket/tiny/train/00001.tar")
+    (problem,) = verify(URL)
+    assert problem.startswith(f"{URL}/train/00001.tar: cannot be fetched")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tarfile
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +140,40 @@ def test_missing_shards_and_missing_members_are_named(tars, tmp_path):
     empty = with_members(tars[0], tmp_path / "empty.tar", {"meta.json": b"{}"})
     with pytest.raises(DataError, match=r"empty\.tar: sample 000000000: not of the format \(KeyError\('label'\)\)"):
         next(iter(stream_batches([empty], 16, seed=0)))
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"moments.npy": npy(np.full((8, 4, 4), np.nan, np.float16))},
+        {"moments.npy": npy(np.zeros((8, 4, 4), np.float32))},
+        {"moments.npy": npy(np.zeros((8, 4), np.float16))},
+        {"moments.npy": npy(np.zeros((8, 8, 4), np.float16))},
+        {"packed_pose.npy": npy(np.full((4, 4), np.inf, np.float32))},
+        {"packed_pose.npy": npy(np.zeros((3, 4), np.float32))},
+        {"meta.json": b'{"label": -1}'},
+        {"meta.json": b'{"label": "0"}'},
+        {"meta.json": b'{"label": NaN}'},
+        {"meta.json": b"[]"},
+    ],
+)
+def test_samples_that_no_model_can_use_are_refused(tars, tmp_path, changed):
+    with pytest.raises(DataError) as raised:
+        poses(stream_batches([with_members(tars[0], tmp_path / "bad.tar", changed)], 16, seed=0))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_tar_is_named(tars, tmp_path):
+    for name, data in (("cut", Path(tars[0]).read_bytes()[:3000]), ("noise", bytes(range(1, 251)) * 40)):
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        with pytest.raises(DataError, match=rf"{name}\.tar: no readable tar \("):
+            poses(stream_batches([str(tmp_path / f"{name}.tar")], 16, seed=0))
 
 
 def test_shards_are_streamed_from_fsspec_urls(tiny_dataset, tars, tmp_path):

@@ -25,6 +25,7 @@ from sitdist.errors import CodecError, DataError
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.model.codec import PcaCodec, VaeCodec, latent_mean, load_codec
 from sitdist.model.codec_fit import latent_sums, make_vae, scaling_factor
+from sitdist.runs.ownership import LOCK, mark
 
 RECIPE = {
     "name": "small",
@@ -296,7 +297,7 @@ def test_a_disk_that_is_full_while_the_codec_is_saved_leaves_no_half_codec(tmp_p
     monkeypatch.setattr(PcaCodec, "save", save)
     with pytest.raises(DataError, match=r"codec: cannot be written \(No space left on device\)"):
         build(recipe(), tmp_path / "out")
-    assert list(contents(tmp_path / "out")) == ["build.json"]
+    assert sorted(contents(tmp_path / "out")) == ["build.json", "sitdist.json", "sitdist.lock"]
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -346,15 +347,19 @@ def test_going_on_in_another_environment_refuses(tmp_path, monkeypatch):
 
 def test_a_damaged_plan_and_folders_of_something_else_refuse(tmp_path):
     cases = {
-        "plan": ("build.json", "not json", "damaged"),
-        "notes": ("notes.txt", "mine", "not empty and no unfinished build"),
+        "plan": ("build.json", "not json", r"build\.json: damaged"),
+        "someone's plan": ("build.json", "not json", "not empty, and no dataset"),
+        "notes": ("notes.txt", "mine", "not empty, and no dataset"),
     }
     for name, (file, text, message) in cases.items():
-        (tmp_path / name).mkdir()
+        if name == "plan":
+            mark(tmp_path / name, "dataset")
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / file).write_text(text)
+        before = contents(tmp_path / name)
         with pytest.raises(DataError, match=message):
             build(recipe(), tmp_path / name)
-        assert contents(tmp_path / name) == {file: text.encode()}
+        assert {**contents(tmp_path / name), LOCK: b""} == {**before, LOCK: b""}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DataError, match="is a file; give another --out"):
         build(recipe(), tmp_path / "file")
@@ -464,9 +469,9 @@ def test_verify_finds_an_altered_index_and_missing_files(damaged):
     (damaged / "train" / "00001.index.npz").unlink()
     (damaged / "train" / "00002.tar").unlink()
     assert verify(damaged) == [
-        "train/00000.tar: index altered; build the dataset again",
-        "train/00001.tar: missing (index); build the dataset again",
-        "train/00002.tar: missing (tar); build the dataset again",
+        "train/00000.index.npz: damaged index (Bad CRC-32 for file 'start.npy'); build the dataset again",
+        "train/00001.index.npz: cannot be read (No such file or directory); build the dataset again",
+        "train/00002.tar: cannot be read (No such file or directory); build the dataset again",
     ]
 
 
@@ -486,15 +491,16 @@ def test_verify_finds_an_altered_codec(damaged):
 
 
 def test_verify_names_both_values_where_manifest_and_codec_disagree(damaged):
-    edit_manifest(damaged, lambda values: values["codec"].update(downsample=8))
+    edit_manifest(damaged, lambda values: values["codec"].update(kind="vae"))
     assert verify(damaged) == [
-        "manifest.json: codec downsample is 8 but the codec folder's is 4; build again",
+        "manifest.json: codec kind is 'vae' but the codec folder's is 'pca'; build the dataset again",
     ]
 
 
 def test_verify_finds_a_split_whose_shards_do_not_add_up(damaged):
     edit_manifest(damaged, lambda values: values["splits"]["val"].update(count=2))
-    assert verify(damaged) == ["manifest.json: the shards of val do not hold 2 samples; build again"]
+    with pytest.raises(DataError, match=r"manifest\.json: damaged \(splits\.val: shards of 3 samples but count 2\)"):
+        verify(damaged)
 
 
 # ------------------------------------------------------------------------------------------------- packed intrinsics
@@ -566,5 +572,5 @@ def test_a_missing_newer_or_damaged_manifest_is_named(dataset, damaged, tmp_path
 
 def test_a_codec_folder_without_its_weights_is_named(damaged):
     (damaged / "codec" / "weights.safetensors").write_bytes(b"short")
-    with pytest.raises(CodecError, match="codec: no readable codec"):
+    with pytest.raises(CodecError, match=r"weights\.safetensors: no safetensors file"):
         load_codec(damaged / "codec")

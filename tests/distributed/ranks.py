@@ -79,6 +79,10 @@ class Ranks:
                 if process.pid is not None and process.exitcode is None:
                     os.kill(process.pid, number)
 
+    def pids(self) -> list[int]:
+        """The numbers of all processes, by rank."""
+        return [int(process.pid or 0) for process in self._processes]
+
     def kill(self) -> list[int]:
         """SIGKILL whatever still runs; the exit codes."""
         self.send(signal.SIGKILL)

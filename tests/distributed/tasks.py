@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
 from typing import Any, NoReturn
@@ -15,12 +17,13 @@ import torch.distributed as dist
 
 from sitdist import cli
 from sitdist.config import Recipe, parse
-from sitdist.data import format as data_format
 from sitdist.data import shard as shard_module
 from sitdist.data import writer
 from sitdist.data.sources import ViewSource
+from sitdist.evaluate import evaluator
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at
+from sitdist.io import atomic
 from sitdist.runtime import make_accelerator, processes
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train import codec_fit
@@ -59,18 +62,21 @@ def train_without_sync(*arguments: str) -> None:
 
 def train_and_die(checkpoint: int, file: str, *arguments: str) -> None:
     """Train, and get SIGKILL in the middle of writing a file of the n-th checkpoint (from 0) of this process."""
-    write, checkpoints_begun = checkpoints._write, -1
+    checkpoints_begun = -1
 
-    def write_and_die(path: Path, content: checkpoints.Content) -> None:
-        nonlocal checkpoints_begun
-        checkpoints_begun += path.name == "model.safetensors"
-        if checkpoints_begun == checkpoint and path.name == file:
-            write(path, content)
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, content)
+    def deadly(write: Callable[..., None]) -> Callable[..., None]:
+        def write_and_die(*given: Any) -> None:
+            nonlocal checkpoints_begun
+            path = next(each for each in given if isinstance(each, Path))
+            checkpoints_begun += path.name == "model.safetensors"
+            write(*given)
+            if checkpoints_begun == checkpoint and path.name == file:
+                os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints._write = write_and_die
+        return write_and_die
+
+    checkpoints.save_file, checkpoints.write_json = deadly(checkpoints.save_file), deadly(checkpoints.write_json)
     cli.main(arguments)
 
 
@@ -78,7 +84,7 @@ def train_and_be_told_to_stop(phase: str, *arguments: str) -> None:
     """Train, and get SIGTERM in the middle of the first checkpoint, validation or compiled step of this process."""
     owner: Any
     owner, name = {
-        "save": (checkpoints, "_write"),
+        "save": (checkpoints, "save_file"),
         "validation": (Validation, "measure"),
         "compile": (trainer_module, "flow_loss"),
     }[phase]
@@ -101,10 +107,25 @@ def train_and_be_told_to_stop(phase: str, *arguments: str) -> None:
 def train_on_a_full_disk(*arguments: str) -> None:
     """Train where no checkpoint can be written."""
 
-    def refuse(path: Path, content: checkpoints.Content) -> NoReturn:
+    def refuse(*_: Any) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoints._write = refuse
+    checkpoints.save_file = refuse
+    cli.main(arguments)
+
+
+def evaluate_and_wait(go: Path, *arguments: str) -> None:
+    """Evaluate; rank 1 stops inside its first unit, which a file beside `go` tells, until `go` is there."""
+    measure = evaluator._Evaluation.measure
+
+    def measure_and_wait(self, job):
+        if rank() == 1:
+            go.with_suffix(".waits").touch()
+            while not go.exists():
+                time.sleep(0.05)
+        return measure(self, job)
+
+    evaluator._Evaluation.measure = measure_and_wait
     cli.main(arguments)
 
 
@@ -240,7 +261,7 @@ def fit_and_die(where: str, *arguments: str) -> None:
     elif where == "step":
         codec_fit.CodecFit.batch = lambda self, views, step: die() if step == 2 else batch(self, views, step)
     else:
-        data_format.flush_file = die
+        atomic.flush_file = die
     cli.main(arguments)
 
 
@@ -274,3 +295,13 @@ def doctor_to_file(folder: Path, config: str) -> None:
     from sitdist.train.doctor import doctor
 
     (folder / f"doctor_{rank()}.txt").write_text(doctor(Path(config), [], None, folder / "run").report())
+
+
+def start_together(gate: Path, own: int, count: int, *arguments: str) -> None:
+    """A command, once `count` processes stand at the gate, where each leaves its number and its process id."""
+    unfinished = gate / f".{own}"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(gate / str(own))
+    while len(list(gate.glob("[0-9]*"))) < count:
+        time.sleep(0.0005)
+    cli.main(arguments)

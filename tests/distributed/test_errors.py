@@ -76,7 +76,7 @@ def test_a_full_disk(train, tmp_path):
     run = tmp_path / "run"
     train(2, run, "train.steps=3").run()
     started = train(2, run, task=train_on_a_full_disk)
-    assert_one_line(started, "step_00000006: cannot be written: No space left on device; free space and start again")
+    assert_one_line(started, "step_00000006: cannot be written (No space left on device); free space")
     assert read_newest(run).step == 3
     assert not any(run.glob("checkpoints/.*"))
 

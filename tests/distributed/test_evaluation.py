@@ -2,6 +2,8 @@
 
 import csv
 import json
+import random
+import re
 import signal
 import time
 
@@ -127,6 +129,79 @@ def test_a_killed_process_does_not_leave_the_others_waiting(evaluate, tmp_path):
     assert time.monotonic() - begun < 40
     assert codes == [2, -signal.SIGKILL]
     assert "ended or no longer answers" in started.errors(0)
+
+
+def claims(folder):
+    return {path.name: path.read_bytes() for path in (folder / "claims").glob("*")}
+
+
+def assert_one_works_and_the_other_names_it(run, on_one, folder):
+    out = folder / "out"
+    arguments = ("eval", run, "--split", "test", "--batch", 1, "--out", out)
+    both = [ranks.sitdist(folder / name, 1, *arguments) for name in ("a", "b")]
+    codes = [started.wait(120)[0] for started in both]
+    assert sorted(codes) == [0, 2], [started.errors() for started in both]
+    stopped, worked = both[codes.index(2)], both[codes.index(0)]
+    assert re.fullmatch(
+        rf"sitdist: error: {out}: in use by process {worked.pids()[0]} on \S+, since [-0-9]+ [:0-9]+\+00:00; "
+        "wait until it ends, or give another --out\n",
+        stopped.errors(),
+    )
+    assert "12 of 12 work units to evaluate" in worked.errors()
+    assert_same(out, on_one)
+
+
+def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_path):
+    assert_one_works_and_the_other_names_it(run, on_one, tmp_path)
+
+
+@pytest.mark.slow
+def test_twenty_starts_of_two_evaluators(run, on_one, tmp_path):
+    for number in range(20):
+        assert_one_works_and_the_other_names_it(run, on_one, tmp_path / f"{number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_twenty_kills_of_an_evaluation(run, on_one, tmp_path, world):
+    """Killed at random moments and started again at once, it has every view once: ten kills on each world."""
+    generator = random.Random(world)
+    for out in (tmp_path / "a", tmp_path / "b"):
+        arguments = ("eval", run, "--split", "test", "--batch", 1, "--out", out)
+        for _ in range(5):
+            started = ranks.sitdist(tmp_path / "log", world, *arguments)
+            started.wait(60, until=(out / "claims").exists)
+            time.sleep(generator.uniform(0.0, 2.0))
+            assert set(started.kill()) <= {0, -signal.SIGKILL}, started.errors()
+        ranks.sitdist(tmp_path / "log", world, *arguments).run(120)
+        assert_same(out, on_one)
+        assert len(units(out)) == 12
+
+
+def test_the_next_start_leaves_a_unit_to_a_process_that_still_measures_it(run, on_one, tmp_path):
+    """Rank 0 is killed while rank 1 measures; the next start measures all else at once, and then waits for it."""
+    from tasks import evaluate_and_wait
+
+    out, go = tmp_path / "out", tmp_path / "go"
+    arguments = ["eval", str(run), "--split", "test", "--batch", "1", "--out", str(out)]
+    started = ranks.Ranks(tmp_path / "log", 2, evaluate_and_wait, go, *arguments)
+    try:
+        started.wait(60, until=lambda: go.with_suffix(".waits").exists())
+        left = started.pids()[1]
+        (held,) = (name for name, data in claims(out).items() if data and json.loads(data)["pid"] == left)
+        started.send(signal.SIGKILL, [0])
+        again = ranks.sitdist(tmp_path / "again", 1, *arguments)
+        log = tmp_path / "again" / "rank_0.err"
+        again.wait(60, until=lambda: log.is_file() and "still measures it" in log.read_text())
+        assert f"{held}: process {left}, left by an evaluation before this one, still measures it" in again.errors()
+        assert {path.stem for path in units(out)} == {f"unit_{i:05d}" for i in range(12)} - {held}
+        assert json.loads(claims(out)[held])["pid"] == left
+        go.touch()
+        again.run(60)
+        assert started.wait(60, grace=60)[1] == 2  # its main process had ended
+    finally:
+        started.kill()
+    assert_same(out, on_one)
 
 
 EVERY = ("--experiment", "all", "--max-views", 9)

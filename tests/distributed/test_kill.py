@@ -63,7 +63,7 @@ def test_a_run_killed_inside_a_checkpoint_write_goes_on_bit_for_bit(
     run = tmp_path / "run"
     codes = train(world, run, *SETTINGS, task=train_and_die, task_arguments=[checkpoint, file]).wait()
     assert codes[0] == -signal.SIGKILL
-    assert any(run.glob(f"checkpoints/.step_*.tmp-*/{file}"))  # it was cut off inside
+    assert any(run.glob(f"checkpoints/.sitdist-*.tmp/{file}"))  # it was cut off inside
     newest = read_newest(run)
     assert (0 if newest is None else newest.step) == 3 * checkpoint
     train(world, run, *SETTINGS).run()

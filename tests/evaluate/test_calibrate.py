@@ -61,6 +61,14 @@ def run(trained, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def calibrated(trained, tmp_path_factory):
+    """A calibrated run; never write into it."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("fitted") / "run")
+    calibrate(folder, CalibrateOptions("test"))
+    return folder
+
+
 def test_an_evaluation_of_a_calibrated_run_has_bars_trust_and_coverage(run, capsys):
     assert command(["calibrate", str(run), "--split", "test"]) == 0
     assert "12 views of test, estimator one_step" in capsys.readouterr().out
@@ -144,6 +152,53 @@ def test_a_damaged_calibration_is_named(run, capsys):
     (run / "calibration.json").write_text('{"format": 1, "levels": []}')
     assert command(["eval", str(run), "--split", "val"]) == 2
     assert "calibration.json: not a calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", 2),
+        ("weights", 7),
+        ("estimator", []),
+        ("views", 0),
+        ("views", "12"),
+        ("levels", [0.5]),
+        ("unknown", 1),
+        ("calibration", None),
+        ("calibration.rotation.rms", math.nan),
+        ("calibration.rotation.rms", -1.0),
+        ("calibration.rotation.rms", "1"),
+        ("calibration.rotation.intercept", 10**400),
+        ("calibration.rotation.weights", [1.0]),
+        ("calibration.rotation.weights", [-1.0] * 4),
+        ("calibration.rotation.weights", 1.0),
+        ("calibration.translation.factors", [1.0] * 8),
+        ("calibration.translation.factors", [-1.0] * 9),
+        ("calibration.translation.factors", [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]),
+        ("calibration.trust.mean", [0.0] * 3),
+        ("calibration.trust.std", [0.0] * 4),
+        ("calibration.trust.worst", []),
+        ("calibration.trust.worst", [2.0, 1.0]),
+        ("calibration.trust.worst", [math.inf]),
+        ("calibration.residual_scale", None),
+        ("calibration.residual_scale", 1.0),
+        ("calibration.residual_scale", [[["a"]]]),
+        ("calibration.residual_scale", [[[0.0]]]),
+        ("calibration.residual_scale", [[[1.0, 1.0], [1.0]]]),
+        ("calibration.residual_scale", [[[1.0]]]),
+    ],
+)
+def test_a_calibration_with_absurd_numbers_is_refused_in_one_line(calibrated, tmp_path, key, value):
+    values = json.loads((calibrated / "calibration.json").read_text())
+    *parents, last = key.split(".")
+    inner = values
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    (tmp_path / "calibration.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"calibration\.json: .*again") as refused:
+        load_calibration(tmp_path, load_run(calibrated), EstimateOptions())
+    assert "\n" not in str(refused.value)
 
 
 def test_coverage_counts_overall_and_on_the_quarter_with_the_largest_bars():

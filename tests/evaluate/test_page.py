@@ -3,22 +3,29 @@
 import csv
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import look_down, make_records, metrics_of, write_evaluation
+from test_report import Page, look_down, make_records, metrics_of, write_evaluation
 
 from sitdist import cli
 from sitdist.errors import DataError
 from sitdist.evaluate.coverage import AZIMUTHS, HEIGHTS, coverage_counts
+from sitdist.evaluate.experiments.common import write_results
+from sitdist.evaluate.experiments.tables import load_experiments
 from sitdist.evaluate.plots import error_sphere_figure
 from sitdist.evaluate.report import write_report
 from sitdist.evaluate.report.compare import compare, short_names
+from sitdist.evaluate.report.page import experiment_pictures
+from sitdist.evaluate.results import label_rows
+from sitdist.runs.ownership import only_writer
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -55,9 +62,6 @@ def folder(tmp_path_factory):
     cycle = {"mean": 2.5, "median": 2.0, "n": 3, "q25": 1.0, "q75": 3.0, "low": 2.0, "high": 3.0}
     names = ("rotation_drift_deg", "translation_drift", "rotation_step_deg", "translation_step", "psnr", "psnr_to_last")
     rows = [{"turn": turn, **dict.fromkeys(names, cycle | {"mean": 2.5 * turn})} for turn in (1, 2)]
-    (folder / "cycle").mkdir()
-    (folder / "cycle" / "results.json").write_text(json.dumps({"experiment": "cycle", "n": 3, "rows": rows}))
-    (folder / "cycle" / "records.csv").write_text("key,turn\nv2_0_turn1,1\n")
     write_evaluation(
         folder,
         make_records(),
@@ -65,6 +69,8 @@ def folder(tmp_path_factory):
         provenance={"command": "sitdist eval <run>", "dataset fingerprint": "0123abc"},
         config={"name": "tiny"},
     )
+    record = {"key": "v2_0_turn1", "turn": 1, **dict.fromkeys(names, 2.5), "estimated": look_down(2.0)}
+    write_results(folder / "cycle", {"experiment": "cycle", "n": 3, "rows": rows}, [record])
     write_report(folder)
     return folder
 
@@ -155,8 +161,6 @@ def test_the_page_holds_coverage_experiments_provenance_and_config(folder):
 
 
 def test_coverage_counts_cameras_where_they_stand():
-    import numpy as np
-
     counts = np.array(coverage_counts(np.array([[1.0, 0.01, 0.0], [0.0, 0.0, 2.0], [0.01, 0.0, -1.0]])))
     assert counts.sum() == 3
     assert counts[HEIGHTS // 2, AZIMUTHS // 2] == 1
@@ -211,4 +215,137 @@ def test_evaluations_stand_side_by_side(folder, tmp_path, capsys):
     assert ["rotation", "error", "(deg)", "mean", *[f"{row['rotation_error_deg']['mean']:.2f}"] * 2] in lines
     page = (tmp_path / "both.html").read_text()
     assert "<td>700</td><td>900</td>" in page
+    (tmp_path / "both.html").write_text("mine")
+    command = ["report", str(folder), str(tmp_path), "--out", str(tmp_path / "both.html")]
+    assert cli.run(command) == 2
+    assert "both.html: already exists; give another name or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "both.html").read_text() == "mine"
+    assert cli.run([*command, "--overwrite"]) == 0
+    assert (tmp_path / "both.html").read_text() == page
     assert cli.run(["report", str(folder), "--out", str(tmp_path / "x.html")]) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- strangers
+
+NASTY = "<script>alert(1)</script><b>'\"&\n\x1b[2J$x^$"
+
+
+@pytest.mark.distributed  # three pages with all their plots
+def test_what_a_stranger_named_is_text_in_pages_tables_and_plots(tmp_path, capsys):
+    folders = [tmp_path / "_a$x^$<b>", tmp_path / "b"]
+    for folder in folders:
+        records = [replace(each, label=i % 2) for i, each in enumerate(make_records())]
+        write_evaluation(
+            folder,
+            records,
+            **dict.fromkeys(("run", "dataset", "split", "lpips", "estimator", "generator"), NASTY),
+            versions={NASTY: NASTY},
+            provenance={"hardware": NASTY, NASTY: NASTY},
+            config={NASTY: NASTY},
+            labels=label_rows(records, {0: NASTY, 1: "plain"}),
+        )
+    assert cli.run(["report", str(folders[0])]) == 0
+    assert cli.run(["report", *map(str, folders), "--out", str(tmp_path / "both.html")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert not any(line.startswith("\x1b") or line.startswith("[2J") for line in out.splitlines())
+    assert "&#39;&#34;&amp;\\n\\x1b[2J" in (folders[0] / "report.html").read_text()
+    page = Page(folders[0] / "report.html")
+    assert (page.tags.count("script"), page.tags.count("b")) == (2, 0)
+    both = Page(tmp_path / "both.html")
+    assert (both.tags.count("script"), both.tags.count("b")) == (0, 0)
+    assert "_a$x^$<b>" in both.text
+
+
+def written(name, change):
+    def damage(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def changed_result(**changes):
+    def damage(folder):
+        path = folder / "cycle" / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def changed_row(**changes):
+    def damage(folder):
+        path = folder / "cycle" / "results.json"
+        result = json.loads(path.read_text())
+        result["rows"][1].update(changes)
+        path.write_text(json.dumps(result))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        changed_result(experiment="solvers"),
+        changed_result(experiment=[1]),
+        changed_result(rows=[]),
+        changed_result(rows={}),
+        changed_result(rows=[1]),
+        changed_result(rows=None),
+        changed_row(turn="2"),
+        changed_row(turn=2**60),
+        changed_row(psnr=None),
+        changed_row(psnr=1.0),
+        changed_row(psnr={"mean": 1.0, "median": 1.0, "n": 1}),
+        changed_row(psnr={"mean": float("nan"), "median": 1.0, "n": 1, "low": 1.0, "high": 1.0}),
+        changed_row(psnr={"mean": 1e300, "median": 1.0, "n": 1, "low": 1.0, "high": 1.0}),
+        changed_row(solver={"a": 1}),
+        written("cycle/results.json", lambda data: data[:-10]),
+        written("cycle/results.json", lambda data: b"[" * 100_000),
+        written("cycle/results.json", lambda data: b"{}"),
+        written("cycle/records.csv", lambda data: b""),
+        written("cycle/records.csv", lambda data: data.replace(b",2.5", b",nan", 1)),
+        written("cycle/records.csv", lambda data: data.replace(b",2.5", b",", 1)),
+        written("cycle/records.csv", lambda data: data.replace(b",2.5", b"", 1)),
+        written("cycle/records.csv", lambda data: data.replace(b"[1.0, ", b"[", 1)),
+        written("cycle/records.csv", lambda data: data.replace(b"[1.0, ", b"[" * 100_000, 1)),
+    ],
+)
+def test_results_of_an_experiment_that_nobody_measured_are_refused_in_one_line(folder, tmp_path, damage, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    before = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    for command in (["report", str(tmp_path / "copy")], ["report", str(folder), str(tmp_path / "copy")]):
+        assert cli.run(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{tmp_path / 'copy' / 'cycle'}/" in line
+        assert len(line) < 600
+    assert {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "strip", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.array([{}])]
+)
+def test_strips_that_are_no_pictures_are_refused(folder, tmp_path, strip):
+    shutil.copytree(folder, tmp_path / "copy")
+    np.savez(tmp_path / "copy" / "cycle" / "strips.npz", pair000_slerp=strip)
+    (table,) = load_experiments(folder)
+    with pytest.raises(DataError, match=r"strips\.npz: damaged"):
+        experiment_pictures(tmp_path / "copy", table)
+
+
+def test_nothing_is_written_into_a_folder_that_is_no_evaluation_of_ours(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "theirs", ignore=shutil.ignore_patterns("sitdist.*"))
+    for name in ("", "theirs", "nowhere"):
+        before = sorted(tmp_path.rglob("*"))
+        for command in ([str(tmp_path / name)], [str(tmp_path / name), str(folder)]):
+            assert cli.run(["report", *command]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_is_not_written_while_another_process_writes_there(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    with only_writer(tmp_path / "copy", "evaluation"):
+        assert cli.run(["report", str(tmp_path / "copy")]) == 2
+    assert f"in use by process {os.getpid()} on " in capsys.readouterr().err

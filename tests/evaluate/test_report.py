@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,9 +19,12 @@ from sitdist.errors import DataError
 from sitdist.evaluate import plots
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.plots.views import side_by_side
-from sitdist.evaluate.report import Row, format_table, write_report
+from sitdist.evaluate.report import Row, format_table, report_again, write_report
 from sitdist.evaluate.results import MEASURES, summary_rows
-from sitdist.evaluate.units import ViewRecord, save_arrays
+from sitdist.evaluate.units import ViewRecord
+from sitdist.io.atomic import temporary_name
+from sitdist.io.npz import save_arrays
+from sitdist.runs.ownership import mark
 
 BINS = (2, 3, 4, 6)  # no view has a radius in [5, 6)
 VIEWS_PER_BIN = 3
@@ -49,7 +53,7 @@ def make_records(lpips=False):
 
 def write_evaluation(folder, records, size=16, **changes):
     """metrics.json, records.csv and images.npz (two noise pictures a bin), as an evaluation leaves them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "evaluation")
     metrics = {
         "run": "runs/tiny & <b>small</b>",
         "step": 700,
@@ -109,6 +113,7 @@ def folder_with_lpips(tmp_path_factory):
 @pytest.fixture
 def inputs(folder, tmp_path):
     """A copy of the evaluation without its report, to be damaged."""
+    mark(tmp_path, "evaluation")
     for name in ("metrics.json", "records.csv", "images.npz"):
         shutil.copy(folder / name, tmp_path / name)
     return tmp_path
@@ -436,8 +441,9 @@ def test_a_second_report_takes_the_place_of_the_first_and_is_the_same_for_the_sa
 ):
     shutil.copytree(folder_with_lpips, tmp_path, dirs_exist_ok=True)
     write_evaluation(tmp_path, make_records())  # with no LPIPS now, as in `folder`
-    (tmp_path / ".tensorboard.tmp").mkdir()
-    (tmp_path / ".tensorboard.tmp" / "events.out.tfevents.cut").write_text("left by a report that was killed")
+    killed = temporary_name(tmp_path / "tensorboard").name.replace(f"-{os.getpid()}-", f"-{10**9}-")  # no such process
+    (tmp_path / killed).mkdir()
+    (tmp_path / killed / "events.out.tfevents.cut").write_text("left by a report that was killed")
     write_report(tmp_path)
     for name in ("report.html", *(f"plots/{path.name}" for path in (folder / "plots").iterdir())):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
@@ -447,6 +453,19 @@ def test_a_second_report_takes_the_place_of_the_first_and_is_the_same_for_the_sa
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     assert "lpips/mean" in read_board(folder_with_lpips).Tags()["scalars"]
     assert "lpips/mean" not in read_board(tmp_path).Tags()["scalars"]
+
+
+def test_what_a_user_keeps_beside_plots_and_events_stays(folder_with_lpips, tmp_path):
+    shutil.copytree(folder_with_lpips, tmp_path, dirs_exist_ok=True)
+    write_evaluation(tmp_path, make_records())
+    (tmp_path / "tensorboard" / "notes").mkdir()
+    for name in ("plots/mine.png", "plots/cycle_mine.png", "tensorboard/notes/a.txt", "tensorboard/b.txt"):
+        (tmp_path / name).write_text("mine")
+    write_report(tmp_path)
+    for name in ("plots/mine.png", "plots/cycle_mine.png", "tensorboard/notes/a.txt", "tensorboard/b.txt"):
+        assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "plots" / "lpips.png").exists()
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
 
 
 def change_metrics(change):
@@ -486,6 +505,18 @@ def cut(name, share):
     return damage
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def compressed(folder):
+    """A file of a few kB that would be a GB."""
+    np.savez_compressed(folder / "images.npz", true=np.zeros((1, 4096, 4096, 3), np.uint8))
+
+
 def flip_a_pixel(folder):
     data = bytearray((folder / "images.npz").read_bytes())
     data[len(data) // 2] ^= 1
@@ -495,25 +526,47 @@ def flip_a_pixel(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "metrics.json").unlink(), r"metrics\.json: no such file; run `sitdist eval` first"),
-        (lambda folder: (folder / "records.csv").unlink(), r"records\.csv: no such file; run `sitdist eval` first"),
-        (lambda folder: (folder / "images.npz").unlink(), r"images\.npz: no such file; run `sitdist eval` first"),
+        (lambda folder: (folder / "metrics.json").unlink(), r"metrics\.json: cannot be read \(No such file"),
+        (lambda folder: (folder / "records.csv").unlink(), r"records\.csv: cannot be read \(No such file"),
+        (lambda folder: (folder / "images.npz").unlink(), r"images\.npz: cannot be read \(No such file"),
         (cut("metrics.json", 0.5), r"metrics\.json: damaged .*; run `sitdist eval` again"),
         (lambda folder: (folder / "metrics.json").write_bytes(b"\xff\xfe\x00"), r"metrics\.json: damaged"),
-        (lambda folder: (folder / "metrics.json").write_text("[]"), r"metrics\.json: damaged \(the whole: "),
+        (lambda folder: (folder / "metrics.json").write_text("[]"), r"metrics\.json: holds list, not an object"),
+        (lambda folder: (folder / "metrics.json").write_text('{"run":' * 100_000), r"metrics\.json: damaged"),
+        (change_metrics(lambda metrics: metrics.update(config=nested(700))), r"metrics\.json: damaged"),
+        (change_metrics(lambda metrics: metrics.update(step="7")), r"damaged \(step: "),
+        (change_metrics(lambda metrics: metrics.update(step=10**30)), r"damaged \(step: "),
+        (change_metrics(lambda metrics: metrics.update(seed=-1)), r"damaged \(seed: "),
+        (change_metrics(lambda metrics: metrics.update(sigma=True)), r"damaged \(sigma: "),
+        (change_metrics(lambda metrics: metrics.update(run="x" * 10**6)), r"damaged \(run: "),
+        (change_metrics(lambda metrics: metrics.update(run="\ud800")), r"metrics\.json: damaged"),
+        (change_metrics(lambda metrics: metrics.update(versions=[1])), r"damaged \(versions: "),
+        (change_metrics(lambda metrics: metrics["training_views"].pop("count")), r"damaged \(training_views\.count: "),
+        (change_metrics(lambda metrics: metrics.update(training_coverage=[[1]])), r"damaged \(training_coverage\.0: "),
+        (change_metrics(lambda metrics: metrics.update(calibration={"rotation": {}})), r"damaged \(calibration\."),
+        (change_metrics(lambda metrics: metrics["rows"][0]["psnr"].update(mean=1e300)), r"damaged \(rows\.0\.psnr"),
+        (change_metrics(lambda metrics: metrics["rows"][0].update(radius=[2])), r"damaged \(rows\.0\.radius"),
         (change_metrics(lambda metrics: metrics.pop("sigma")), r"damaged \(sigma: Field required\)"),
         (change_metrics(lambda metrics: metrics.update(rows=[])), r"damaged \(no rows, but there is a records\.csv"),
         (change_metrics(lambda metrics: metrics["rows"][1]["psnr"].update(mean="x")), r"damaged \(rows\.1\.psnr\.mean"),
         (
             change_metrics(lambda metrics: metrics["rows"][0]["mae"].update(mean=np.nan)),
-            r"rows\.0\.mae\.mean: .*finite",
+            r"metrics\.json: damaged \(NaN is not a finite number\)",
         ),
         (change_metrics(lambda metrics: metrics["rows"][0]["rotation_error_deg"].pop("share_under_5_deg")), "no share"),
         (cut("records.csv", 0.8), r"records\.csv: damaged \(the last line is cut off\)"),
-        (change_records("psnr", "pnsr"), r"records\.csv: damaged \(no column 'psnr'\)"),
-        (change_records("22.0", "2x2"), r"records\.csv: damaged \(could not convert string to float: '2x2'\)"),
-        (change_records("22.0", "nan"), r"records\.csv: damaged \(nan is not finite\)"),
+        (change_records("psnr", "pnsr"), r"records\.csv: damaged \(psnr: Field required"),
+        (change_records("22.0", "2x2"), r"records\.csv: damaged \(psnr: "),
+        (change_records("22.0", "nan"), r"records\.csv: damaged \(psnr: .*finite"),
+        (change_records("22.0", "1e13"), r"records\.csv: damaged \(psnr: "),
+        (change_records("22.0", ""), r"records\.csv: damaged \(psnr is not of as many views"),
+        (change_records(",2,", ",-2,", 1), r"records\.csv: damaged"),
+        (change_records("36.0", "181.0"), r"records\.csv: damaged \(rotation_error_deg: "),
         (change_records("v2_0", "v2_0\nv2_9", 1), r"records\.csv: damaged"),
+        (change_records("v2_1", "v2_0"), r"records\.csv: damaged \(a view is there twice\)"),
+        (lambda folder: (folder / "records.csv").write_text(""), r"records\.csv: damaged"),
+        (lambda folder: (folder / "records.csv").write_text("key\n"), r"records\.csv: damaged \(no rows\)"),
+        (lambda folder: (folder / "records.csv").write_bytes(b"\xff\xfe\n"), r"records\.csv: damaged"),
         (change_records(",3.25,3,", ",3.25,2,"), r"damaged \(4 views r in \[2, 3\), but metrics\.json is over 3\)"),
         (cut("images.npz", 0.5), r"images\.npz: damaged"),
         (flip_a_pixel, r"images\.npz: damaged"),
@@ -523,16 +576,26 @@ def flip_a_pixel(folder):
             r"rendered is uint8 \[3, 16, 16, 3\], not uint8 \[8,",
         ),
         (change_pictures(rendered=lambda rendered: rendered[:, :8]), r"rendered \[8, 8, 16, 3\]"),
-        (change_pictures(key=lambda key: np.char.add("x", key)), r"view xv2_0 is not in records\.csv"),
+        (change_pictures(key=lambda key: np.char.add("x", key)), r"view xv2_0 of bin 2 is not in records\.csv"),
+        (change_pictures(key=lambda key: np.array("v2_0")), r"damaged \(key is "),
+        (change_pictures(key=lambda key: np.arange(8)), r"damaged \(key is "),
+        (change_pictures(bin=lambda bin_: bin_ + 1), r"view v2_0 of bin 3 is not in records\.csv"),
+        (change_pictures(bin=lambda bin_: bin_ + 0.5), r"bin float64"),
+        (change_pictures(true=lambda true: true[:, :0], rendered=lambda true: true[:, :0]), r"true \[8, 0, 16, 3\]"),
+        (change_pictures(key=lambda key: key.astype(object)), r"images\.npz: damaged \(Object arrays"),
+        (compressed, r"images\.npz: damaged \(compressed, "),
+        (lambda folder: save_arrays(folder / "images.npz", {"key": np.array(["v2_0"])}), r"damaged \(no bin\)"),
     ],
 )
 def test_a_folder_that_no_report_can_be_made_of_is_refused_in_one_line(inputs, damage, message):
     damage(inputs)
+    before = {path.name: path.read_bytes() for path in inputs.iterdir()}
     with pytest.raises(DataError, match=message) as caught:
-        write_report(inputs)
+        report_again(inputs)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
     assert str(inputs) in str(caught.value)
-    assert not (inputs / "report.html").exists()
+    assert {path.name: path.read_bytes() for path in inputs.iterdir()} == before
 
 
 def test_records_with_and_metrics_without_lpips_do_not_belong_together(inputs):

@@ -42,6 +42,28 @@ def test_a_similarity_its_inverse_and_its_composition_move_points_as_they_should
     assert torch.equal(again.rotation, similarity.rotation)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": 0.0},
+        {"scale": -1.0},
+        {"scale": math.inf},
+        {"scale": "one"},
+        {"rotation": [[1.0, 0.0, 0.0]] * 3},
+        {"rotation": [[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]},
+        {"rotation": [[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]},
+        {"rotation": [[math.nan] * 3] * 3},
+        {"rotation": 1.0},
+        {"translation": [0.0, 0.0]},
+        {"translation": [0.0, math.nan, 0.0]},
+        {"translation": None},
+    ],
+)
+def test_what_is_no_similarity_is_refused(change):
+    with pytest.raises((ValueError, TypeError)):
+        Similarity.from_dict(some_similarity().to_dict() | change)
+
+
 def test_cameras_see_the_mapped_world_as_they_saw_the_world():
     similarity, poses = some_similarity(), shell(5)
     points = torch.randn(7, 3, dtype=torch.float64)

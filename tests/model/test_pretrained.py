@@ -1,10 +1,16 @@
 """Published checkpoints load: as they are, wrapped, and adapted to data of other sizes; nothing is run from a file."""
 
 import argparse
+import io
+import os
+import pickle
+import tarfile
+import zipfile
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -153,7 +159,7 @@ def test_a_file_that_would_run_code_is_refused_in_one_line(tmp_path: Path) -> No
     [
         ("sit.pt", b"not a checkpoint", "refused: no PyTorch checkpoint"),
         ("sit.safetensors", b"not one", "no safetensors file"),
-        ("absent.pt", None, "no such file; give a SiT checkpoint"),
+        ("absent.pt", None, r"cannot be read \(No such file or directory\); give a SiT checkpoint"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path: Path, name, content, message) -> None:
@@ -171,3 +177,106 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         initialize_from(build(), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="holds list, not a state dict"):
         initialize_from(build(), tmp_path / "b.pt")
+
+
+def pt(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def compressed(value):
+    """A checkpoint whose zip is compressed, so that a small file may become a large one."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(pt(value))) as plain, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in plain.infolist():
+            small.writestr(entry.filename, plain.read(entry))
+    return file.getvalue()
+
+
+def tar():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights"))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"some text\n" * 100,
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        b"GGUF\x03\x00\x00\x00" + bytes(100),
+        tar(),
+        pickle.dumps({"a": 1}),
+        pickle.dumps({"a": 1}, protocol=2),
+        b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".",
+        pt({"weight": np.zeros(3)}),
+        pt({"weight": Fraction(1, 2)}),
+        pt(WEIGHTS)[:-2000],
+        pt(torch.zeros(3)),
+        pt({}),
+        pt({"opt": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}}),
+        pt({"weight": [torch.zeros(2), [torch.ones(1)]]}),
+        pt({"ema": {"weight": 3}}),
+        pt({0: torch.zeros(2)}),
+        pt({"weight": torch.zeros(1).expand(10**12)}),
+        pt({"weight": torch.zeros(2, device="meta")}),
+        pt({"weight": torch.zeros(2).to_sparse()}),
+        pt({"weight": torch.zeros(2, dtype=torch.complex64)}),
+        pt({"weight": torch.zeros(2).to(torch.float8_e4m3fn)}),
+        pt({"weight": torch.tensor([1.0, torch.nan])}),
+        pt({"weight": torch.tensor([1e300], dtype=torch.float64)}),
+        compressed({"weight": torch.zeros(10**6)}),
+        "folder",
+        "fifo",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path: Path, content, suffix) -> None:
+    path = tmp_path / f"sit{suffix}"
+    if content == "folder":
+        path.mkdir()
+    elif content == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{path}: ") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_numbers_of_other_precisions_become_float32(tmp_path: Path, dtype) -> None:
+    weight = torch.tensor([1.0, -0.5, 3.0])
+    save_file({"weight": weight.to(dtype)}, tmp_path / "a.safetensors")
+    torch.save({"weight": weight.to(dtype)}, tmp_path / "a.pt")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        found = read_weights(path)["weight"]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("pos_embed", torch.zeros(1, 15, 64)),
+        ("pos_embed", torch.zeros(())),
+        ("y_embedder.embedding_table.weight", torch.zeros(4)),
+        ("y_embedder.embedding_table.weight", torch.zeros(0, 64)),
+        ("final_layer.linear.weight", torch.zeros(3, 64)),
+        ("final_layer.linear.weight", torch.zeros(4, 64)),
+        ("final_layer.linear.bias", torch.zeros(())),
+    ],
+)
+def test_tensors_that_cannot_be_adapted_begin_anew(tmp_path: Path, name, tensor) -> None:
+    save_file(WEIGHTS | {name: tensor}, tmp_path / "sit.safetensors")
+    assert any(fresh.startswith(name) for fresh in initialize_from(build(), tmp_path / "sit.safetensors").fresh)
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    save_file(WEIGHTS | {"x_embedder.proj.bias": torch.zeros(64, dtype=torch.int64)}, tmp_path / "sit.safetensors")
+    with pytest.raises(CheckpointError, match=r"x_embedder\.proj\.bias holds torch\.int64"):
+        initialize_from(build(), tmp_path / "sit.safetensors")

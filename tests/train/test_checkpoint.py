@@ -3,18 +3,31 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
+import struct
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import nn
 
 from sitdist.cli import run as run_command
 from sitdist.config import Config, load_yaml
-from sitdist.errors import CheckpointError, ConfigError
+from sitdist.data.format import read_manifest
+from sitdist.data.reader import ShardReader
+from sitdist.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
+from sitdist.flow.estimate import EstimateOptions, estimate_pose
+from sitdist.flow.path import get_path
+from sitdist.geometry.packing import PoseStatistics
+from sitdist.model.codec import latent_mean
 from sitdist.train import checkpoint as checkpoints
+from sitdist.train.build import build_endpoint, build_model
 from sitdist.train.checkpoint import (
     TENSOR_FILES,
     check_optimizer,
@@ -37,9 +50,13 @@ def tensors_at(step):
     return {name: {"weight": torch.full((3, 2), float(step))} for name in TENSOR_FILES}
 
 
+def state_at(step, config=None):
+    return {"step": step, "config": config or {}, "dataset": "0" * 64}
+
+
 def save(run, *steps, keep=10):
     for step in steps:
-        save_checkpoint(run, {"step": step}, tensors_at(step), keep)
+        save_checkpoint(run, state_at(step), tensors_at(step), keep)
 
 
 def steps_of(run):
@@ -56,6 +73,19 @@ def alter(path):
     path.write_bytes(content)
 
 
+def forge(folder, name, content):
+    """Put other bytes in the place of a checkpoint's file, and their size and hash into its manifest."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def forge_state(folder, **changes):
+    state = json.loads((folder / "state.json").read_text()) | changes
+    forge(folder, "state.json", json.dumps(state).encode())
+
+
 @pytest.fixture
 def messages(monkeypatch):
     """What the package warns of."""
@@ -69,11 +99,12 @@ def messages(monkeypatch):
 
 def test_a_checkpoint_reads_back_as_it_was_written(tmp_path):
     tensors = tensors_at(7) | {"optimizer": {}}  # plain SGD remembers nothing
-    folder = save_checkpoint(tmp_path, {"step": 7, "scaler": None}, tensors, keep=1)
+    state = state_at(7) | {"scaler": None}
+    folder = save_checkpoint(tmp_path, state, tensors, keep=1)
     loaded = read_checkpoint(folder)
     assert folder == folder_of(tmp_path, 7) == tmp_path / "checkpoints" / "step_00000007"
     assert loaded.step == 7
-    assert loaded.state == {"format_version": 1, "step": 7, "scaler": None}
+    assert loaded.state == {"format_version": 1} | state
     assert loaded.tensors["optimizer"] == {}
     torch.testing.assert_close(loaded.tensors["ema"]["weight"], tensors["ema"]["weight"], rtol=0, atol=0)
     assert set(read_checkpoint(folder, ["ema"]).tensors) == {"ema"}
@@ -90,24 +121,29 @@ class Killed(BaseException):
 
 
 def killed_at(call, monkeypatch):
-    """Let the process die at its `call`-th touch of the disk (from 0), just before it."""
+    """Let the process die just before its `call`-th touch of the disk (from 0), after which it touches nothing."""
     count = iter(range(10**6))
 
     def mortal(function):
         def wrapped(*arguments, **options):
-            if next(count) == call:
+            if next(count) >= call:
                 raise Killed
             return function(*arguments, **options)
 
         return wrapped
 
-    monkeypatch.setattr(checkpoints, "_write", mortal(checkpoints._write))
-    monkeypatch.setattr(checkpoints, "_flush_folder", mortal(checkpoints._flush_folder))
-    monkeypatch.setattr(checkpoints.os, "rename", mortal(os.rename))
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", mortal(shutil.rmtree))
+    for module, name in (
+        (checkpoints, "save_file"),
+        (os, "fsync"),
+        (os, "rename"),
+        (os, "replace"),
+        (os, "unlink"),
+        (shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(module, name, mortal(getattr(module, name)))
 
 
-@pytest.mark.parametrize("call", range(10))  # five files, a flush, the rename, a flush, the oldest hidden and removed
+@pytest.mark.parametrize("call", range(24))  # three files written, five flushed, renames, the oldest hidden and removed
 def test_killed_at_any_moment_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch, call):
     save(tmp_path, 1, 2)
     before = contents(folder_of(tmp_path, 2))
@@ -124,29 +160,19 @@ def test_killed_at_any_moment_a_checkpoint_is_whole_or_absent(tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002", "step_00000003"]
 
 
-def test_the_manifest_is_written_last_and_then_the_folder_is_renamed(tmp_path, monkeypatch):
-    done = []
-    write, rename = checkpoints._write, os.rename
-    monkeypatch.setattr(checkpoints, "_write", lambda path, content: (write(path, content), done.append(path.name)))
-    monkeypatch.setattr(checkpoints.os, "rename", lambda old, new: (rename(old, new), done.append(new.name)))
-    save(tmp_path, 1)
-    assert sorted(done[:4]) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
-    assert done[4:] == ["manifest.json", "step_00000001"]
-
-
 def test_a_full_disk_is_one_clear_error_and_the_earlier_checkpoints_stay(tmp_path, monkeypatch):
     save(tmp_path, 1, 2)
     before = contents(tmp_path)
-    write = checkpoints._write
+    write = checkpoints.save_file
 
-    def write_until_full(path, content):
+    def write_until_full(tensors, path):
         if path.name == "optimizer.safetensors":
             path.write_bytes(b"cut o")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
+        write(tensors, path)
 
-    monkeypatch.setattr(checkpoints, "_write", write_until_full)
-    with pytest.raises(CheckpointError, match=r"step_00000003: cannot be written: No space left on device; free space"):
+    monkeypatch.setattr(checkpoints, "save_file", write_until_full)
+    with pytest.raises(DataError, match=r"step_00000003: cannot be written \(No space left on device\); free space"):
         save(tmp_path, 3, keep=1)
     assert contents(tmp_path) == before
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
@@ -167,9 +193,35 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
 
 
+def test_only_what_is_a_checkpoint_or_was_left_by_one_is_removed(tmp_path):
+    """What merely has a similar name, and what a user put into a checkpoint, stays."""
+    save(tmp_path, 1, 2, 3)
+    checkpoint, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    (checkpoint / "step_00000002").rename(elsewhere / "step_00000002")
+    (checkpoint / "step_00000002").symlink_to(elsewhere / "step_00000002")
+    theirs = (".step_backup", "step_old", "step_1", "step_00000001.bak", "step_00000003 (copy)", ".step_00000003.mine")
+    for name in theirs:
+        (checkpoint / name).mkdir()
+        (checkpoint / name / "notes").write_text(name)
+    (folder_of(tmp_path, 1) / "notes").write_text("of a checkpoint")
+    left = (".step_00000001.old-7", ".step_00000009.tmp-12", ".sitdist-0123abcd-99-89abcdef.tmp")
+    for name in left:
+        (checkpoint / name).mkdir()
+        (checkpoint / name / "model.safetensors").write_text("")
+    (checkpoint / ".step_00000009.damaged-3").symlink_to(elsewhere)
+    save(tmp_path, 4, keep=1)
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names == {*theirs, "step_00000001", "step_00000004"}
+    assert (folder_of(tmp_path, 1) / "notes").read_text() == "of a checkpoint"
+    assert {path.name for path in elsewhere.iterdir()} == {"precious", "step_00000002"}
+    assert len(contents(elsewhere / "step_00000002")) == 5
+
+
 def test_milestones_stay_beside_the_newest_ones(tmp_path):
     for step in range(1, 10):
-        save_checkpoint(tmp_path, {"step": step}, tensors_at(step), keep=2, keep_every=3)
+        save_checkpoint(tmp_path, state_at(step), tensors_at(step), keep=2, keep_every=3)
     assert steps_of(tmp_path) == [3, 6, 8, 9]
 
 
@@ -184,7 +236,7 @@ def test_checkpoints_are_listed_and_verified_one_by_one(tmp_path, capsys):
     assert "whole by its sizes" in third
     text, whole = describe_checkpoints(tmp_path, verify=True)
     assert not whole
-    assert "step_00000001  damaged: ema.safetensors: SHA-256" in text
+    assert "step_00000001  damaged: ema.safetensors: damaged or altered: SHA-256" in text
     assert text.splitlines()[2].endswith("every hash is right")
     assert run_command(["checkpoint", "verify", str(tmp_path / "none")]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
@@ -204,12 +256,12 @@ def remove(path):
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (alter, "optimizer.safetensors", r"optimizer.safetensors: SHA-256 [0-9a-f]{12}... but its manifest says"),
+        (alter, "optimizer.safetensors", r"optimizer.safetensors: damaged or altered: SHA-256 is [0-9a-f]{64}, not"),
         (truncate, "model.safetensors", r"model.safetensors has \d+ bytes but its manifest says \d+"),
-        (alter, "state.json", "state.json: SHA-256"),
+        (alter, "state.json", "state.json: damaged or altered"),
         (remove, "ema.safetensors", "ema.safetensors is missing"),
         (remove, "manifest.json", "has no manifest.json, so it was never finished"),
-        (lambda path: path.write_text("{"), "manifest.json", "manifest.json is damaged"),
+        (lambda path: path.write_text("{"), "manifest.json", "manifest.json: damaged"),
         (lambda path: path.write_text('{"format_version": 9, "files": {}}'), "manifest.json", "format_version 9"),
     ],
 )
@@ -224,6 +276,135 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, messages,
     assert str(error.value) in said
 
 
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"",
+        b"[]",
+        b'{"step": 2}',
+        b'{"step": 2, "config": ' + DEEP.encode(),
+        b'{"step": 2, "step2": NaN}',
+        *(
+            json.dumps(state_at(2) | change).encode()
+            for change in (
+                {"step": 1},
+                {"step": -2},
+                {"step": 2.0},
+                {"step": True},
+                {"step": "2"},
+                {"config": []},
+                {"config": None},
+                {"dataset": "0" * 63},
+                {"dataset": 7},
+                {"world_size": 0},
+                {"left_out": {"total": 1}},
+                {"left_out": []},
+                {"scaler": {"scale": "large"}},
+                {"versions": {"torch": 3}},
+            )
+        ),
+    ],
+)
+def test_a_state_of_another_shape_is_refused_in_one_line(tmp_path, messages, state):
+    save(tmp_path, 1, 2)
+    forge(folder_of(tmp_path, 2), "state.json", state)
+    with pytest.raises(CheckpointError, match=r"state\.json.*; use an earlier checkpoint$") as refused:
+        read_checkpoint(folder_of(tmp_path, 2))
+    assert "\n" not in str(refused.value)
+    assert read_newest(tmp_path, []).step == 1
+    text, whole = describe_checkpoints(tmp_path)
+    assert not whole
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": 1},
+        {"files": []},
+        {"files": {"state.json": 3}},
+        {"files": {"state.json": {"bytes": -1, "sha256": "0" * 64}}},
+        {"files": {"state.json": {"bytes": True, "sha256": "0" * 64}}},
+        {"files": {"state.json": {"bytes": 10**4000, "sha256": "0" * 64}}},
+        {"files": {"state.json": {"bytes": 1, "sha256": "x"}}},
+        {"files": {"../../precious": {"bytes": 1, "sha256": "0" * 64}}},
+        {"more": 1},
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused_in_one_line(tmp_path, change):
+    save(tmp_path, 1)
+    path = folder_of(tmp_path, 1) / "manifest.json"
+    values = json.loads(path.read_text())
+    files = change.get("files", {})
+    path.write_text(json.dumps(values | change | {"files": values["files"] | files if files else files}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json.*; use an earlier checkpoint$") as refused:
+        read_checkpoint(folder_of(tmp_path, 1))
+    assert "\n" not in str(refused.value)
+    assert list_checkpoints(tmp_path) == []
+
+
+def header(**tensors):
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no safetensors file"),
+        (struct.pack("<Q", 2**62) + b"{}", "no safetensors file"),
+        (header(weight={"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}) + b"0000", "no safetensors file"),
+        (header(weight={"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}), "no safetensors file"),
+        (header(weight={"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}) + b"0000", "no safetensors file"),
+        *(
+            (serialized({"weight": torch.tensor([value])}), "tensor weight holds NaN or infinity")
+            for value in (math.nan, math.inf, -math.inf)
+        ),
+        *(
+            (
+                serialized({"weight": torch.zeros(2).to(dtype)}),
+                f"tensor weight is {dtype}, expected float32".replace("torch.", ""),
+            )
+            for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.int64, torch.bool)
+        ),
+    ],
+)
+def test_tensors_that_are_none_or_not_finite_are_refused_in_one_line(tmp_path, content, message):
+    save(tmp_path, 1)
+    forge(folder_of(tmp_path, 1), "ema.safetensors", content)
+    with pytest.raises(CheckpointError, match=rf"ema\.safetensors: {message}") as refused:
+        read_checkpoint(folder_of(tmp_path, 1))
+    assert "\n" not in str(refused.value)
+    assert "damaged: ema.safetensors" in describe_checkpoints(tmp_path, verify=True)[0]
+
+
+def test_a_file_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path):
+    save(tmp_path, 1)
+    folder = folder_of(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["ema.safetensors"]["bytes"] = 2**43
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(folder / "ema.safetensors", 2**43)  # 8 TiB, of which nothing is on the disk
+    with pytest.raises(OutOfMemoryError, match=r"ema\.safetensors: about 8,796\.1 GB of memory"):
+        read_checkpoint(folder)
+
+
+def test_links_in_a_checkpoint_are_followed_to_files_with_the_right_hash_only(tmp_path):
+    save(tmp_path, 1)
+    ema = folder_of(tmp_path, 1) / "ema.safetensors"
+    ema.rename(tmp_path / "blob")
+    ema.symlink_to(tmp_path / "blob")
+    assert read_newest(tmp_path).step == 1
+    for target in (tmp_path, ema, tmp_path / "nowhere", Path("/dev/zero")):
+        ema.unlink()
+        ema.symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"ema\.safetensors is missing|cannot be read"):
+            read_checkpoint(folder_of(tmp_path, 1))
+
+
 def test_without_a_whole_checkpoint_there_is_none(tmp_path, messages):
     assert read_newest(tmp_path) is None
     (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
@@ -236,7 +417,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters())
     stepped(model, optimizer)
     tensors = all_tensors(model, optimizer)
-    folder = save_checkpoint(tmp_path, {"step": 1}, tensors, keep=1)
+    folder = save_checkpoint(tmp_path, state_at(1), tensors, keep=1)
     for content in contents(folder).values():
         assert not content.startswith((b"PK", b"\x80"))  # a zip of torch.save, a pickle
 
@@ -271,11 +452,8 @@ def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, messages, disgu
     planted = folder / (".metadata" if disguise == "pickled metadata" else "model.safetensors")
     torch.save({"weight": Malicious(victim)}, planted, _use_new_zipfile_serialization=False)
     if disguise == "manifest too":
-        manifest = json.loads((folder / "manifest.json").read_text())
-        content = planted.read_bytes()
-        manifest["files"][planted.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: no safetensors file .* nothing else is read"):
+        forge(folder, planted.name, planted.read_bytes())
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: no safetensors file"):
             read_checkpoint(folder)
     assert read_newest(tmp_path).step == (2 if disguise == "pickled metadata" else 1)
     assert not victim.exists()
@@ -309,8 +487,8 @@ def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny
     def config(*overrides):
         return load_yaml(Config, tiny_yaml, list(overrides))
 
-    folder = save_checkpoint(tmp_path, {"step": 1, "config": config().model_dump(mode="json")}, tensors_at(1), keep=1)
-    loaded = read_checkpoint(folder)
+    state = state_at(1, config().model_dump(mode="json"))
+    loaded = read_checkpoint(save_checkpoint(tmp_path, state, tensors_at(1), keep=1))
     harmless = ("train.steps=50", "train.checkpoint_every=1", "train.max_batch_per_device=2", "data=moved")
     check_same_config(loaded, config(*harmless, "evaluate.seed=4", "name=other"))
     for override, message in {
@@ -323,6 +501,10 @@ def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny
     }.items():
         with pytest.raises(ConfigError, match=message):
             check_same_config(loaded, config(override))
+    averaging = state_at(2, config("train.averages={decays: [0.5]}").model_dump(mode="json"))
+    loaded = read_checkpoint(save_checkpoint(tmp_path, averaging, tensors_at(2), keep=1))
+    with pytest.raises(ConfigError, match=r"train\.averages\.decays is None but .* was trained with \[0\.5\]"):
+        check_same_config(loaded, config())
 
 
 def test_a_key_that_did_not_exist_when_the_run_began_had_its_default(tmp_path, tiny_yaml):
@@ -332,7 +514,7 @@ def test_a_key_that_did_not_exist_when_the_run_began_had_its_default(tmp_path, t
     old = config().model_dump(mode="json")
     del old["model"]["mlp"]
     del old["flow"]["gain"]
-    loaded = read_checkpoint(save_checkpoint(tmp_path, {"step": 1, "config": old}, tensors_at(1), keep=1))
+    loaded = read_checkpoint(save_checkpoint(tmp_path, state_at(1, old), tensors_at(1), keep=1))
     check_same_config(loaded, config())
     with pytest.raises(ConfigError, match=r"flow.gain is 2.0 but .* was trained with 1.0"):
         check_same_config(loaded, config("flow.gain=2"))
@@ -373,7 +555,7 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_tensors(tmp_path, make):
     optimizer = make(model.parameters())
     stepped(model, optimizer)
     tensors = all_tensors(model, optimizer)
-    loaded = read_checkpoint(save_checkpoint(tmp_path, {"step": 3}, tensors, keep=1))
+    loaded = read_checkpoint(save_checkpoint(tmp_path, state_at(3), tensors, keep=1))
     again = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     optimizer_again = make(again.parameters())
     load_tensors(again, loaded.tensors["model"], tmp_path)
@@ -403,15 +585,128 @@ def test_a_run_is_loaded_with_its_averaged_weights_in_eval_mode(run):
 
 
 def test_a_folder_that_is_no_usable_run_is_refused(run, tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no config.yaml, so it is no run; give the --out"):
+    with pytest.raises(CheckpointError, match=r"has no whole checkpoint; give the --out"):
         load_run(tmp_path)
     shutil.copytree(run, tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"step_00000009: has no manifest.json"):
         load_run(tmp_path / "run", step=9)
     manifest = json.loads((tmp_path / "run" / "dataset.json").read_text())
     (tmp_path / "run" / "dataset.json").write_text(json.dumps(manifest | {"name": "other"}))
-    with pytest.raises(CheckpointError, match=r"dataset.json: missing or altered since step_00000002 was saved"):
+    with pytest.raises(
+        CheckpointError, match=r"dataset.json: damaged or altered: SHA-256 .*; copy the manifest.json of .* there"
+    ):
         load_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(CheckpointError, match="has no whole checkpoint; train first"):
+    with pytest.raises(CheckpointError, match="has no whole checkpoint; give the --out"):
         load_run(tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------- the checkpoint decides
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def edit_config(run, **changes):
+    """Set keys of config.yaml such as flow__sigma."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        inner = values
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_poses_are_those_of_the_weights_the_config_and_the_card_read_by_hand(run, tiny_dataset):
+    """As the first versions loaded a run: config.yaml, dataset.json and ema.safetensors, with nothing checked."""
+    config, manifest = load_yaml(Config, run / "config.yaml"), read_manifest(run / "dataset.json")
+    endpoint, flow_path = build_endpoint(config.flow), get_path(config.flow.path, config.flow.prediction)
+    model = build_model(config.model, manifest, endpoint)
+    model.load_state_dict(load_file(folder_of(run, 2) / "ema.safetensors"))
+    loaded, reader = load_run(run), ShardReader(tiny_dataset, "test")
+    latents, labels = latent_mean(reader.moments(range(12)).float()), reader.labels()
+    statistics, options = PoseStatistics.from_dict(manifest.statistics), EstimateOptions("heun", steps=2)
+    ours, theirs = (
+        estimate_pose(network, path, latents, labels, statistics, options, end)
+        for network, path, end in (
+            (model.eval().requires_grad_(False), flow_path, endpoint),
+            (loaded.model, loaded.path, loaded.endpoint),
+        )
+    )
+    assert torch.equal(ours.camera_to_world, theirs.camera_to_world)
+    assert torch.equal(ours.spread, theirs.spread)
+    assert loaded.config == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flow__sigma": 0.2}, "flow.sigma is 0.2 but .*step_00000002 was trained with 0.1"),
+        ({"flow__gain": 2.0}, "flow.gain is 2.0 but .* with 1.0"),
+        ({"flow__prediction": "x0"}, "flow.prediction is 'x0' but .* with 'velocity'"),
+        ({"flow__layout": "interleaved"}, "flow.layout is 'interleaved' but .* with 'quadrants'"),
+        ({"flow__path": "gvp"}, "flow.path is 'gvp' but .* with 'linear'"),
+        ({"model__depth": 3}, "model.depth is 3 but .* with 2"),
+        ({"train__optimizer__lr": 0.5}, "train.optimizer.lr is 0.5 but .* with 0.01"),
+        ({"flow__sigma": "a lot"}, "flow.sigma = 'a lot'"),
+        ({"flow__unknown": 1}, "unknown key 'flow.unknown'"),
+    ],
+)
+def test_a_config_beside_the_checkpoint_that_disagrees_is_refused_with_both_values(copy, changes, message):
+    edit_config(copy, **changes)
+    with pytest.raises(ConfigError, match=rf"config\.yaml: {message}"):
+        load_run(copy)
+
+
+def test_what_says_where_and_how_to_evaluate_may_be_edited(copy):
+    edit_config(copy, name="other", data="/moved", evaluate__estimator="euler", train__steps=99, train__log_every=1)
+    config = load_run(copy).config
+    assert (config.name, config.data, config.evaluate.estimator) == ("other", "/moved", "euler")
+    assert config.train.steps == 2
+
+
+def test_the_checkpoint_is_enough_without_the_config_beside_it(copy):
+    expected = load_run(copy)
+    (copy / "config.yaml").unlink()
+    loaded = load_run(copy)
+    assert loaded.config == expected.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), expected.model.parameters(), strict=True))
+
+
+def test_keys_of_another_version_are_left_out_where_the_weights_do_not_depend_on_them(copy, messages):
+    edit_config(copy, train__fast=True, evaluate__colour="red", train__optimizer__foreach=None)
+    expected, folder = load_run(copy).config, folder_of(copy, 2)
+    forge_state(folder, config=yaml.safe_load((copy / "config.yaml").read_text()))
+    for told in (messages, []):
+        assert load_run(copy).config == expected
+        told.clear()
+        (copy / "config.yaml").unlink(missing_ok=True)
+    assert len(messages) == 3
+    forge_state(folder, config=expected.model_dump(mode="json") | {"flow": {"sharpness": 2.0}})
+    with pytest.raises(ConfigError, match=r"state\.json: unknown key 'flow\.sharpness'"):
+        load_run(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 2_000_000},
+        {"mlp_ratio": 1e300},
+        {"num_classes": 10**15},
+        {"depth": 10**9},
+        {"patch_size": 4},
+        {"num_heads": 1, "hidden_size": 64},
+    ],
+)
+def test_weights_are_compared_with_the_config_before_a_model_takes_memory(copy, changes):
+    (copy / "config.yaml").unlink()
+    config = json.loads((folder_of(copy, 2) / "state.json").read_text())["config"]
+    config["model"] |= changes
+    forge_state(folder_of(copy, 2), config=config)
+    with pytest.raises((CheckpointError, ConfigError)) as refused:
+        load_run(copy)
+    assert "\n" not in str(refused.value)

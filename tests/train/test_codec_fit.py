@@ -11,6 +11,7 @@ from sitdist.config import Recipe, parse
 from sitdist.data.writer import open_splits
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.evaluate.metrics import Lpips
+from sitdist.io.atomic import temporary_name
 from sitdist.model.codec import VaeCodec, draw_latent, round_trip_psnr
 from sitdist.runtime import Agreement
 from sitdist.train import codec_fit
@@ -120,10 +121,14 @@ def test_val_views_and_held_out_views_are_not_fitted(train):
         assert fitted.tolist() == [view for view in range(count) if view % HELD_OUT]
 
 
-def test_the_views_are_kept_as_bytes_in_a_file_without_a_name(train, tmp_path):
-    (tmp_path / ".vae.1.views").write_text("of a fit that was killed")
+def test_the_views_are_kept_as_bytes_in_a_file_without_a_name(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 2**22 + 1)  # of no process
+        temporary_name(tmp_path / "vae").write_text("of a fit that was killed")
+    theirs = tmp_path / ".vae.1.views"
+    theirs.write_text("of a fit of others'")
     with shared_views(train, 16, tmp_path / "vae", Agreement()) as views:
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == [theirs]
         assert isinstance(views, np.memmap)
         expected = train.source.images(train.indices.tolist())
         assert torch.equal(torch.from_numpy(np.array(views)), (expected * 255).round().to(torch.uint8))
@@ -151,7 +156,7 @@ def test_a_batch_is_shared_among_processes_and_drawn_from_all_fitted_views():
 
 
 def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
-    with pytest.raises(CodecError, match="already exists; give another --out"):
+    with pytest.raises(DataError, match="already exists; give another name"):
         fit_codec(RECIPE, tmp_path, SMALL)
 
 
@@ -161,7 +166,7 @@ def test_a_folder_that_comes_to_exist_meanwhile_is_not_overwritten(tmp_path):
         (tmp_path / "vae" / "mine").write_text("kept")
         return lambda decoded, true: (decoded - true).square().mean((1, 2, 3))
 
-    with pytest.raises(CodecError, match="has come to exist meanwhile; give another --out"):
+    with pytest.raises(DataError, match="already exists; give another name"):
         fit_codec(RECIPE, tmp_path / "vae", SMALL, take_the_place)
     assert [path.name for path in tmp_path.rglob("*")] == ["vae", "mine"]
 
@@ -193,5 +198,5 @@ def test_a_batch_that_cannot_be_shared_names_the_nearest_that_can(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"views: cannot be written \(File exists\); free space or name a folder"):
+    with pytest.raises(DataError, match=r"vae: cannot be written \(File exists\); free space or name a folder"):
         fit_codec(RECIPE, tmp_path / "file" / "vae", SMALL)

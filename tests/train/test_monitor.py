@@ -1,6 +1,7 @@
 """What a run writes about itself: averages by time bin, lines that survive a resume, TensorBoard read back."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def clock(monkeypatch):
 
     monkeypatch.setattr("sitdist.train.monitor.time.perf_counter", lambda: Clock.now)
     return Clock
+
+
+def test_numbers_that_are_not_finite_are_null(open_monitor, tmp_path):
+    monitor = open_monitor(0)
+    monitor.write_scalars(1, {"good": 0.5, "bad": math.nan, "worse": -math.inf}, "validation")
+    monitor.close()
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert line == {"step": 1, "validation/good": 0.5, "validation/bad": None, "validation/worse": None}
 
 
 def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tmp_path, clock):

@@ -1,13 +1,16 @@
 """Averages chosen afterwards: the profiles, what is tracked, and what is put together from snapshots."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sitdist import cli
 from sitdist.config import Config, load_yaml
-from sitdist.errors import CheckpointError, ConfigError
+from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.train.checkpoint import folder_of, load_run
 from sitdist.train.posthoc_ema import (
@@ -16,8 +19,11 @@ from sitdist.train.posthoc_ema import (
     exponent_of,
     path_of,
     power_weights,
+    prune,
     read_average,
     reconstruct,
+    reconstruct_to_file,
+    save,
     snapshots,
     step_of,
     use_average,
@@ -120,7 +126,7 @@ def test_a_resumed_run_ends_in_the_same_averages(tiny_yaml, tmp_path):
     train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=5"]), tmp_path / "b")
     assert path_of(tmp_path / "a", 5).read_bytes() == path_of(tmp_path / "b", 5).read_bytes()
     path_of(tmp_path / "b", 5).unlink()
-    with pytest.raises(CheckpointError, match=r"step_00000005.safetensors: no such file; put it back"):
+    with pytest.raises(CheckpointError, match=r"step_00000005.safetensors: cannot be read .*; put it back"):
         train(load_yaml(Config, tiny_yaml, [*settings, "train.steps=6"]), tmp_path / "b")
 
 
@@ -147,3 +153,36 @@ def test_an_evaluation_uses_the_average_it_is_told(run, capsys):
 def test_a_run_without_snapshots_says_what_is_missing(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"train.averages.sigma_rels: \[0.05, 0.1\]"):
         reconstruct(tmp_path, 0.1)
+
+
+def test_only_the_averages_of_checkpoints_are_removed(tmp_path):
+    folder = tmp_path / "averages"
+    for step in (1, 2, 10**8):
+        save(tmp_path, step, {"decay_0.5/weight": torch.ones(2)})
+    theirs = ("step_00000001_mine.safetensors", "step_old.safetensors", "step_1.safetensors", "notes")
+    for name in theirs:
+        (folder / name).write_text("mine")
+    prune(tmp_path, keep=[2], every=None)
+    assert {path.name for path in folder.iterdir()} == {*theirs, "step_00000002.safetensors"}
+    assert snapshots(tmp_path) == [path_of(tmp_path, 2)]
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "nan", "int", "fifo"])
+def test_averages_that_are_none_are_refused_in_one_line(run, tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    if content == "fifo":
+        os.mkfifo(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file({"weight": torch.full((2,), torch.nan) if content == "nan" else torch.ones(2).int()}, path)
+    with pytest.raises(CheckpointError, match=rf"^{path}: ") as refused:
+        use_average(load_run(run).model, run, 24, str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_reconstruction_replaces_no_file_that_is_there(run, tmp_path):
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(DataError, match="already exists; give another name"):
+        reconstruct_to_file(run, 0.07, None, tmp_path / "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from sitdist.config import Config, load_yaml
-from sitdist.errors import CheckpointError
+from sitdist.errors import CheckpointError, DataError
 from sitdist.train import bench_checkpoint as bench_module
 from sitdist.train import checkpoint as checkpoints
 from sitdist.train.bench import BenchOptions
 from sitdist.train.bench_checkpoint import SaveCost, bench_checkpoint, measure_saves
-from sitdist.train.checkpoint import folder_of, list_checkpoints
+from sitdist.train.checkpoint import TENSOR_FILES, folder_of, list_checkpoints
 from sitdist.train.saving import HostCopy, Writer
 from sitdist.train.trainer import Trainer, train
 
@@ -81,12 +81,12 @@ def test_checkpoints_written_beside_the_training_are_those_written_at_once(confi
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
-    write, may_write, seen = checkpoints._write, threading.Event(), []
+    write, may_write, seen = checkpoints.save_file, threading.Event(), []
     update = Trainer._learning_rate
 
-    def slow(path, content):
+    def slow(tensors, path):
         assert may_write.wait(30)
-        write(path, content)
+        write(tensors, path)
 
     def watch(self, step):
         if not may_write.is_set():
@@ -95,7 +95,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch
             may_write.set()
         return update(self, step)
 
-    monkeypatch.setattr(checkpoints, "_write", slow)
+    monkeypatch.setattr(checkpoints, "save_file", slow)
     monkeypatch.setattr(Trainer, "_learning_rate", watch)
     train(config("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=6"), tmp_path / "slow")
     assert seen == [0, 1, 2, 3]  # steps 2 and 3, counted from 0, came after the save of two steps had begun
@@ -105,16 +105,16 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch
 
 
 def test_a_disk_that_is_full_stops_the_run_at_one_of_the_next_steps(config, tmp_path, monkeypatch):
-    write = checkpoints._write
+    write, written = checkpoints.save_file, []
 
-    def full(path, content):
-        if "step_00000004" in str(path):
+    def full(tensors, path):
+        if len(written) == len(TENSOR_FILES):  # those of the first checkpoint
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
+        written.append(write(tensors, path))
 
-    monkeypatch.setattr(checkpoints, "_write", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     settings = ("train.steps=100000", "train.checkpoint_every=2", "train.log_every=1")
-    with pytest.raises(CheckpointError, match="step_00000004: cannot be written: No space left on device"):
+    with pytest.raises(DataError, match=r"step_00000004: cannot be written \(No space left on device\)"):
         train(config(*settings), tmp_path)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000002"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) <= 6

@@ -170,7 +170,7 @@ def test_a_run_starts_from_the_weights_it_is_given_and_says_so(config, tmp_path,
     assert f"started from {source}: kept " in capfd.readouterr().err
     shutil.move(source, tmp_path / "moved")  # a run that goes on needs the file no more
     train(config(f"model.init_from={source}", "train.steps=2", "train.optimizer.lr=1e-12"), tmp_path / "b")
-    with pytest.raises(CheckpointError, match=r"ema.safetensors: no such file; give a SiT checkpoint"):
+    with pytest.raises(CheckpointError, match=r"ema.safetensors: cannot be read .*; give a SiT checkpoint"):
         train(settings, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
@@ -421,7 +421,7 @@ def test_a_model_that_knows_too_few_labels_is_refused(config, tiny_dataset):
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/run: cannot be written: Not a directory; choose another --out"):
+    with pytest.raises(DataError, match=r"file/run: cannot be written \(Not a directory\)"):
         train(config(), tmp_path / "file" / "run")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from sitdist.flow.solve import generate
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import write_atomically
+from sitdist.io.json_file import write_json
 from sitdist.model.codec import latent_mean
 from sitdist.train.build import build_estimate, build_sampling
 from sitdist.train.checkpoint import LoadedRun
@@ -135,9 +135,8 @@ def write_results(folder: Path, result: dict[str, Any], records: list[dict[str, 
     writer = csv.DictWriter(table, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / "records.csv", lambda path: path.write_text(table.getvalue()))
-    write_atomically(folder / "results.json", lambda path: path.write_text(text))
+    write_json(folder / "results.json", result)
 
 
 def summaries(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
 from sitdist.evaluate.experiments.interpolation import spread
+from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
 from sitdist.evaluate.work import Job
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -28,6 +29,7 @@ class Cycle:
     """
 
     name = "cycle"
+    record = RECORDS[name]
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out

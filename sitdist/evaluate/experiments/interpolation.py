@@ -11,12 +11,14 @@ from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
+from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
 from sitdist.evaluate.views import to_uint8
 from sitdist.evaluate.work import Job
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize
 from sitdist.geometry.pose import rotation_error_deg
+from sitdist.io.npz import save_arrays
 
 PAIRS, STEPS = 8, 9
 MEASURES = ("psnr_to_last", "lpips_to_last", "off_the_way_deg")
@@ -30,6 +32,7 @@ class Interpolation:
     """
 
     name = "interpolation"
+    record = RECORDS[name]
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out
@@ -92,7 +95,7 @@ class Interpolation:
         result = {"experiment": self.name, "pairs": self._pairs, "steps": STEPS, "rows": rows}
         write_results(self.out, result, records)
         strips = {job.name: np.concatenate(list(arrays[job.name]["rendered"]), axis=1) for job in self.jobs()}
-        np.savez(self.out / "strips.npz", **strips)  # type: ignore[arg-type]
+        save_arrays(self.out / "strips.npz", strips)
 
 
 def spread(items: list[Any], count: int) -> list[Any]:

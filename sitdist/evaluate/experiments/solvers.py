@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sitdist.evaluate.experiments.common import Tools, summaries, write_results
 from sitdist.evaluate.experiments.interpolation import spread
+from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
 from sitdist.evaluate.work import Job
 from sitdist.flow.estimate import EstimateOptions
@@ -27,6 +28,7 @@ class Solvers:
     """Every setting sees the same views, and pictures the same noise; `ms` is the time of a view in a whole batch."""
 
     name = "solvers"
+    record = RECORDS[name]
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sitdist.errors import DataError
+from pydantic import ValidationError
+
+from sitdist.evaluate.experiments.records import RECORDS, ROWS
+from sitdist.evaluate.schema import damaged, fault, read_table, record_of
+from sitdist.io.json_file import read_json
 
 NAMES = ("turntable", "interpolation", "cycle", "solvers")
 TITLES = {
@@ -27,7 +31,7 @@ NOTES = {
     "solvers": "Means over the same views; ms is the time of one view in a batch.",
 }
 ROW_LABELS = ("task", "solver", "function_evaluations", "method", "turn")
-TEXTS = ("key", "task", "solver", "method")  # columns of records.csv that are no numbers
+POSES = ("true", "estimated", "rendered_estimated")  # columns of records.csv that are lists
 MEASURES = {  # how they are written
     "rotation_error_deg": ("rotation error (deg)", ".2f"),
     "translation_error": ("translation error", ".3f"),
@@ -78,30 +82,42 @@ def load_experiments(folder: Path) -> list[ExperimentTable]:
 
 
 def _load(path: Path) -> ExperimentTable:
+    name = path.parent.name
+    result = read_json(path, "run `sitdist eval` again")
     try:
-        result = json.loads(path.read_text())
-        name, rows = result["experiment"], result.get("rows", [result])
-        table = ExperimentTable(name, TITLES[name], NOTES[name], [], [], result, rows, _records(path.parent))
-        heads = [key.replace("_", " ") for key in table.labels] + [MEASURES[each][0] for each in table.measures]
-        lines = [
-            [str(row[key]) for key in table.labels] + [measure_cell(row, measure) for measure in table.measures]
-            for row in rows
-        ]
-        return replace(table, heads=heads, lines=lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error!r}); run `sitdist eval` again") from None
+        rows = [{key: value for key, value in row.items() if value is not None} for row in result.get("rows", [result])]
+        if result.get("experiment") != name or not rows:
+            raise ValueError(f"not the results of {name}")
+        for row in rows:
+            ROWS[name].validate_json(json.dumps(row))
+    except ValidationError as error:
+        raise damaged(path, fault(error)) from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, error) from None
+    result = {**result, "rows": rows}
+    records = _records(path.parent / "records.csv", name)
+    table = ExperimentTable(name, TITLES[name], NOTES[name], [], [], result, rows, records)
+    heads = [key.replace("_", " ") for key in table.labels] + [MEASURES[each][0] for each in table.measures]
+    lines = [
+        [str(row[key]) for key in table.labels] + [measure_cell(row, measure) for measure in table.measures]
+        for row in rows
+    ]
+    return replace(table, heads=heads, lines=lines)
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """The rows of records.csv with numbers and lists as such."""
-    with (folder / "records.csv").open(newline="") as file:
-        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _value(name: str, text: str) -> Any:
-    if name in TEXTS:
-        return text
-    return json.loads(text) if text else None
+def _records(path: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of records.csv with numbers and poses as such."""
+    records = []
+    for row in read_table(path):
+        try:
+            values = {each: json.loads(text) if text and each in POSES else text for each, text in row.items()}
+            records.append(asdict(record_of(values, RECORDS[name])))
+        except (ValueError, RecursionError) as error:
+            raise damaged(path, error) from None
+    ways = Counter(record["key"].rsplit("_", 1)[0] for record in records)
+    if name == "interpolation" and len(set(ways.values())) != 1:
+        raise damaged(path, "ways of different lengths")
+    return records
 
 
 def measure_cell(row: dict[str, Any], measure: str) -> str:

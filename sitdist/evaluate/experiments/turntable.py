@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sitdist.data.animation import has_ffmpeg, save_gif, save_mp4
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
+from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
 from sitdist.evaluate.views import to_uint8
 from sitdist.evaluate.work import Job
@@ -33,6 +34,7 @@ class Turntable:
     """
 
     name = "turntable"
+    record = RECORDS[name]
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out

@@ -9,10 +9,28 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sitdist.evaluate.plots.style import BLUE, GREEN, ORANGE, SERIES, VERMILION, legend_below, panel, plain_logarithm
+from sitdist.evaluate.plots.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SERIES,
+    VERMILION,
+    legend_below,
+    named,
+    panel,
+    plain_logarithm,
+)
 
 Result = dict[str, Any]  # a results.json
 Records = Sequence[dict[str, Any]]  # the rows of its records.csv, parsed; None where nothing was measured
+
+
+PARTS = {  # of every experiment the plots that there may be
+    "turntable": ("circle", "rotation_error_deg", "psnr"),
+    "interpolation": ("psnr_to_last", "lpips_to_last", "off_the_way_deg"),
+    "cycle": ("rotation", "translation", "psnr"),
+    "solvers": ("rotation_error_deg", "translation_error", "psnr", "ms_pose", "ms_picture"),
+}
 
 
 def experiment_figures(name: str, result: Result, records: Records) -> dict[str, Figure]:
@@ -187,7 +205,7 @@ def several_experiments(name: str, rows: dict[str, list[dict[str, Any]]]) -> Ite
             inside = [row for row in each if measure in row and all(row[key] == value for key, value in wanted.items())]
             if inside:
                 x, y = [row[against] for row in inside], [row[measure]["mean"] for row in inside]
-                axes.plot(x, y, "-o", color=SERIES[number % len(SERIES)], markersize=4, label=run)
+                axes.plot(x, y, "-o", color=SERIES[number % len(SERIES)], markersize=4, label=named(run))
         if axes.lines:
             if against == "turn":
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))

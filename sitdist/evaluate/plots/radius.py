@@ -10,7 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sitdist.evaluate.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SERIES, legend_below, panel, plain_logarithm
+from sitdist.evaluate.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SERIES,
+    legend_below,
+    named,
+    panel,
+    plain_logarithm,
+)
 from sitdist.evaluate.statistics import summarize
 from sitdist.evaluate.units import ViewRecord
 
@@ -182,7 +193,7 @@ def several_figure(records: dict[str, list[ViewRecord]], metric: Metric) -> Figu
         )
         colour, centres = SERIES[number % len(SERIES)], np.array(span) + 0.5
         axes.fill_between(centres, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(centres, mean, "-o", color=colour, markersize=4, label=name)
+        axes.plot(centres, mean, "-o", color=colour, markersize=4, label=named(name))
     _label(axes, metric, span)
     legend_below(figure, axes, columns=2)
     return figure

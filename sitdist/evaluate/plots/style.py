@@ -49,12 +49,19 @@ def plain_logarithm(axes: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def named(name: str) -> str:
+    """A name as a curve's label: legends leave out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def legend_below(figure: Figure, axes: Axes, order: Sequence[str] = (), columns: int = 3) -> None:
     """The legend below the axes, in the order drawn or in `order`."""
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     labels = sorted(handles, key=order.index) if order else list(handles)
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "frameon": False}
-    figure.legend([handles[label] for label in labels], labels, **place)
+    legend = figure.legend([handles[label] for label in labels], labels, **place)
+    for text in legend.get_texts():  # names of runs are no formulas
+        text.set_parse_math(False)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -8,14 +8,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sitdist.errors import DataError
 from sitdist.evaluate import plots
 from sitdist.evaluate.report.board import write_tensorboard
 from sitdist.evaluate.report.page import page_of
 from sitdist.evaluate.report.stored import Evaluation, Row, load_evaluation, load_metrics
 from sitdist.evaluate.report.tables import format_table
 from sitdist.io.atomic import write_atomically
+from sitdist.runs.ownership import check_ours, only_writer
 
-__all__ = ["Row", "format_table", "load_metrics", "write_report"]
+__all__ = ["Row", "format_table", "load_metrics", "report_again", "write_report"]
+
+# All plots that a report may have; those that it has not are removed when it is written again.
+PLOTS = (
+    *("cameras_side", "cameras_above", "sphere_training", "sphere_error", "views"),
+    *("calibration_rotation", "calibration_translation"),
+    *(metric.field for metric in plots.METRICS),
+    *(f"{name}_{part}" for name, parts in plots.PARTS.items() for part in parts),
+)
+
+
+def report_again(folder: Path) -> Path:
+    """`write_report` in a folder that must be an evaluation's, and that no other process writes in meanwhile."""
+    folder = Path(folder)
+    if not check_ours(folder, "evaluation"):
+        raise DataError(f"{folder}: holds no evaluation; run `sitdist eval` first")
+    evaluation = load_evaluation(folder)
+    with only_writer(folder, "evaluation"):
+        return _write(evaluation)
 
 
 def write_report(folder: Path) -> Path:
@@ -24,13 +44,14 @@ def write_report(folder: Path) -> Path:
     DataError if metrics.json, records.csv or images.npz is missing, damaged or of another evaluation. Returns the path
     of report.html.
     """
-    folder = Path(folder)
-    evaluation = load_evaluation(folder)
-    figures = _figures(evaluation)
+    return _write(load_evaluation(Path(folder)))
+
+
+def _write(evaluation: Evaluation) -> Path:
+    folder, figures = evaluation.folder, _figures(evaluation)
     page = page_of(evaluation, figures)
-    for old in (folder / "plots").glob("*.png"):
-        if old.stem not in figures:
-            old.unlink()
+    for name in set(PLOTS) - figures.keys():
+        (folder / "plots" / f"{name}.png").unlink(missing_ok=True)
     for name, png in figures.items():
         _write_bytes(folder / "plots" / f"{name}.png", png)
     write_tensorboard(folder / "tensorboard", evaluation, figures)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from sitdist.evaluate.experiments.tables import ExperimentTable
 from sitdist.evaluate.plots import METRICS
 from sitdist.evaluate.report.stored import Evaluation, Metrics, Row
+from sitdist.io.atomic import cannot_write, remove_leftovers, temporary_name
+from sitdist.io.images import picture_sizes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,12 +34,27 @@ def write_tensorboard(folder: Path, evaluation: Evaluation, figures: dict[str, b
     EXPERIMENT/MEASURE, at the turn or the number of function evaluations where there are several. Custom scalars draw
     the metrics beside their baselines.
     """
+    remove_leftovers(folder.parent)
+    unfinished = temporary_name(folder)
+    try:
+        _write_events(unfinished, evaluation, figures)
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("events.out.tfevents.*"):  # and nothing else that is there
+            if old.is_file():
+                old.unlink()
+        for new in unfinished.iterdir():
+            new.rename(folder / new.name)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_events(folder: Path, evaluation: Evaluation, figures: dict[str, bytes]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     metrics = evaluation.metrics
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with SummaryWriter(str(unfinished)) as board:
+    with SummaryWriter(str(folder)) as board:
         _write_rows(board, metrics)
         board.add_custom_scalars(_charts(metrics))
         for table in evaluation.experiments:
@@ -53,15 +68,13 @@ def write_tensorboard(folder: Path, evaluation: Evaluation, figures: dict[str, b
         writer: Any = board.file_writer
         for name, png in figures.items():
             writer.add_summary(_picture_summary(f"report/{name}", png), metrics.step)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def _picture_summary(tag: str, png: bytes) -> Any:
     """The PNG file as it is; add_image would decode and encode it again."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    width, height = Image.open(io.BytesIO(png)).size
+    width, height = picture_sizes(png)[0]
     image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 

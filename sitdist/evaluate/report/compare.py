@@ -23,6 +23,8 @@ from sitdist.evaluate.report.tables import (
 )
 from sitdist.evaluate.report.template import data_uri, picture_uri, render
 from sitdist.evaluate.units import view_error
+from sitdist.io.atomic import check_free, write_atomically
+from sitdist.runs.ownership import check_ours
 
 VIEWS_SHOWN = 12
 
@@ -44,11 +46,18 @@ class SharedView:
     pictures: dict[str, tuple[str, str]]
 
 
-def compare(folders: list[Path], out: Path) -> str:
-    """Write a page with all evaluations side by side; returns its tables as text.
+def compare(folders: list[Path], out: Path | None = None, overwrite: bool = False) -> str:
+    """Write a page with all evaluations side by side; returns its tables as text, and where the page is.
 
-    DataError where a folder holds no evaluation, or they have neither a row nor an experiment in common.
+    `out`: by default comparison.html in the first folder, in place of an earlier one.
+
+    DataError where a folder holds no evaluation, they have neither a row nor an experiment in common, or `out` is there
+    already and not to be overwritten.
     """
+    if out is not None:
+        check_free(out, overwrite)
+    elif not check_ours(folders[0], "evaluation"):
+        raise DataError(f"{folders[0]}: holds no evaluation; run `sitdist eval` first, or give --out")
     names = short_names(folders)
     found = {name: load_evaluation(Path(folder)) for name, folder in zip(names, folders, strict=True)}
     radii, experiments = _radii(found), _experiments(found)
@@ -68,8 +77,9 @@ def compare(folders: list[Path], out: Path) -> str:
         ],
         views=_shared_views(found),
     )
-    out.write_text(page)
-    return "\n".join(_plain(block) for block in (facts, *radii, *experiments.values()))
+    out = out or folders[0] / "comparison.html"
+    write_atomically(out, lambda path: path.write_text(page))
+    return "\n".join([*(_plain(block) for block in (facts, *radii, *experiments.values())), f"report: {out}"])
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -103,7 +113,7 @@ def _facts(found: dict[str, Evaluation]) -> Block:
                 "pictures": metrics.no_picture or generator_text(metrics),
                 "sigma": f"{metrics.sigma:g}",
                 "seed": f"{metrics.seed}",
-                "training views": f"{metrics.training_views['count']}"
+                "training views": f"{metrics.training_views.count}"
                 + (f", {metrics.radius_augmented} radius augmented" if metrics.radius_augmented else ""),
                 "hardware": metrics.provenance.get("hardware", ""),
             }

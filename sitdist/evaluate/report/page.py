@@ -14,11 +14,15 @@ from sitdist.evaluate.experiments.tables import ExperimentTable
 from sitdist.evaluate.report.stored import Evaluation, Row
 from sitdist.evaluate.report.tables import estimator_text, generator_text, how, tables_of
 from sitdist.evaluate.report.template import data_uri, picture_uri, render
+from sitdist.evaluate.schema import damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION
 from sitdist.evaluate.units import ViewRecord, view_error
+from sitdist.io.files import open_file
+from sitdist.io.npz import load_arrays
 
 WORST_SHOWN = 12  # of all views, and of every bin
 STRIPS_SHOWN = 8
+GIF_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,16 @@ def experiment_pictures(folder: Path, table: ExperimentTable) -> dict[str, str]:
     pictures = {}
     gif, strips = folder / table.name / "turntable.gif", folder / table.name / "strips.npz"
     if gif.is_file():
-        pictures[f"{table.result.get('gif')}, a closed circle"] = data_uri(gif.read_bytes(), "image/gif")
+        with open_file(gif, "run `sitdist eval` again", GIF_BYTES) as file:
+            data = file.read()
+        if data[:3] != b"GIF":
+            raise damaged(gif, "not a GIF")
+        pictures[f"{table.rows[0].get('gif', '')}, a closed circle"] = data_uri(data, "image/gif")
     if strips.is_file():
-        with np.load(strips, allow_pickle=False) as arrays:
-            pictures |= {name.replace("_", ": "): picture_uri(arrays[name]) for name in arrays.files[:STRIPS_SHOWN]}
+        for name, strip in list(load_arrays(strips, "run `sitdist eval` again").items())[:STRIPS_SHOWN]:
+            if strip.dtype != np.uint8 or strip.ndim != 3 or strip.shape[2] != 3 or not strip.size:
+                raise damaged(strips, f"{name} is {strip.dtype} {list(strip.shape)}")
+            pictures[name.replace("_", ": ")] = picture_uri(strip)
     return pictures
 
 
@@ -199,7 +209,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
         "sigma": f"{metrics.sigma:g}",
         "seed": f"{metrics.seed}",
         "training radii": f"{low:.2f} to {high:.2f}",
-        "training views": f"{training['count']}, of which {training['compared']} are compared with"
+        "training views": f"{training.count}, of which {training.compared} are compared with"
         + (f" and {metrics.radius_augmented} are radius augmented" if metrics.radius_augmented else ""),
         "LPIPS": metrics.lpips,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics.versions.items()),

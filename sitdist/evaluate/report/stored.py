@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sitdist.errors import DataError
 from sitdist.evaluate.baselines import NoiseFloor
+from sitdist.evaluate.coverage import AZIMUTHS, HEIGHTS
 from sitdist.evaluate.experiments.tables import ExperimentTable, load_experiments
 from sitdist.evaluate.plots import evenly
+from sitdist.evaluate.schema import Count, Length, Number, Share, Text, damaged, fault, read_table, record_of
 from sitdist.evaluate.statistics import Summary
 from sitdist.evaluate.symmetry import Symmetries
-from sitdist.evaluate.units import POSE_ENTRIES, ViewRecord
+from sitdist.evaluate.units import BINS_AT_MOST, POSE_ENTRIES, RECORD, ViewRecord
+from sitdist.io.json_file import read_json
+from sitdist.io.npz import load_arrays
 
 CAMERAS_SHOWN = 64
 PICTURES = ("key", "bin", "true", "rendered")
+AGAIN = "run `sitdist eval` again"
 
 
-class Row(BaseModel):
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Row(_Checked):
     """One row of the table: the views with a radius in `radius`, and summaries over exactly these."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    name: str
-    radius: tuple[int, int]
-    n: int
+    name: Text
+    radius: tuple[Count, Count]
+    n: Count
     rotation_error_deg: Summary | None = None
     translation_error: Summary | None = None
     focal_error: Summary | None = None
@@ -76,7 +79,56 @@ POSE_MEASURES = ("rotation_error_deg", "translation_error")
 PICTURE_MEASURES = ("psnr", "mae", "ssim")
 
 
-class Metrics(BaseModel):
+Coverage = Annotated[list[Count], Field(min_length=AZIMUTHS, max_length=AZIMUTHS)]
+
+
+class TrainingCounts(_Checked):
+    """How many training views there are, and how many were compared with."""
+
+    count: Count
+    compared: Count
+
+
+class Shares(_Checked):
+    """How often error bars of the levels of a calibration held, over n views."""
+
+    observed: list[Share]
+    standard_error: list[Share]
+    n: Count
+
+
+class Bars(Shares):
+    """The same over all views, and over the quarter with the largest bars."""
+
+    largest_quarter: Shares
+
+
+class FittedOn(_Checked):
+    """The views that a calibration was fitted on."""
+
+    dataset: Text
+    split: Text
+    views: Count
+
+
+class CalibrationSummary(_Checked):
+    """What `sitdist.evaluate.calibrate.coverage_summary` says, as far as the report shows it."""
+
+    fitted_on: FittedOn
+    expected: list[Share]
+    rotation: Bars
+    translation: Bars
+
+    @model_validator(mode="after")
+    def _complete(self) -> CalibrationSummary:
+        for bars in (self.rotation, self.translation):
+            for each in (bars, bars.largest_quarter):
+                if not len(each.observed) == len(each.standard_error) == len(self.expected) > 0:
+                    raise ValueError("as many levels are expected as observed")
+        return self
+
+
+class Metrics(_Checked):
     """metrics.json. `lpips` is the backbone's identity, or why there is none.
 
     There are no rows where only experiments beside the radii were measured; then function_evaluations is None.
@@ -84,36 +136,34 @@ class Metrics(BaseModel):
     `radius_augmented`: how many training views were zoomed copies of others.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    run: str
-    step: int
-    dataset: str
-    split: str
-    estimator: str
-    function_evaluations: int | None
-    readout: str = "svd"
-    refine: str | None = None
-    not_converged: int = 0
-    generator: str
-    generator_steps: int
-    guidance: float | None = None
-    seed: int
-    sigma: float
+    run: Text
+    step: Count
+    dataset: Text
+    split: Text
+    estimator: Text
+    function_evaluations: Count | None
+    readout: Text = "svd"
+    refine: Text | None = None
+    not_converged: Count = 0
+    generator: Text
+    generator_steps: Count
+    guidance: Number | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    sigma: Number
     noise_floor: NoiseFloor | None
-    no_pose: str | None = None
-    no_picture: str | None = None
-    lpips: str
-    training_radius: tuple[float, float]
-    radius_augmented: int = 0
-    training_views: dict[str, int]
-    versions: dict[str, str]
-    training_coverage: list[list[int]] | None = None
-    provenance: dict[str, str] = Field(default={})
+    no_pose: Text | None = None
+    no_picture: Text | None = None
+    lpips: Text
+    training_radius: tuple[Length, Length]
+    radius_augmented: Count = 0
+    training_views: TrainingCounts
+    versions: dict[Text, Text]
+    training_coverage: Annotated[list[Coverage], Field(min_length=HEIGHTS, max_length=HEIGHTS)] | None = None
+    provenance: dict[Text, Text] = Field(default={})
     config: dict[str, Any] = Field(default={})
-    background: tuple[float, float, float] | None = None
+    background: tuple[Share, Share, Share] | None = None
     symmetry: Symmetries | None = None
-    calibration: dict[str, Any] | None = None
+    calibration: CalibrationSummary | None = None
     rows: list[Row]
     labels: list[Row] = Field(default=[])
 
@@ -184,23 +234,10 @@ def load_evaluation(folder: Path) -> Evaluation:
     return Evaluation(folder, metrics, records, pictures, experiments)
 
 
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; run `sitdist eval` first")
-    try:
-        return path.read_text()
-    except UnicodeDecodeError as error:
-        raise damaged(path, error) from None
-
-
-def damaged(path: Path, reason: object) -> DataError:
-    return DataError(f"{path}: damaged ({' '.join(str(reason).split())[:200]}); run `sitdist eval` again")
-
-
 def load_metrics(path: Path) -> Metrics:
     """metrics.json; DataError if it is missing or damaged."""
     try:
-        return parse_metrics(json.loads(_text(path)))
+        return parse_metrics(read_json(path, AGAIN))
     except ValueError as error:
         raise damaged(path, error) from None
 
@@ -208,23 +245,18 @@ def load_metrics(path: Path) -> Metrics:
 def parse_metrics(values: Any) -> Metrics:
     """ValueError with the first thing that is wrong."""
     try:
-        return Metrics.model_validate(values)
+        return Metrics.model_validate_json(json.dumps(values, indent=1))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ValueError(f"{where}: {first['msg']}") from None
+        raise ValueError(fault(error)) from None
 
 
 def _load_records(path: Path, metrics: Metrics) -> list[ViewRecord]:
     """The records, whose bins must hold as many views as metrics.json says."""
-    text = _text(path)
-    if not text.endswith("\n"):
-        raise damaged(path, "the last line is cut off")
     try:
-        records = [_record(row) for row in csv.DictReader(io.StringIO(text))]
-    except KeyError as error:
-        raise damaged(path, f"no column {error}") from None
-    except (TypeError, ValueError, csv.Error) as error:
+        records = [_record(row) for row in read_table(path)]
+    except ValueError as error:
         raise damaged(path, error) from None
     _check_same_views(path, metrics, records)
     return records
@@ -232,6 +264,11 @@ def _load_records(path: Path, metrics: Metrics) -> list[ViewRecord]:
 
 def _check_same_views(path: Path, metrics: Metrics, records: list[ViewRecord]) -> None:
     """DataError unless the records are those that metrics.json is over: as many in every bin, with or without LPIPS."""
+    bins = [record.bin for record in records]
+    if max(bins) - min(bins) > BINS_AT_MOST:
+        raise damaged(path, f"bins from {min(bins)} to {max(bins)}")
+    if len({record.key for record in records}) < len(records):
+        raise damaged(path, "a view is there twice")
     count = sum(row.n for row in metrics.bins)
     if count != len(records):
         raise damaged(path, f"{len(records)} views, but metrics.json is over {count}")
@@ -242,26 +279,19 @@ def _check_same_views(path: Path, metrics: Metrics, records: list[ViewRecord]) -
     with_lpips = sum(record.lpips is not None for record in records)
     if with_lpips != (count if metrics.measured("lpips") else 0):
         raise damaged(path, f"{with_lpips} of {count} views have LPIPS, but metrics.json says '{metrics.lpips}'")
+    for name in ("rotation_error_deg", "psnr"):
+        if sum(getattr(record, name) is not None for record in records) != (count if metrics.measured(name) else 0):
+            raise damaged(path, f"{name} is not of as many views as metrics.json says")
+    if any((record.estimated is None) != (record.rotation_error_deg is None) for record in records):
+        raise damaged(path, "a rotation error without an estimated pose")
 
 
-def _record(row: dict[str, str]) -> ViewRecord:
-    """One line of records.csv; KeyError, TypeError or ValueError if it is not one."""
-    values: dict[str, Any] = {}
-    for field in fields(ViewRecord):
-        if field.type in ("float", "float | None"):
-            text = row[field.name] if field.default is MISSING else row.get(field.name)
-            values[field.name] = None if field.type == "float | None" and not text else _number(text or "")
-    values["true"] = [_number(row[f"true_{entry}"]) for entry in POSE_ENTRIES]
-    estimated = [row[f"estimated_{entry}"] for entry in POSE_ENTRIES]
-    values["estimated"] = [_number(text) for text in estimated] if any(estimated) else None
-    return ViewRecord(key=row["key"], label=int(row["label"]), bin=int(row["bin"]), **values)
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
+def _record(row: dict[str, Any]) -> ViewRecord:
+    """One line of records.csv; ValueError if it is not one."""
+    for name in ("true", "estimated"):
+        entries = [row.pop(f"{name}_{entry}", "") for entry in POSE_ENTRIES]
+        row[name] = entries if any(entries) else None
+    return record_of(row, RECORD)
 
 
 def _load_pictures(path: Path, metrics: Metrics, records: list[ViewRecord]) -> dict[str, np.ndarray]:
@@ -269,21 +299,24 @@ def _load_pictures(path: Path, metrics: Metrics, records: list[ViewRecord]) -> d
 
     Nothing is rendered where metrics.json says so.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; run `sitdist eval` first")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pictures = {name: arrays[name] for name in PICTURES if name != "rendered" or not metrics.no_picture}
-    except Exception as error:  # numpy and zipfile raise many types on a damaged file
-        raise damaged(path, error) from None
+    arrays = load_arrays(path, AGAIN)
+    names = [name for name in PICTURES if name != "rendered" or not metrics.no_picture]
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise damaged(path, f"no {missing[0]}")
+    pictures = {name: arrays[name] for name in names}
+    keys = pictures["key"]
+    if keys.ndim != 1 or keys.dtype.kind != "U" or pictures["bin"].dtype.kind not in "iu":
+        raise damaged(path, f"key is {keys.dtype} {list(keys.shape)}, bin {pictures['bin'].dtype}")
     true, count = pictures["true"], len(pictures["key"])
     rendered = pictures.get("rendered", true)
     for name, picture in (("true", true), ("rendered", rendered)):
         if picture.dtype != np.uint8 or picture.ndim != 4 or picture.shape[3] != 3 or len(picture) != count:
             raise damaged(path, f"{name} is {picture.dtype} {list(picture.shape)}, not uint8 [{count}, H, W, 3]")
-    if true.shape != rendered.shape or pictures["bin"].shape != (count,) or count == 0:
+    if true.shape != rendered.shape or pictures["bin"].shape != (count,) or true.size == 0:
         raise damaged(path, f"true {list(true.shape)}, rendered {list(rendered.shape)}")
-    strangers = set(pictures["key"].tolist()) - {record.key for record in records}
-    if strangers:
-        raise damaged(path, f"view {min(strangers)} is not in records.csv")
+    bins = {record.key: record.bin for record in records}
+    for key, bin_ in zip(keys.tolist(), pictures["bin"].tolist(), strict=True):
+        if bins.get(key) != bin_:
+            raise damaged(path, f"view {key} of bin {bin_} is not in records.csv")
     return pictures

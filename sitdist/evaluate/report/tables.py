@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sitdist.config import AdaptiveSolver
-from sitdist.evaluate.report.stored import Metrics, Row, damaged, parse_metrics
+from sitdist.evaluate.report.stored import Metrics, Row, parse_metrics
+from sitdist.evaluate.schema import damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS
 from sitdist.evaluate.symmetry import Symmetries
 
@@ -147,7 +148,7 @@ def tables_of(metrics: Metrics) -> list[Table]:
     lpips = f"LPIPS backbone: {metrics.lpips}." if metrics.measured("lpips") else f"LPIPS {metrics.lpips}."
     pose_notes, picture_notes = [NEAREST_POSE], [NEAREST_PICTURE, lpips]
     if metrics.radius_augmented:
-        count, of = metrics.radius_augmented, metrics.training_views["count"]
+        count, of = metrics.radius_augmented, metrics.training_views.count
         note = f"Radius augmented: {count} of the {of} training views are zoomed copies, for every row and baseline."
         pose_notes.append(note)
         picture_notes.append(note)

@@ -1,0 +1,168 @@
+"""Arrays in .npy and .npz files from anyone, and posed pictures in .npz files.
+
+What a header says is checked against the bytes that are there and the memory that is free, before any is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sitdist.errors import DataError, SitdistError
+from sitdist.geometry.camera import Intrinsics, check_intrinsics
+from sitdist.geometry.pose import check_rigid
+from sitdist.io.atomic import write_atomically
+from sitdist.io.files import open_file
+from sitdist.io.memory import require_memory
+
+REMEDY = "save it again with numpy"
+
+
+@dataclass(frozen=True)
+class PosedArray:
+    """Pictures [N, H, W, 3], uint8 or floats in [0, 1], their poses [N, 4, 4] float64, and the camera of all."""
+
+    images: np.ndarray
+    camera_to_world: Tensor
+    intrinsics: Intrinsics
+
+
+def npz_files(paths: Iterable[Path], remedy: str) -> list[Path]:
+    """The files named, and the .npz files in the folders named; DataError, which ends with `remedy`, for none."""
+    files: list[Path] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(path.glob("*.npz"))
+            if not found:
+                raise DataError(f"{path}: folder without .npz files; put posed pictures there or name the files")
+            files += found
+        elif os.path.isfile(path):
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder; {remedy}")
+    twice = next((file for place, file in enumerate(files) if file in files[:place]), None)
+    if twice is not None:
+        raise DataError(f"{twice}: given twice; its views would be in the dataset twice, so name it once")
+    return files
+
+
+def read_posed_array(file: Path) -> PosedArray:
+    """The arrays images, poses and focal (in pixels) of an .npz file; DataError, PoseError."""
+    images, poses, focals = read_arrays(file, ("images", "poses", "focal"))
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise DataError(f"{file}: images of shape {images.shape}; expected [N, H, W, 3] with N > 0")
+    if images.dtype.kind != "f" and images.dtype != np.uint8:
+        raise DataError(f"{file}: images of type {images.dtype}; expected uint8, or float in [0, 1]")
+    if poses.shape != (len(images), 4, 4):
+        raise DataError(
+            f"{file}: {len(images)} images but poses of shape {poses.shape}; expected [{len(images)}, 4, 4]"
+        )
+    if {poses.dtype.kind, focals.dtype.kind} - set("iuf"):
+        raise DataError(f"{file}: poses of type {poses.dtype} and focal of type {focals.dtype}; expected real numbers")
+    focal = np.unique(focals.astype(np.float64))
+    if len(focal) != 1:
+        raise DataError(f"{file}: focal {focals.ravel()[:3].tolist()}; expected one positive number of pixels")
+    height, width = images.shape[1:3]
+    camera = Intrinsics(float(focal[0]), float(focal[0]), 0.5 * width, 0.5 * height, width, height)
+    check_intrinsics(camera, str(file))
+    camera_to_world = torch.from_numpy(poses.astype(np.float64))
+    for index, pose in enumerate(camera_to_world):
+        check_rigid(pose, f"{file}: view {index}")
+    if images.dtype.kind == "f":
+        for index, image in enumerate(images):  # now, before anything is written
+            check_unit_range(image, f"{file}: image {index}")
+    return PosedArray(images, camera_to_world, camera)
+
+
+def check_unit_range(image: np.ndarray, name: str) -> None:
+    """DataError, naming the float picture, unless its pixels are in [0, 1] but for rounding."""
+    low, high = float(image.min()), float(image.max())  # NaN where a pixel is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"{name}: pixels hold NaN or infinity; repair or remove the picture")
+    if low < -1e-3 or high > 1.0 + 1e-3:
+        raise DataError(f"{name}: pixels from {low:.4g} to {high:.4g}; float pictures are in [0, 1] (divide by 255?)")
+
+
+def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of these names in an .npz file; for one name, also what is in a .npy file. DataError."""
+    with open_file(file, REMEDY) as opened:
+        try:
+            if len(names) == 1 and opened.read(6) == b"\x93NUMPY":
+                return [_read_array(opened, os.fstat(opened.fileno()).st_size, str(file))]
+            with zipfile.ZipFile(opened) as archive:
+                members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+                return [_read_member(archive, members, name, file) for name in names]
+        except SitdistError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy raise what they like at bytes made to harm
+            raise DataError(f"{file}: not a readable array ({' '.join(str(error).split())[:160]}); {REMEDY}") from None
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write named arrays as an uncompressed .npz file, atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
+
+
+def load_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
+    """All arrays in a file that `save_arrays` wrote; DataError, which ends with `remedy`, for any other.
+
+    As nothing in it is compressed, and no byte is used twice, they are together no larger than the file.
+    """
+    with open_file(file, remedy) as opened:
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                infos = archive.infolist()
+                stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+                if not stored or sum(info.file_size for info in infos) > os.fstat(opened.fileno()).st_size:
+                    raise ValueError("compressed, or members that overlap")
+                arrays = {}
+                for info in infos:
+                    with archive.open(info) as member:
+                        name = info.filename.removesuffix(".npy")
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                return arrays
+        except OSError:
+            raise
+        except Exception as error:  # zipfile and numpy raise what they like at bytes made to harm
+            raise DataError(f"{file}: damaged ({' '.join(str(error).split())[:160]}); {remedy}") from None
+
+
+def _read_member(archive: zipfile.ZipFile, members: list[str], name: str, file: Path) -> np.ndarray:
+    if members.count(name) != 1:
+        count = "several arrays" if name in members else "no array"
+        raise DataError(f"{file}: {count} '{name}' (it has {', '.join(members)[:200]}); save one of that name")
+    info = archive.infolist()[members.index(name)]
+    with archive.open(info) as member:
+        return _read_array(member, info.file_size, f"{file}: {name}")
+
+
+def _read_array(stream: IO[Any], size: int, name: str) -> np.ndarray:
+    """The array in `size` bytes of the .npy format."""
+    stream.seek(0)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    if dtype.hasobject:
+        raise DataError(f"{name}: an object array, as of pictures of several sizes; save one array of numbers")
+    need = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or need > size or (shape and not dtype.itemsize):
+        raise DataError(f"{name}: shape {list(shape)} of {dtype} needs {need:,} bytes and {size:,} are there; {REMEDY}")
+    require_memory(need, name, "split the file")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)

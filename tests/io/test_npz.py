@@ -1,0 +1,158 @@
+"""What the header of an array claims is checked against the bytes that are there before any memory is taken."""
+
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from sitdist.data.pose_files import read_poses
+from sitdist.errors import DataError, OutOfMemoryError, PoseError
+from sitdist.io import memory
+from sitdist.io.npz import npz_files, read_arrays, read_posed_array
+
+EYE = np.eye(4)[None]
+
+
+def npy(shape, dtype="<f8", data=b"", version=(1, 0)):
+    """A .npy file with any header."""
+    header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode()
+    length = struct.pack("<H" if version == (1, 0) else "<I", len(header))
+    return b"\x93NUMPY" + bytes(version) + length + header + data
+
+
+def archive(compression=zipfile.ZIP_DEFLATED, **members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, data in members.items():
+            file.writestr(f"{name}.npy", data)
+    return buffer.getvalue()
+
+
+def saved(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def claimed(data, size):
+    """A zip archive of one member whose directory claims that it unpacks to `size` bytes."""
+    at = data.index(b"PK\1\2") + 24
+    return data[:at] + struct.pack("<I", size) + data[at + 4 :]
+
+
+def bad_arrays():
+    """Files by what is wrong with them."""
+    objects = saved(np.array([1, "a", None], dtype=object), allow_pickle=True)
+    flat = archive(poses=npy((2**28, 4, 4), "|u1", bytes(64)))
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "pickle": pickle.dumps(EYE),
+        "objects": objects,
+        "objects in zip": archive(poses=objects),
+        "ten terabytes": npy((10**12 // 16, 4, 4)),
+        "ten terabytes in zip": archive(poses=npy((10**12 // 16, 4, 4))),
+        "beyond int64": npy((10**30, 4, 4)),
+        "negative": npy((-1, 4, 4), data=bytes(128)),
+        "no bytes": npy((10**15, 4, 4), "|V0"),
+        "cut": saved(EYE)[:-8],
+        "cut in zip": archive(poses=saved(EYE)[:-8]),
+        "cut zip": archive(poses=saved(EYE))[:-30],
+        "false size": claimed(flat, 2**32 - 2),
+        "header of 60 kB": npy((1,) * 20_000),
+        "header is code": b"\x93NUMPY\1\0" + struct.pack("<H", 20) + b"__import__('os').abc ",
+        "version 9": npy((1, 4, 4), data=EYE.tobytes(), version=(9, 0)),
+        "text numbers": saved(EYE.astype(str)),
+        "complex": saved(EYE.astype(complex)),
+        "truth": saved(EYE.astype(bool)),
+        "NaN": saved(np.full((1, 4, 4), np.nan)),
+        "infinite": saved(np.full((1, 4, 4), np.inf)),
+        "not rigid": saved(EYE * 2),
+        "far": saved(EYE + np.array([[0, 0, 0, 1e15], *[[0.0] * 4] * 3])),
+        "three rows": saved(EYE[:, :3]),
+        "none": saved(EYE[:0]),
+        "number": saved(np.float64(3)),
+        "other name": archive(matrices=saved(EYE)),
+        "twice": archive(poses=saved(EYE), posez=saved(EYE)).replace(b"posez", b"poses"),
+    }
+
+
+BAD = bad_arrays()
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_arrays_that_are_no_poses_are_refused_without_taking_memory(tmp_path, what, ending):
+    path = tmp_path / f"poses{ending}"
+    path.write_bytes(BAD[what])
+    tracemalloc.start()
+    with pytest.raises((DataError, PoseError), match=rf"poses\{ending}"):
+        read_poses(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert what == "false size" or peak < 20e6  # that one takes what is free, and finds the file's end
+
+
+def test_what_is_no_regular_file_is_refused_without_hanging(tmp_path):
+    os.mkfifo(tmp_path / "fifo.npz")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_arrays(tmp_path / "fifo.npz", ["poses"])
+    with pytest.raises(DataError, match="no such file"):
+        npz_files([tmp_path / "fifo.npz"], "give another")
+    with pytest.raises(DataError, match="no such file"):
+        read_poses(tmp_path / f"{'x' * 300}.npz")
+
+
+def test_a_zip_bomb_is_told_by_the_memory_that_it_needs(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.npz"
+    path.write_bytes(archive(images=npy((100, 100, 100, 3), "<f8", bytes(24 * 10**6))))
+    assert path.stat().st_size < 50_000
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "_limits", lambda: [(10**7, 10**7)])
+    with pytest.raises(OutOfMemoryError, match=r"bomb\.npz: images: .* GB of memory, and 0\.0 are free; split"):
+        read_arrays(path, ["images"])
+    monkeypatch.undo()
+    assert read_arrays(path, ["images"])[0].shape == (100, 100, 100, 3)
+
+
+@pytest.mark.parametrize(
+    "array", [EYE, EYE.astype(np.float32), EYE.astype(np.int64), EYE.astype(">f8"), np.asfortranarray(EYE), EYE[0]]
+)
+def test_arrays_of_every_kind_of_number_and_order_are_read(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "b.npz", poses=array)
+    np.savez_compressed(tmp_path / "c.npz", poses=array, other=np.zeros(3))
+    for name in ("a.npy", "b.npz", "c.npz"):
+        assert np.array_equal(read_poses(tmp_path / name).camera_to_world.numpy(), EYE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"focal": np.nan},
+        {"focal": np.inf},
+        {"focal": -1.0},
+        {"focal": 1e-4},
+        {"focal": 1e8},
+        {"focal": np.zeros(0)},
+        {"images": np.zeros((1, 0, 4, 3), np.uint8)},
+        {"images": np.zeros((1, 4, 4, 3), bool)},
+        {"images": np.zeros((4, 4, 3), np.uint8)},
+        {"images": np.zeros((1, 4, 4, 3), np.complex64)},
+        {"poses": np.repeat(EYE, 2, 0)},
+        {"poses": EYE.astype(complex)},
+    ],
+    ids=str,
+)
+def test_posed_pictures_out_of_bounds_are_refused(tmp_path, changes):
+    good = {"images": np.zeros((1, 4, 4, 3), np.uint8), "poses": EYE, "focal": 5.0}
+    np.savez(tmp_path / "a.npz", **good)
+    assert read_posed_array(tmp_path / "a.npz").intrinsics.fx == 5.0
+    np.savez(tmp_path / "a.npz", **(good | changes))
+    with pytest.raises(DataError, match=r"a\.npz"):
+        read_posed_array(tmp_path / "a.npz")
