@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.checks import LARGEST, LARGEST_SEED, array, choice, find_device, number, whole
+from sitdist.checks import LARGEST_SEED, array, choice, find_device, number, whole
 from sitdist.data.framing import Framing, Picture, camera_of, framed, framing_of, resampled
 from sitdist.errors import ConfigError, DataError, PoseError, as_told, shown
 from sitdist.evaluate.calibrate import RunCalibration, load_calibration
@@ -479,10 +479,6 @@ class Flow:
             raise PoseError(f"camera_to_world: shape {list(poses.shape)}; expected [N, 4, 4] or [4, 4], N above 0")
         for index, pose in enumerate(poses):
             check_rigid(pose, f"pose {index}")
-        if poses.abs().max() > LARGEST:
-            raise PoseError(
-                f"camera_to_world: a position is {float(poses.abs().max()):g} from the origin; scale the poses"
-            )
         return poses
 
 

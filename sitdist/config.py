@@ -34,6 +34,8 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]  # so that no product of two co
 NonNegative = Annotated[int, Field(ge=0, le=10**9)]
 Steps = Annotated[int, Field(gt=0, le=10**6)]  # of a solver; in float32 their times differ
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Label = Annotated[int, Field(ge=0, lt=10**6)]
+Title = Annotated[str, Field(min_length=1, max_length=1000)]
 Pixels = Annotated[int, Field(gt=0, le=16384)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e9)]
 NonNegativeNumber = Annotated[float, Field(ge=0, le=1e9)]
@@ -116,8 +118,8 @@ class SceneSource(Schema):
     scene: Word | None = None
     supersample: Annotated[int, Field(ge=1, le=8)] = 2
     seed: Seed = 0
-    label: NonNegative = 0
-    name: Word | None = None
+    label: Label = 0
+    name: Title | None = None
     radius_augmentation: RadiusAugmentation | None = None
 
     @model_validator(mode="before")
@@ -179,8 +181,8 @@ class NpzSource(Schema):
 
     kind: Literal["npz"]
     paths: Annotated[list[Word], Field(min_length=1)]
-    label: NonNegative = 0
-    name: Word | None = None
+    label: Label = 0
+    name: Title | None = None
     radius_augmentation: RadiusAugmentation | None = None
 
     @model_validator(mode="after")
@@ -199,8 +201,8 @@ class TransformsSource(Schema):
     kind: Literal["transforms"]
     path: Word
     background: Colour = (1.0, 1.0, 1.0)
-    label: NonNegative = 0
-    name: Word | None = None
+    label: Label = 0
+    name: Title | None = None
     radius_augmentation: RadiusAugmentation | None = None
 
 
@@ -244,13 +246,13 @@ class Recipe(Schema):
     `packing`: what the last row of a packed pose carries, nothing (pose) or the normalized intrinsics.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
     image_size: Pixels
     codec: Codec
     packing: Literal["pose", "intrinsics"] = "pose"
-    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sources]
+    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)], Sources]
     val_views: NonNegative = 64
-    samples_per_shard: Positive = 1000
+    samples_per_shard: Annotated[int, Field(gt=0, le=10**7)] = 1000
     encode_batch: Positive = 64
     seed: Seed = 0
 
@@ -648,7 +650,7 @@ class ReaderConfig(Schema):
 class Config(Schema):
     """A whole experiment: which dataset, which model, which flow, how it is trained and evaluated."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
     data: Word
     seed: Seed = 0
     model: ModelConfig

@@ -117,7 +117,7 @@ def test_several_zooms_in_python_and_on_the_command_line(flow, tiny_run, tiny_da
     zoomed = flow.estimate(pictures, zooms=flow.zooms)
     assert zoomed.function_evaluations.tolist() == [5, 5]
     assert torch.equal(flow.estimate(pictures, zooms=[1.0]).function_evaluations, torch.tensor([1, 1]))
-    with pytest.raises(ConfigError, match=r"zooms \[0.0\]: give one or more, from 0.01"):
+    with pytest.raises(ConfigError, match=r"zooms \[0.0\]: give one or more, from"):
         flow.estimate(pictures, zooms=[0.0])
     write_png(pictures[0], tmp_path / "0.png")
     assert cli.run(["pose", str(tiny_run), str(tmp_path / "0.png"), "--estimator", "multi_zoom"]) == 0

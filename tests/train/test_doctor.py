@@ -52,8 +52,28 @@ def test_a_batch_that_the_launch_files_processes_cannot_share_is_found(tiny_yaml
     assert "global_batch = 12: cannot be divided by 5 processes; set it to 10 or 15" in found
     launch.write_text("num_processes: 4\n")
     assert problems(tiny_yaml, launch=launch) == []
-    launch.write_text("- 1\n")
-    assert "holds list, not a mapping" in problems(tiny_yaml, launch=launch)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "holds list, not a mapping"),
+        ("a: 1\n", "num_processes None: expected a whole number from 1"),
+        ("num_processes: [2]\n", r"num_processes \[2\]: expected a whole number"),
+        ("num_processes: 2\nnum_machines: many\n", "num_machines 'many': expected a whole number"),
+        ("num_processes: 2\ndistributed_type: FSDP\nfsdp_config: 3\n", "fsdp_config 3: expected a mapping"),
+        ("num_processes: 2\ndistributed_type: FSDP\nfsdp_config: {1: 2}\n", "FSDP_VERSION = 1: not supported"),
+        ("num_processes: !!python/object:os.system x\n", "tags, anchors and aliases are not read"),
+        ("[" * 10_000, "nested too deeply"),
+    ],
+)
+def test_a_launch_file_that_is_none_is_one_problem(tiny_yaml, tmp_path, no_steps, text, message):
+    launch = tmp_path / "launch\n.yaml"
+    launch.write_text(text)
+    (found,) = problems(tiny_yaml, launch=launch)
+    assert found.startswith("launch ")
+    assert re.search(message, found)
+    assert "\n" not in found
 
 
 def test_a_full_disk_and_too_little_memory_are_found_with_their_remedies(tiny_yaml, no_steps, monkeypatch):
