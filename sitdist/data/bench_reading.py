@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sitdist import checks
 from sitdist.data.bench import ROUNDS, Measure, Way, measure
-from sitdist.data.format import MAX_SAMPLES, MANIFEST, ShardEntry
+from sitdist.data.format import MANIFEST, MAX_SAMPLES, ShardEntry
 from sitdist.data.order import BlockShuffle
 from sitdist.data.prefetch import Prefetch
 from sitdist.data.reader import BatchReader, ShardReader
