@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from sitdist import checks
 from sitdist.io.memory import require_memory
 
 ROUNDS = 3
@@ -71,8 +72,11 @@ def bench_data(
     """The report: the machine, then reading `samples` samples a measure, and rendering, encoding, building `views`."""
     from sitdist.data.bench_reading import SAMPLES_PER_SHARD, bench_first_batch, bench_reading, bench_synthetic
     from sitdist.data.bench_views import bench_views
+    from sitdist.data.format import MAX_SAMPLES
     from sitdist.data.scene import open_scene
 
+    if synthetic is not None:
+        checks.whole("--synthetic", synthetic, 1, MAX_SAMPLES)
     require_memory(200 * batch, f"batches of {batch:,} samples", "give a smaller --batch")
     require_memory(
         3000 * (synthetic or 0) // SAMPLES_PER_SHARD, f"{synthetic or 0:,} samples", "give fewer --synthetic ones"

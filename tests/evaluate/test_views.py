@@ -49,6 +49,7 @@ def test_a_view_has_its_radius_in_its_bin_and_depends_on_its_number_alone():
     assert float(camera_radius(views()._cameras(1, position))) == pytest.approx(many[0].radius)
 
 
+@pytest.mark.distributed
 def test_a_dataset_behind_a_url_is_evaluated_as_the_one_in_the_folder(tiny_dataset, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "DEFAULT_CACHE", tmp_path / "cache")
     rows = []
