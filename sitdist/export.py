@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,7 @@ import sitdist
 from sitdist.config import NonNegative, Schema
 from sitdist.data.format import DatasetManifest, read_manifest
 from sitdist.data.framing import Framing, framing_of
-from sitdist.errors import CheckpointError, DataError, SitdistError
+from sitdist.errors import CheckpointError, SitdistError
 from sitdist.evaluate.calibrate import FILE as CALIBRATION
 from sitdist.evaluate.calibrate import RunCalibration, read_calibration
 from sitdist.flow.predict import VelocityModel
@@ -29,6 +29,9 @@ from sitdist.io.atomic import check_free, file_sha256, write_folder
 from sitdist.io.json_file import read_json, write_json
 from sitdist.io.tensors import read_tensors
 from sitdist.train.checkpoint import LoadedRun, Sha256, assemble, checked, load_run, stored_config
+
+if TYPE_CHECKING:
+    from sitdist.evaluate.report.stored import Metrics
 
 FORMAT = "sitdist model"
 FORMAT_VERSION = 1
@@ -149,16 +152,18 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[Loa
 # ---------------------------------------------------------------------------------------------------------- model card
 
 
-def _evaluations(run: Path) -> Iterator[dict[str, Any]]:
-    """The results of the run's evaluations, as they lie on disk."""
+def _evaluations(run: Path) -> Iterator[Metrics]:
+    """The results of the run's evaluations, as they lie on disk; DataError for one that is damaged."""
+    from sitdist.evaluate.report import load_metrics
+
     for path in sorted((run / "eval").glob("*/metrics.json")):
-        values = read_json(path, "evaluate again, or remove it")
-        if values.get("rows"):
-            yield values
+        metrics = load_metrics(path)
+        if metrics.rows:
+            yield metrics
 
 
 def model_card(
-    loaded: LoadedRun, framing: Framing, evaluations: Iterator[dict[str, Any]], calibration: RunCalibration | None
+    loaded: LoadedRun, framing: Framing, evaluations: Iterator[Metrics], calibration: RunCalibration | None
 ) -> str:
     """README.md of an export, with the metadata that the hub reads."""
     name, manifest = loaded.config.name, loaded.manifest
@@ -183,10 +188,7 @@ def model_card(
         else f"50% and 90%, and trust, fitted on {calibration.views} views of `{calibration.split}` for the "
         f"estimator `{calibration.estimator.get('estimator')}`, read out by `{calibration.estimator.get('readout')}`"
     )
-    try:
-        tables = [_table(values, loaded.step) for values in evaluations]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"eval/*/metrics.json: damaged ({error!r}); evaluate again, or remove it") from None
+    tables = [_table(metrics, loaded.step) for metrics in evaluations]
     results = "\n\n".join(tables) or "None measured yet: `sitdist eval RUN` before the export puts them here."
     return f"""---
 library_name: sitdist
@@ -230,29 +232,27 @@ The model knows this object alone, on this background, from such distances. Pose
 """
 
 
-def _table(values: dict[str, Any], step: int) -> str:
+def _table(metrics: Metrics, step: int) -> str:
     """One evaluation as a Markdown table."""
-    columns = (
-        ("rotation error, mean / median (deg)", lambda row: _pair(row.get("rotation_error_deg"), 2)),
-        ("translation error", lambda row: _mean(row.get("translation_error"), 3)),
-        ("PSNR (dB)", lambda row: _mean(row.get("psnr"), 2)),
-        ("SSIM", lambda row: _mean(row.get("ssim"), 3)),
-    )
-    head = "| views | n | " + " | ".join(name for name, _ in columns) + " |"
-    rule = "|---" * (2 + len(columns)) + "|"
-    rows = [
-        f"| {row['name']} | {row['n']} | " + " | ".join(cell(row) for _, cell in columns) + " |"
-        for row in values["rows"]
-    ]
-    of = "" if values.get("step") == step else f" (of the weights after {values.get('step')} steps)"
-    refined = ", poses refined by a scene" if values.get("refine") else ""
-    title = f"Split `{values.get('split')}`{of}, estimator `{values.get('estimator')}`{refined}:"
-    return "\n".join([title, "", head, rule, *rows])
+    from sitdist.evaluate.report.tables import Column
+
+    rotation = Column("", "", "rotation_error_deg"), Column("", "", "rotation_error_deg", "median")
+    columns = {
+        "rotation error, mean / median (deg)": rotation,
+        "translation error": (Column("", "", "translation_error", style=".3f"),),
+        "PSNR (dB)": (Column("", "", "psnr"),),
+        "SSIM": (Column("", "", "ssim", style=".3f"),),
+    }
+    rows = [["views", "n", *columns], ["---"] * (2 + len(columns))]
+    for row in metrics.rows:
+        cells = [" / ".join(column.cell(row) for column in parts) for parts in columns.values()]
+        rows.append([_plain(row.name), f"{row.n}", *cells])
+    of = "" if metrics.step == step else f" (of the weights after {metrics.step} steps)"
+    refined = ", poses refined by a scene" if metrics.refine else ""
+    title = f"Split `{_plain(metrics.split)}`{of}, estimator `{_plain(metrics.estimator)}`{refined}:"
+    return "\n".join([title, "", *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
-def _mean(measure: dict[str, float] | None, digits: int) -> str:
-    return "" if measure is None else f"{measure['mean']:.{digits}f}"
-
-
-def _pair(measure: dict[str, float] | None, digits: int) -> str:
-    return "" if measure is None else f"{measure['mean']:.{digits}f} / {measure['median']:.{digits}f}"
+def _plain(name: str) -> str:
+    """A name without what Markdown and HTML read as their own."""
+    return name.translate(dict.fromkeys(map(ord, "|`<>\\"), " "))

@@ -14,6 +14,8 @@ import sitdist
 from sitdist import cli
 from sitdist.errors import CheckpointError, CodecError, DataError, SitdistError
 from sitdist.evaluate.calibrate import RunCalibration
+from sitdist.evaluate.report import Row
+from sitdist.evaluate.results import MEASURES
 from sitdist.export import export_run
 from sitdist.flow.calibration import LEVELS, Bars, Calibration, Trust
 from sitdist.io.atomic import file_sha256
@@ -79,22 +81,17 @@ def test_the_model_card_has_the_measured_results(tiny_run, tmp_path):
     calibration = RunCalibration(fitted, "0" * 64, estimator, "/some/place", "val", "1" * 64, 3).to_dict()
     write_json(run / "calibration.json", calibration)
     for name, psnr, step in (("test", 21.456, 6), ("other", 19.0, 3)):
-        rows = [
-            {
-                "name": "r in [3, 5]",
-                "n": 64,
-                "rotation_error_deg": {"mean": 1.234, "median": 1.0},
-                "translation_error": {"mean": 0.1},
-                "psnr": {"mean": psnr},
-            }
-        ]
-        (run / "eval" / name).mkdir(parents=True)
-        values = {"split": name, "step": step, "estimator": "one_step", "rows": rows}
-        (run / "eval" / name / "metrics.json").write_text(json.dumps(values))
+        row = {key: {"mean": 0.1, "median": 0.1, "n": 64} for key in set(MEASURES) & set(Row.model_fields)}
+        row |= {"name": "r in [3, 5]|<b>\n", "radius": [3, 5], "n": 64, "psnr": {"mean": psnr, "median": psnr, "n": 64}}
+        row["rotation_error_deg"] = {"mean": 1.234, "median": 1.0, "n": 64, "share_under_5_deg": 1.0}
+        metrics = {"run": "r", "dataset": "d", "split": name, "step": step, "estimator": "one_step", "rows": [row]}
+        metrics |= {"generator": "heun", "generator_steps": 10, "seed": 0, "sigma": 0.1, "noise_floor": None}
+        metrics |= {"function_evaluations": 1, "lpips": "not measured", "training_radius": [3.0, 5.0], "versions": {}}
+        write_json(run / "eval" / name / "metrics.json", metrics | {"training_views": {"count": 9, "compared": 9}})
     export_run(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sitdist\n")
-    assert "| r in [3, 5] | 64 | 1.23 / 1.00 | 0.100 | 21.46 |  |" in card
+    assert "| r in [3, 5]  b  n | 64 | 1.23 / 1.00 | 0.100 | 21.46 | 0.100 |" in card
     assert "Split `other` (of the weights after 3 steps), estimator `one_step`:" in card
     assert "Split `test`, estimator `one_step`:" in card
     written = json.loads((tmp_path / "out" / "calibration.json").read_text())
@@ -284,6 +281,6 @@ def test_results_that_are_damaged_are_named_and_nothing_is_exported(tiny_run, tm
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "eval" / "test").mkdir(parents=True)
     (run / "eval" / "test" / "metrics.json").write_text(text)
-    with pytest.raises(DataError, match=r"metrics\.json: .*; evaluate again, or remove it"):
+    with pytest.raises(DataError, match=r"metrics\.json: .*; run `sitdist eval` again"):
         export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
