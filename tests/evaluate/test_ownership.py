@@ -97,6 +97,16 @@ def test_an_evaluation_in_use_and_one_of_before_there_were_marks(tiny_run, tmp_p
     assert list((tmp_path / "out" / "claims").iterdir()) == []
 
 
+def test_an_ablation_in_use_or_of_another_plan(tiny_dataset, tmp_path, refused):
+    command = ("ablate", tiny_dataset, "--out", tmp_path / "out", "--steps", "1")
+    with only_writer(tmp_path / "out", "ablation"):
+        assert "in use by process" in refused(*command)
+    (tmp_path / "out" / "ablation.json").write_text('{"steps": 7}')
+    assert "was begun with dataset None, not " in refused(*command)
+    (tmp_path / "out" / "ablation.json").write_text("[")
+    assert "ablation.json: damaged" in refused(*command)
+
+
 def test_a_background_does_not_make_an_evaluation_another_one(tiny_run, tmp_path):
     options = EvalOptions(split="test", max_views=1, out=tmp_path / "out", set=("evaluate.background=[1, 1, 0.5]",))
     assert evaluate(tiny_run, options) == evaluate(tiny_run, options)
