@@ -727,6 +727,12 @@ _Loader.add_implicit_resolver(  # 1e-4 is a number
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML in which whatever `_Loader` would take for a number or the like is quoted."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def read_yaml(path: Path, what: str) -> dict[Any, Any]:
     """The mapping in a YAML file, such as "config"; ConfigError if there is none. Keys and values may be anything."""
     remedy = f"give the path of a YAML {what}"
@@ -850,4 +856,4 @@ def _schemas_in(annotation: Any) -> list[type[BaseModel]]:
 
 def dump_yaml(value: Schema) -> str:
     """The resolved config as YAML that `load_yaml` reads back to an equal config."""
-    return yaml.safe_dump(value.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(value.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -408,6 +408,14 @@ def test_what_is_dumped_is_read_back_the_same(tmp_path):
     assert load_yaml(Recipe, write(tmp_path, dump_yaml(recipe))) == recipe
 
 
+@pytest.mark.parametrize(
+    "name", ["0E0", "1e5", "-1e-4", "1_0", "0x1F", "0o7", "1:30", "2020-01-01", "null", "on", "~", "=", "<<", ".inf"]
+)
+def test_names_that_look_like_numbers_stay_names(tmp_path, name):
+    config = parse(Config, {**CONFIG, "data": name}, "test")
+    assert load_yaml(Config, write(tmp_path, dump_yaml(config))) == config
+
+
 @pytest.mark.parametrize("folder", ["configs", "shards"])
 def test_every_shipped_file_loads_under_its_own_name(folder):
     files = sorted((REPOSITORY / folder).glob("*.yaml"))

@@ -76,7 +76,7 @@ def read_cameras(path: Path) -> dict[str, Intrinsics]:
         if len(words) < 4:
             raise DataError(f"{where}: '{line[:60]}' is no camera; expected CAMERA_ID MODEL WIDTH HEIGHT PARAMS")
         if words[0] in cameras:
-            raise DataError(f"{where}: camera {words[0]} is there twice; remove one")
+            raise DataError(f"{where}: camera {words[0][:60]} is there twice; remove one")
         cameras[words[0]] = _pinhole(words[1], _numbers(words[2:4], where), _numbers(words[4:], where), where)
     return cameras
 
@@ -84,7 +84,9 @@ def read_cameras(path: Path) -> dict[str, Intrinsics]:
 def _pinhole(model: str, size: list[float], values: list[float], where: str) -> Intrinsics:
     names = PINHOLE.get(model)
     if names is None:
-        raise DataError(f"{where}: camera model {model} is no pinhole camera; run `colmap image_undistorter` first")
+        raise DataError(
+            f"{where}: camera model {model[:60]} is no pinhole camera; run `colmap image_undistorter` first"
+        )
     if len(values) != len(names):
         raise DataError(f"{where}: {len(values)} parameters, but {model} has {len(names)} ({', '.join(names)})")
     given = dict(zip(names, values, strict=True))
@@ -115,10 +117,10 @@ def read_images(path: Path, cameras: dict[str, Intrinsics]) -> list[ColmapImage]
                 f"{where}: '{line[:60]}' is no picture; expected IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME"
             )
         if words[8] not in cameras:
-            raise DataError(f"{where}: camera {words[8]} of {words[9]} is not in cameras.txt; restore it")
+            raise DataError(f"{where}: camera {words[8][:60]} of {words[9][:200]} is not in cameras.txt; restore it")
         name = words[9].strip()
         if words[0] in numbers or name in names:
-            raise DataError(f"{where}: picture {words[0]}, {name[:200]}, is there twice; remove one")
+            raise DataError(f"{where}: picture {words[0][:60]}, {name[:200]}, is there twice; remove one")
         if os.path.isabs(name) or ".." in PurePosixPath(name).parts:
             raise DataError(
                 f"{where}: picture {name[:200]} is not in the folder of pictures; name it by its path below"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.errors import DataError
+from sitdist.errors import DataError, shortened
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.images import check_camera_size, picture_sizes
@@ -132,7 +132,7 @@ def find_picture(folder: Path, name: str, where: str) -> Path:
     for candidate in (path, Path(f"{path}.png")):
         if os.path.isfile(candidate):
             return candidate
-    raise DataError(f"{where}: picture is missing (looked for {str(path)[:300]}); restore it or remove its entry")
+    raise DataError(f"{where}: picture is missing (looked for {shortened(str(path))}); restore it or remove its entry")
 
 
 def check_distinct(pictures: Iterable[Path], where: Path) -> None:

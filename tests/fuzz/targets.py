@@ -304,7 +304,8 @@ def _camera_targets(folder: Path) -> list[Target]:
 
     def read_transforms() -> None:
         with suppress(SitdistError):
-            open_source(TransformsSource(kind="transforms", path=str(copy)), 16).images([0, 1])
+            source = open_source(TransformsSource(kind="transforms", path=str(copy)), 16)
+            source.images(range(len(source)))
         read_photos(copy)
 
     made.append(
@@ -321,7 +322,8 @@ def _camera_targets(folder: Path) -> list[Target]:
 
     def read_npz() -> None:
         with suppress(SitdistError):
-            open_source(NpzSource(kind="npz", paths=[str(archive)]), 16).images([0, 1])
+            source = open_source(NpzSource(kind="npz", paths=[str(archive)]), 16)
+            source.images(range(len(source)))
         read_photos(archive)
 
     made.append(

@@ -287,11 +287,11 @@ def test_framings_and_similarities_come_back_from_json(inputs):
     @drawn(inputs)
     @given(
         st.integers(1, 4096),
-        st.none() | st.tuples(*[lengths] * 4),
+        st.none() | st.tuples(*[st.floats(0.1, 1.5)] * 4),
         st.dictionaries(st.integers(0, 9), st.tuples(*[shares] * 3)),
     )
     def framings(size, numbers, colours):
-        camera = None if numbers is None else Intrinsics(*numbers, size, size)
+        camera = None if numbers is None else Intrinsics(*(size * each for each in numbers), size, size)
         once = Framing.from_dict(json.loads(json.dumps(Framing(size, camera, colours).to_dict())))
         assert Framing.from_dict(json.loads(json.dumps(once.to_dict()))).backgrounds == once.backgrounds == colours
         assert once.size == size
