@@ -27,7 +27,6 @@ from sitdist.model.codec import latent_mean
 from sitdist.train.checkpoint import LoadedRun, load_run
 
 PROBE_BYTES = 40  # of every number of a probe while it is drawn
-STEPS_AT_MOST = 1_000_000
 LIKELIHOOD_FORMAT = "{:<24}{:>8} views   {:>10.3f} +- {:.3f} nats   {:>8.4f} +- {:.4f} bits per dimension"
 
 
@@ -42,9 +41,10 @@ class SplitLikelihood:
     def line(self, name: str) -> str:
         """Means with their standard errors (nan for one view, which has none), as one line of text."""
         bits = -self.log_density / (self.dimensions * math.log(2.0))
-        error = len(self.keys) ** -0.5
-        values = (self.log_density.mean(), self.log_density.std() * error, bits.mean(), bits.std() * error)
-        return LIKELIHOOD_FORMAT.format(name, len(self.keys), *map(float, values))
+        count = len(self.keys)
+        errors = [float(each.std()) * count**-0.5 if count > 1 else math.nan for each in (self.log_density, bits)]
+        means = float(self.log_density.mean()), float(bits.mean())
+        return LIKELIHOOD_FORMAT.format(name, count, means[0], errors[0], means[1], errors[1])
 
 
 def split_likelihood(
