@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.errors import DataError, shortened
+from sitdist.errors import DataError, shortened, shown
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.images import check_camera_size, picture_sizes
@@ -52,7 +52,7 @@ def read_posed_files(file: Path) -> list[PosedFile]:
     for where, values in frames_of(read_json(file, REMEDY), file):
         name = values.get("file_path")
         if not isinstance(name, str):
-            raise DataError(f"{where}: file_path is {name!r}; expected the path of a picture")
+            raise DataError(f"{where}: file_path is {shown(name)}; expected the path of a picture")
         pose = pose_of(values.get("transform_matrix"), where)
         picture = find_picture(file.parent, name, where)
         posed.append(PosedFile(picture, pose, _pinhole(values, picture, where)))

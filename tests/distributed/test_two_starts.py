@@ -17,10 +17,10 @@ RECIPE = {
     "name": "twice",
     "image_size": 16,
     "codec": {"kind": "pca", "patch": 4, "fit_views": 16},
-    "samples_per_shard": 16,
+    "samples_per_shard": 100,
     "encode_batch": 4,
     "val_views": 0,
-    "splits": {"train": {"kind": "scene", "views": 64}},
+    "splits": {"train": {"kind": "scene", "views": 1500}},  # several seconds, so that both are there at once
 }
 
 
@@ -29,7 +29,7 @@ def commands(tiny_yaml, tiny_run, tmp_path_factory):
     """What is started twice: the words before --out, and those after it, by kind."""
     recipe = tmp_path_factory.mktemp("twice") / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    steps = ranks.settings("train.steps=60", "train.checkpoint_every=20")
+    steps = ranks.settings("train.steps=240", "train.checkpoint_every=80")
     return {
         "train": (["train", tiny_yaml], steps),
         "eval": (["eval", tiny_run, "--split", "test", "--batch", 1], []),

@@ -1,7 +1,7 @@
 """Everything that reads what strangers give, as functions of bytes: for the property tests, and for atheris.
 
-What each promises of any bytes: a result, or a SitdistError of one line with fewer than LONGEST characters; within
-SECONDS and MEMORY; and no file is changed.
+What each promises of any bytes: a result, or a SitdistError of one line with fewer than LONGEST characters (before
+those that steer a terminal are escaped); within SECONDS and MEMORY; and no file is changed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Target:
             except SitdistError as error:
                 refusal = str(error)
         if refusal:
-            shown = one_line(refusal)
-            assert len(shown) < LONGEST, f"{len(shown)} characters: {shown[:300]}"
+            assert len(refusal) < LONGEST, f"{len(refusal)} characters: {refusal[:300]!r}"
+            assert one_line(refusal).isprintable()
         assert quick or contents(self.folder) == before, "a file was changed"
         return refusal
 
