@@ -29,17 +29,18 @@ RECIPE = {
 }
 
 
-def with_kills(start, seconds, generator):
-    """Start a command again and again, and kill it at a random moment, until it is through; how often it died."""
+def with_kills(start, last, seconds, generator):
+    """Start a command again and again, and kill it at a random moment, until the `last` file that it writes is there;
+    how often it died.
+    """
     kills = 0
-    while True:
+    while not last.exists():
         started = start()
         time.sleep(generator.uniform(0.1, 1.0) * seconds)
         codes = started.kill()
         assert set(codes) <= {0, -signal.SIGKILL}, started.errors()
-        if not any(codes):
-            return kills
-        kills += 1
+        kills += any(codes)
+    return kills
 
 
 def timed(start):
@@ -71,7 +72,7 @@ def test_builds_killed_at_random_moments_go_on_to_the_same_bytes(tmp_path, world
     expected, generator, died = contents(tmp_path / "undisturbed"), random.Random(20 + world), 0
     out = tmp_path / "out"
     while died < KILLS:
-        died += with_kills(lambda: start(out), seconds, generator)
+        died += with_kills(lambda: start(out), out / "manifest.json", seconds, generator)
         assert contents(out) == expected
         assert verify(out) == []
         shutil.rmtree(out)
@@ -87,7 +88,7 @@ def test_evaluations_killed_at_random_moments_have_every_view_once(tmp_path, tin
     expected, generator, died = records(tmp_path / "undisturbed"), random.Random(30 + world), 0
     out = tmp_path / "out"
     while died < KILLS:
-        died += with_kills(lambda: start(out), seconds, generator)
+        died += with_kills(lambda: start(out), out / "report.html", seconds, generator)
         assert records(out) == expected
         assert len({row["key"] for row in expected}) == len(expected) == 12
         shutil.rmtree(out)
