@@ -80,9 +80,9 @@ class Monitor:
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
             keep_lines_until(run / "metrics.jsonl", start)
             self._lines = (run / "metrics.jsonl").open("a")
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
             if config is not None:
                 settings = flatten(config.model_dump(mode="json"))
                 self._tracker = open_tracker(config.train.tracker, run, config.name, settings)

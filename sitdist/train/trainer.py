@@ -212,7 +212,6 @@ class Trainer:
                 if config.train.validate_every is not None:
                     codec = load_matching_codec(self.dataset / "codec", manifest, device)
                     self.validation = Validation(config, self.dataset, manifest, codec, device)
-                self._write_run()
             self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, config.reader.workers, device)
             flops = training_flops(self.raw_model)
             self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch, flops, config)
@@ -220,6 +219,8 @@ class Trainer:
             span = None if config.train.profile is None else (config.train.profile.start, config.train.profile.steps)
             self.profile = StepProfile(run, span, accelerator.process_index, device)
             self.collection = ScheduledCollection()
+            if accelerator.is_main_process:
+                self._write_run()  # last, so that what is refused above changes nothing
 
     def _open_reader(self, store: Store) -> BatchReader:
         settings = self.config.reader

@@ -299,7 +299,7 @@ NUMBERS_OF: dict[str, tuple[tuple[str, str | None], ...]] = {
         ("--background", "nan 0 0"),
     ),
     "scene fit": (("--resolutions", None), ("--resolutions", "100000"), ("--steps", None), ("--background", "1 1 -1")),
-    "codec fit": (("--lr", None), ("--batch", None), ("--channels", None), ("--channels", "3 5"), ("--steps", None)),
+    "codec fit": (("--lr", None), ("--batch", None), ("--channels", None), ("--channels", "0 5"), ("--steps", None)),
     "likelihood": (("--views", None), ("--probes", None), ("--batch", None), ("--seed", "x")),
     "sigma": (("--target-deg", None), ("--target-deg", "inf")),
     "reconstruct": (("--sigma-rel", None), ("--sigma-rel", "5"), ("--step", None)),
