@@ -208,10 +208,9 @@ class Trainer:
         self.validation: Validation | None = None
         steps, global_batch = config.train.steps, config.train.global_batch
         with agreement.together():
-            if accelerator.is_main_process:
-                if config.train.validate_every is not None:
-                    codec = load_matching_codec(self.dataset / "codec", manifest, device)
-                    self.validation = Validation(config, self.dataset, manifest, codec, device)
+            if accelerator.is_main_process and config.train.validate_every is not None:
+                codec = load_matching_codec(self.dataset / "codec", manifest, device)
+                self.validation = Validation(config, self.dataset, manifest, codec, device)
             self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, config.reader.workers, device)
             flops = training_flops(self.raw_model)
             self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch, flops, config)
