@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import sitdist
-from sitdist.data.animation import save_gif, to_images
+from sitdist.io.video import save_gif, to_images
 
 run, out = sys.argv[1:]
 flow = sitdist.load(run)

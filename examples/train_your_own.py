@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 import sitdist
-from sitdist.config import Config, Recipe, parse
-from sitdist.data.writer import build
+from sitdist.build.writer import build
+from sitdist.config.experiment import Config
+from sitdist.config.load import parse
+from sitdist.config.recipe import Recipe
 from sitdist.train.trainer import train
 
 views, out, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 3000

@@ -1,6 +1,6 @@
 """`python -m sitdist`, for launchers that start modules."""
 
-from sitdist.cli import main
+from sitdist.cli.main import main
 
 if __name__ == "__main__":
     main()

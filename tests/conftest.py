@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from sitdist.config import Config, Recipe, load_yaml, parse
-from sitdist.data.writer import build
+from sitdist.build.writer import build
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml, parse
+from sitdist.config.recipe import Recipe
 from sitdist.geometry.similarity import Similarity
 from sitdist.scene.grid import VoxelField
 from sitdist.scene.store import Scene, save_scene

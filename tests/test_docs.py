@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sitdist.cli import _parser
+from sitdist.cli.main import make_parser
 from sitdist.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def arguments_of(command: str) -> list[str]:
 def complaint(command: str) -> str:
     """What the command line says against it; nothing if it takes it."""
     try:
-        _parser().parse_args(arguments_of(command))
+        make_parser().parse_args(arguments_of(command))
     except ConfigError as error:
         return f"{command}: {error}"
     return ""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import sitdist
-from sitdist.data.reader import ShardReader
+from sitdist.dataset.reader import ShardReader
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

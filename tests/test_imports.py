@@ -93,7 +93,7 @@ def test_the_package_and_the_command_line_do_not_import_what_is_heavy():
     code = f"""
 import sys
 import sitdist, sitdist.cli
-code = sitdist.cli.run(["shards", "bild"])
+code = sitdist.cli.main.run(["shards", "bild"])
 print(code, [name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

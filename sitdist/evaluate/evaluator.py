@@ -29,33 +29,36 @@ from torch import Tensor
 
 import sitdist
 from sitdist import checks
-from sitdist.config import Config, EvaluateConfig, FlowConfig, Recipe, SceneSource, parse, set_key
-from sitdist.data.format import DatasetManifest, load_manifest
-from sitdist.data.reader import ShardReader
-from sitdist.data.store import store_of
+from sitdist.config.experiment import Config, EvaluateConfig, FlowConfig
+from sitdist.config.load import parse, set_key
+from sitdist.config.recipe import Recipe, SceneSource
+from sitdist.dataset.manifest import DatasetManifest, load_manifest
+from sitdist.dataset.reader import ShardReader
+from sitdist.dataset.store import store_of
+from sitdist.distributed.accelerator import log, processes
 from sitdist.errors import ConfigError, DataError
-from sitdist.evaluate import calibrate, metrics
+from sitdist.evaluate import metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.coverage import coverage_counts
-from sitdist.evaluate.poses import OF_PICTURES, PoseReader
-from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
+from sitdist.evaluate.summary import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
+from sitdist.evaluate.tasks import Job, Producer, do_jobs, do_left, merge, plan_conflict, prepare
 from sitdist.evaluate.units import BINS_AT_MOST, RECORD, Unit, ViewRecord, make_units, merge_pictures, pictured, thinned
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, check_codec, to_uint8
-from sitdist.evaluate.work import Job, Producer, do_jobs, do_left, merge, plan_conflict, prepare
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.inference import calibration as calibrate
+from sitdist.inference.options import build_estimate, build_sampling
+from sitdist.inference.pose_reader import OF_PICTURES, PoseReader
+from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.atomic import write_atomically
 from sitdist.io.json_file import write_json
 from sitdist.io.npz import save_arrays
+from sitdist.io.ownership import check_ours, only_writer
 from sitdist.model.codec import latent_mean
-from sitdist.runs.ownership import check_ours, only_writer
-from sitdist.runtime import log, processes
-from sitdist.train.build import build_estimate, build_sampling
-from sitdist.train.checkpoint import LoadedRun, load_run
-from sitdist.train.posthoc_ema import use_average
+from sitdist.runs.averages import use_average
 
 VIEWS_AT_MOST = 2_000_000
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers")

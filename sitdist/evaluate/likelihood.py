@@ -13,18 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sitdist import checks
-from sitdist.data.format import load_manifest
-from sitdist.data.reader import ShardReader
-from sitdist.data.store import store_of
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.reader import ShardReader
+from sitdist.dataset.store import store_of
 from sitdist.errors import ConfigError, DataError
-from sitdist.evaluate.views import check_codec
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
-from sitdist.train.checkpoint import LoadedRun, load_run
 
 PROBE_BYTES = 40  # of every number of a probe while it is drawn
 LIKELIHOOD_FORMAT = "{:<24}{:>8} views   {:>10.3f} +- {:.3f} nats   {:>8.4f} +- {:.4f} bits per dimension"

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sitdist.data.format import load_manifest
-from sitdist.data.reader import ShardReader
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.reader import ShardReader
 from sitdist.evaluate.baselines import FLOOR_POSES, NoiseFloor
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics, destandardize, standardize

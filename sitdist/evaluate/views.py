@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.config import SceneSource
-from sitdist.data.format import DatasetManifest
-from sitdist.data.reader import ShardReader
-from sitdist.data.scene import backdrop, cameras_at, open_scene, render
-from sitdist.errors import CodecError, ConfigError, DataError
+from sitdist.config.recipe import SceneSource
+from sitdist.dataset.reader import ShardReader
+from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.model.codec import Codec, latent_mean
-from sitdist.train.checkpoint import LoadedRun
+from sitdist.scene.views import backdrop, cameras_at, open_scene, render
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
 BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
@@ -155,17 +153,6 @@ class SceneViews:
                 for pose in camera_to_world
             ]
         )
-
-
-def check_codec(data: Path, manifest: DatasetManifest, loaded: LoadedRun) -> None:
-    """CodecError with both values unless the dataset was encoded by the run's codec."""
-    ours, theirs = loaded.codec.identity(), manifest.codec
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise CodecError(
-                f"{data / 'manifest.json'}: codec {name} {theirs.get(name)} but the run's is {ours.get(name)}; "
-                "build the dataset with the codec that the run was trained on"
-            )
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

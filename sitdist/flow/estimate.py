@@ -13,7 +13,7 @@ from sitdist.errors import ConfigError
 from sitdist.flow.draws import normal
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.exact import Inversion, invert_exactly
-from sitdist.flow.path import Path
+from sitdist.flow.interpolant import Path
 from sitdist.flow.readout import READOUTS, read_camera
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import MOST_STEPS, SOLVERS, Model, function_evaluations, invert, invert_at_arrival

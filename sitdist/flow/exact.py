@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
-from sitdist.flow.path import Path
+from sitdist.flow.interpolant import Path
 from sitdist.flow.solve import FIXED_STEP, Model, integrate
 
 MEMORY = 5  # earlier iterates that Anderson's acceleration looks at

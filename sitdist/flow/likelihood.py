@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sitdist.errors import ConfigError
 from sitdist.flow import draws
-from sitdist.flow.path import Path
+from sitdist.flow.interpolant import Path
 from sitdist.flow.solve import Model, integrate
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
-from sitdist.flow.path import EPSILON, Path, check_prediction, like
+from sitdist.flow.interpolant import EPSILON, Path, check_prediction, like
 
 LOSS_WEIGHTS = ("none", "velocity", "likelihood")
 TRAINING_EPSILON_VP = 1e-5  # the published one; a sampler keeps further away

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sitdist.errors import ConfigError
-from sitdist.flow.path import Path, check_prediction
+from sitdist.flow.interpolant import Path, check_prediction
 
 GUIDED_CHANNELS = ("all", "three")
 

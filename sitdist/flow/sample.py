@@ -10,7 +10,7 @@ from torch import Tensor
 from sitdist import checks
 from sitdist.flow import draws
 from sitdist.flow.endpoint import Endpoint
-from sitdist.flow.path import Path
+from sitdist.flow.interpolant import Path
 from sitdist.flow.predict import GUIDED_CHANNELS, guided
 from sitdist.flow.sde import SdeOptions, generate_sde
 from sitdist.flow.solve import SOLVERS, Model, generate

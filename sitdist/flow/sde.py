@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sitdist import checks
 from sitdist.errors import ConfigError
-from sitdist.flow.path import EPSILON, Path
+from sitdist.flow.interpolant import EPSILON, Path
 from sitdist.flow.predict import require_gaussian
 from sitdist.flow.solve import MOST_STEPS, Model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from sitdist.errors import ConfigError
-from sitdist.flow.path import Path
+from sitdist.flow.interpolant import Path
 
 Model = Callable[..., Tensor]
 

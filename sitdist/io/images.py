@@ -12,14 +12,17 @@ import logging
 import warnings
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
+from torch import Tensor
 
 from sitdist.errors import DataError
 from sitdist.geometry.camera import MAX_PIXELS
 from sitdist.io.files import open_file
+from sitdist.io.npz import check_unit_range
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # and HEIF where pillow-heif is installed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif")  # of pictures in a folder
@@ -170,3 +173,54 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+Picture = Any  # a path, a PIL image, a numpy array [H, W], [H, W, C] or a tensor [H, W], [C, H, W]
+
+
+def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
+    """Colours [3, H, W] float32 in [0, 1] and, where it has one, opacity [H, W]; DataError for what is no picture.
+
+    A file's path; a PIL image of any mode; a numpy array [H, W] or [H, W, 1 to 4]; a tensor [H, W] or [1 to 4, H, W].
+    Two and four channels hold opacity. Whole numbers are of 8 or 16 bits by their type, others are in [0, 1].
+    """
+    if isinstance(picture, str | Path):
+        picture, name = Path(picture), str(picture)
+    if isinstance(picture, Path | Image.Image):
+        picture = to_array(open_picture(picture, name), name)
+    if isinstance(picture, Tensor):
+        if picture.ndim == 3:
+            picture = picture.permute(1, 2, 0)
+        try:
+            picture = (
+                (picture.float() if picture.is_floating_point() else picture).detach().cpu().resolve_conj().numpy()
+            )
+        except (TypeError, RuntimeError):
+            raise DataError(f"{name}: a tensor of {picture.dtype} is no picture; give a dense one of numbers") from None
+    if not isinstance(picture, np.ndarray):
+        raise DataError(
+            f"{name}: {type(picture).__name__} is no picture; give a file, a PIL image, an array or a tensor"
+        )
+    if picture.ndim == 2:
+        picture = picture[..., None]
+    if picture.ndim != 3 or not 1 <= picture.shape[2] <= 4 or 0 in picture.shape:
+        raise DataError(
+            f"{name}: an array of shape {list(picture.shape)} is no picture; arrays are [H, W] or [H, W, channels], "
+            "tensors [H, W] or [channels, H, W], with 1 to 4 channels"
+        )
+    pixels = torch.from_numpy(_to_unit(picture, name)).permute(2, 0, 1)
+    has_alpha = len(pixels) in (2, 4)
+    colour = pixels[:-1] if has_alpha else pixels
+    return colour.expand(3, -1, -1), pixels[-1] if has_alpha else None
+
+
+def _to_unit(array: np.ndarray, name: str) -> np.ndarray:
+    """float32 in [0, 1]; DataError for pixels that are not."""
+    if array.dtype in (np.uint8, np.uint16):
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if array.dtype == np.bool_:
+        return array.astype(np.float32)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise DataError(f"{name}: pixels of type {array.dtype}; expected uint8, uint16, or floats in [0, 1]")
+    check_unit_range(array, name)
+    return array.astype(np.float32).clip(0.0, 1.0)

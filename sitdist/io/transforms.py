@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,3 +161,24 @@ def _pinhole(values: Mapping[str, Any], picture: Path, where: str) -> Intrinsics
         told = size_of(ChainMap(values, {"w": shown[0], "h": shown[1]}), where)  # type: ignore[arg-type]
     check_camera_size(shown, stored, told, str(picture))
     return camera_of(values, *shown, where)
+
+
+def transforms(
+    camera_to_world: Tensor, intrinsics: Sequence[Intrinsics], names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Cameras [N, 4, 4] with N intrinsics as a transforms.json of pictures `names`, by default 00000.png and on."""
+    names = names or [f"{number:05d}.png" for number in range(len(intrinsics))]
+    frames = [
+        {
+            "file_path": name,
+            "transform_matrix": pose.tolist(),
+            "fl_x": camera.fx,
+            "fl_y": camera.fy,
+            "cx": camera.cx,
+            "cy": camera.cy,
+            "w": camera.width,
+            "h": camera.height,
+        }
+        for name, pose, camera in zip(names, camera_to_world, intrinsics, strict=True)
+    ]
+    return {"camera_model": "PINHOLE", "frames": frames}

@@ -19,18 +19,21 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from sitdist.checks import whole
-from sitdist.config import Config, load_yaml, read_yaml
-from sitdist.data.format import DatasetManifest, load_manifest
-from sitdist.data.store import store_of
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml, read_yaml
+from sitdist.dataset.manifest import DatasetManifest, load_manifest
+from sitdist.dataset.store import store_of
+from sitdist.distributed.accelerator import backend_of_launcher, processes
+from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.signals import StopSignal
 from sitdist.errors import ConfigError, SitdistError, one_line, shown
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
-from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, processes
-from sitdist.train.build import build_endpoint, build_model, load_matching_codec
+from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
 from sitdist.train.memory import checkpoint_bytes, memory_estimate, more_averages, parameters
+from sitdist.train.profiling import check_tracker
 from sitdist.train.timing import bytes_held, memory_of_step
 from sitdist.train.trainer import Trainer, split_batch
-from sitdist.train.watch import check_tracker
 
 TIMED_STEPS = 3
 

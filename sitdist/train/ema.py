@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sitdist.train.guard import lerp_unless_masked
-from sitdist.train.parts import local_part, own_parts
+from sitdist.distributed.local_shards import local_part, own_parts
+from sitdist.runs.averages import lerp_unless_masked
 
 
 class Ema:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sitdist.config import NonFiniteConfig
+from sitdist.config.experiment import NonFiniteConfig
+from sitdist.distributed.ranks import Agreement
 from sitdist.errors import NonFiniteError
-from sitdist.runtime import Agreement
 
 log = logging.getLogger(__name__)
-
 SMALLEST_LOSS_SCALE = 2.0**-10  # an fp16 scale below it means that every gradient overflows
 KEYS_TOLD = 8
 
@@ -26,14 +25,6 @@ def poison(losses: Tensor) -> Tensor:
     the others.
     """
     return torch.where(losses.isfinite(), 1.0, torch.nan)
-
-
-def lerp_unless_masked(averaged: list[Tensor], now: list[Tensor], weight: float, ok: Tensor | None) -> None:
-    """averaged <- averaged + weight (now - averaged), where `ok` (0-d, on their device) is true; all else stays."""
-    if ok is None:
-        torch._foreach_lerp_(averaged, now, weight)
-    else:
-        torch._foreach_lerp_(averaged, now, [ok * weight] * len(now))
 
 
 @dataclass(frozen=True)

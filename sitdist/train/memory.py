@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from sitdist.config import SIT_SIZES, Config
+from sitdist.config.experiment import SIT_SIZES, Config
 from sitdist.io.memory import require_memory
 from sitdist.model.sit import SiT
 

@@ -18,14 +18,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from sitdist.config import Config
+from sitdist.config.experiment import Config
+from sitdist.distributed.ranks import Agreement
 from sitdist.io.atomic import write_atomically
 from sitdist.model.flops import listed_peak
-from sitdist.runtime import Agreement
-from sitdist.train.watch import open_tracker
+from sitdist.train.profiling import open_tracker
 
 log = logging.getLogger(__name__)
-
 INTERIOR_BINS = 4
 RECENT, FEWEST = 10, 3  # lines before a loss, and how few of them tell what is usual
 BIN_NAMES = (

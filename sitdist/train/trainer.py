@@ -21,42 +21,47 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import sitdist
-from sitdist.config import Config, dump_yaml
-from sitdist.data.format import load_manifest
-from sitdist.data.prefetch import Prefetch
-from sitdist.data.reader import Batch, BatchReader, ShardReader
-from sitdist.data.resident import ResidentSamples
-from sitdist.data.store import Store, store_of
+from sitdist.config.experiment import Config
+from sitdist.config.load import dump_yaml
+from sitdist.dataset.batches import Batch, BatchReader
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.prefetch import Prefetch
+from sitdist.dataset.reader import ShardReader
+from sitdist.dataset.resident import ResidentSamples
+from sitdist.dataset.store import Store, store_of
+from sitdist.distributed.accelerator import backend_of_launcher, count_nodes, processes
+from sitdist.distributed.backend import make_backend
+from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.signals import StopSignal
 from sitdist.errors import CheckpointError, ConfigError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
+from sitdist.flow.interpolant import get_path
 from sitdist.flow.loss import flow_loss, training_interval, weigh_times
-from sitdist.flow.path import get_path
 from sitdist.io.atomic import write_atomically
+from sitdist.io.ownership import only_writer
 from sitdist.model.codec import draw_latent
 from sitdist.model.flops import training_flops
 from sitdist.model.pretrained import initialize_from
-from sitdist.runs.ownership import only_writer
-from sitdist.runtime import Agreement, StopSignal, backend_of_launcher, count_nodes, processes
-from sitdist.train import checkpoint as checkpoints
-from sitdist.train import posthoc_ema
-from sitdist.train.backend import make_backend
-from sitdist.train.build import build_endpoint, build_model, build_optimizer, load_matching_codec
-from sitdist.train.ema import Ema
-from sitdist.train.guard import Guard, poison
-from sitdist.train.memory import check_memory
-from sitdist.train.monitor import Monitor
-from sitdist.train.saving import HostCopy, Writer
-from sitdist.train.schedule import learning_rate
-from sitdist.train.speed import (
+from sitdist.runs import averages as posthoc_ema
+from sitdist.runs import checkpoint as checkpoints
+from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
+from sitdist.train.async_writer import HostCopy, Writer
+from sitdist.train.compile import (
     ScheduledCollection,
     begin_forward,
     compile_model,
     keep_freed_memory,
     recompute_activations,
 )
+from sitdist.train.ema import Ema
+from sitdist.train.guard import Guard, poison
+from sitdist.train.memory import check_memory
+from sitdist.train.monitor import Monitor
+from sitdist.train.optimizer import build_optimizer
+from sitdist.train.profiling import LayerNorms, StepProfile
+from sitdist.train.schedule import learning_rate
 from sitdist.train.validation import Validation
-from sitdist.train.watch import LayerNorms, StepProfile
 
 log = logging.getLogger(__name__)
 

@@ -8,18 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sitdist.config import Config
-from sitdist.data.format import DatasetManifest
-from sitdist.data.reader import ShardReader
+from sitdist.config.experiment import Config
+from sitdist.dataset.manifest import DatasetManifest
+from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import estimate_pose
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.flow.predict import velocity_model
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.inference.options import build_sampling
 from sitdist.model.codec import Codec, latent_mean
-from sitdist.train.build import build_endpoint, build_sampling
+from sitdist.runs.build import build_endpoint
 
 
 @dataclass(frozen=True)

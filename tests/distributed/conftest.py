@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # here and in the processes that
 import ranks
 import torch
 
-from sitdist.train.checkpoint import folder_of, read_newest
+from sitdist.runs.checkpoint import folder_of, read_newest
 
 
 @pytest.fixture

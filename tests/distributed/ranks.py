@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from sitdist import cli
+from sitdist.cli import main as cli
 
 PRELOADED = [
     *("torch", "torch._dynamo", "torch.utils.tensorboard", "accelerate", "torchmetrics.functional.image"),
     *("deepspeed", "torch.distributed.fsdp", "torchvision.utils", "matplotlib.pyplot", "sitdist.train.trainer"),
-    *("sitdist.evaluate.evaluator", "sitdist.data.writer", "sitdist.train.codec_fit"),
+    *("sitdist.evaluate.evaluator", "sitdist.build.writer", "sitdist.build.codec_fit"),
     "diffusers.models.autoencoders.autoencoder_kl",
 ]
 

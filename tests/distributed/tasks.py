@@ -15,20 +15,20 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from sitdist import cli
-from sitdist.config import Recipe, parse
-from sitdist.data import shard as shard_module
-from sitdist.data import writer
-from sitdist.data.sources import ViewSource
+from sitdist.build import codec_fit, writer
+from sitdist.build import shard as shard_module
+from sitdist.build.sources import ViewSource
+from sitdist.cli import main as cli
+from sitdist.config.load import parse
+from sitdist.config.recipe import Recipe
+from sitdist.distributed.accelerator import make_accelerator, processes
+from sitdist.distributed.backend import Replicas
 from sitdist.evaluate import evaluator
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.io import atomic
-from sitdist.runtime import make_accelerator, processes
-from sitdist.train import checkpoint as checkpoints
-from sitdist.train import codec_fit
+from sitdist.runs import checkpoint as checkpoints
 from sitdist.train import trainer as trainer_module
-from sitdist.train.backend import Replicas
 from sitdist.train.ema import Ema
 from sitdist.train.trainer import Trainer
 from sitdist.train.validation import Validation

@@ -10,7 +10,7 @@ SGD = ("train.optimizer.kind=sgd", "train.optimizer.lr=0.1")
 
 
 def test_two_processes_keep_and_reconstruct_the_averages_of_one(train, tmp_path):
-    from sitdist.train.posthoc_ema import read_average, reconstruct
+    from sitdist.runs.averages import read_average, reconstruct
 
     for world in (1, 2):
         train(world, tmp_path / f"{world}", "train.steps=10", *SGD, AVERAGES).run()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sitdist.train.checkpoint import read_newest
+from sitdist.runs.checkpoint import read_newest
 
 pytestmark = pytest.mark.distributed
 

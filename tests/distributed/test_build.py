@@ -8,10 +8,11 @@ import pytest
 import ranks
 import yaml
 
-from sitdist.config import Recipe, load_yaml
-from sitdist.data.format import load_manifest
-from sitdist.data.verify import verify
-from sitdist.data.writer import build
+from sitdist.build.writer import build
+from sitdist.config.load import load_yaml
+from sitdist.config.recipe import Recipe
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.verify import verify
 
 pytestmark = pytest.mark.distributed
 

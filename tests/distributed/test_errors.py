@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import ranks
 
-from sitdist.config import Config, load_yaml
-from sitdist.data.format import load_index
-from sitdist.data.reader import BatchReader, ShardReader
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml
+from sitdist.dataset.batches import BatchReader
+from sitdist.dataset.index import load_index
+from sitdist.dataset.reader import ShardReader
+from sitdist.distributed.accelerator import make_accelerator
 from sitdist.errors import ConfigError
-from sitdist.runtime import make_accelerator
-from sitdist.train.checkpoint import read_newest
+from sitdist.runs.checkpoint import read_newest
 
 GRACE = 20  # seconds after the first failure; all are expected to need less than one
 

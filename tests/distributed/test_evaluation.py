@@ -10,7 +10,7 @@ import time
 import pytest
 import ranks
 
-from sitdist.data.reader import ShardReader
+from sitdist.dataset.reader import ShardReader
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import ranks
 
-from sitdist.train.checkpoint import folder_of, list_checkpoints, read_newest
+from sitdist.runs.checkpoint import folder_of, list_checkpoints, read_newest
 
 pytestmark = pytest.mark.distributed
 

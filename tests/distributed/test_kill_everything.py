@@ -10,7 +10,7 @@ import pytest
 import ranks
 import yaml
 
-from sitdist.data.verify import verify
+from sitdist.dataset.verify import verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from sitdist.cli import _parser as make_parser
-from sitdist.config import Config
-from sitdist.train.checkpoint import folder_of, list_checkpoints, read_checkpoint, read_newest
+from sitdist.cli.main import make_parser
+from sitdist.config.experiment import Config
+from sitdist.runs.checkpoint import folder_of, list_checkpoints, read_checkpoint, read_newest
 from sitdist.train.doctor import backend_of_file
 
 ROOT = Path(__file__).parents[2]

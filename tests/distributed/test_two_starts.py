@@ -8,7 +8,7 @@ import pytest
 import ranks
 import yaml
 
-from sitdist.train.checkpoint import list_checkpoints
+from sitdist.runs.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sitdist import cli
+from sitdist.cli import main as cli
 from sitdist.evaluate.experiments.tables import NAMES
 
 pytestmark = pytest.mark.distributed  # a whole training run

@@ -14,17 +14,18 @@ import torch
 import torchvision
 from records import record
 
-from sitdist.cli import GENERATORS
-from sitdist.config import AdaptiveSolver, Config, EvaluateConfig, Recipe, parse
-from sitdist.data.format import load_manifest
-from sitdist.data.reader import ShardReader
-from sitdist.data.scene import open_scene, render
-from sitdist.data.writer import build
+from sitdist.build.writer import build
+from sitdist.cli.main import GENERATORS
+from sitdist.config.experiment import AdaptiveSolver, Config, EvaluateConfig
+from sitdist.config.load import parse
+from sitdist.config.recipe import Recipe
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.reader import ShardReader
 from sitdist.errors import CodecError, ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, write_report
-from sitdist.evaluate.results import label_rows, summary_rows, with_symmetries
+from sitdist.evaluate.summary import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetry
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.sample import STOCHASTIC
@@ -32,8 +33,9 @@ from sitdist.flow.solve import ADAPTIVE, SOLVERS
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import check_rigid, rotation_error_deg
+from sitdist.inference.run import load_run
 from sitdist.model.codec import latent_mean
-from sitdist.train.checkpoint import load_run
+from sitdist.scene.views import open_scene, render
 from sitdist.train.trainer import train
 
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from sitdist import cli
-from sitdist.config import Config, parse
-from sitdist.data.animation import has_ffmpeg
+from sitdist.cli import main as cli
+from sitdist.config.experiment import Config
+from sitdist.config.load import parse
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.experiments.interpolation import between, spread
 from sitdist.evaluate.experiments.tables import NAMES, format_experiments
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg
+from sitdist.io.video import has_ffmpeg
 from sitdist.train.trainer import train
 
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from sitdist.config import Config, parse
-from sitdist.data.reader import ShardReader
+from sitdist.config.experiment import Config
+from sitdist.config.load import parse
+from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError
 from sitdist.evaluate.likelihood import split_likelihood
 from sitdist.model.codec import latent_mean

@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
-from sitdist import cli
+from benchmarks.pose import Errors, bench_pose
+from benchmarks import __main__ as benchmarks
+from sitdist.cli import main as cli
 from sitdist.errors import ConfigError, DataError, OutOfMemoryError
-from sitdist.evaluate.bench_pose import Errors, bench_pose
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.likelihood import split_likelihood
 from sitdist.evaluate.units import BINS_AT_MOST
-from sitdist.runs.ownership import only_writer
+from sitdist.io.ownership import only_writer
 
 RECIPE = """
 name: cameras
@@ -41,7 +42,8 @@ def refused(tmp_path, capsys):
 
     def run(*arguments):
         before = everything(tmp_path)
-        assert cli.run([str(argument) for argument in arguments]) == 2
+        program = benchmarks.main if arguments[0] in ("ablate", "pose", "data") else cli.run
+        assert program([str(argument) for argument in arguments]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sitdist: error: ")]
         assert len(lines) == 1
         assert everything(tmp_path) == before
@@ -124,7 +126,7 @@ def test_a_plan_that_is_not_one_is_refused(tiny_run, tmp_path, refused):
 
 FILES = {
     "likelihood": ["likelihood", "RUN", "--views", "2", "--steps", "1", "--probes", "1", "--out", "FILE"],
-    "bench pose": ["bench", "pose", "RUN", "--views", "1", "--json", "FILE"],
+    "bench pose": ["pose", "RUN", "--views", "1", "--json", "FILE"],
     "ema reconstruct": ["ema", "reconstruct", "RUN", "--sigma-rel", "0.1", "--out", "FILE"],
     "shards cameras": ["shards", "cameras", "RECIPE", "--split", "test", "--out", "FILE"],
     "its transforms": ["shards", "cameras", "RECIPE", "--split", "test", "--out", "OTHER", "--transforms", "FILE"],
@@ -141,8 +143,8 @@ def test_a_file_that_is_there_is_refused_before_any_work_is_done(
     with monkeypatch.context() as patch:
         for work in ("likelihood.load_run", "bench_pose.load_run"):
             patch.setattr(f"sitdist.evaluate.{work}", None)
-        patch.setattr("sitdist.train.posthoc_ema.reconstruct", None)
-        patch.setattr("sitdist.data.camera_path.open_splits", None)
+        patch.setattr("sitdist.runs.averages.reconstruct", None)
+        patch.setattr("sitdist.build.camera_path.open_splits", None)
         (tmp_path / "file").write_text("mine")
         assert f"{tmp_path / 'file'}: already exists; give another name or --overwrite" in refused(*words)
         (tmp_path / "file").unlink()
@@ -180,7 +182,7 @@ def test_a_split_that_is_not_there_or_empty(split, tiny_run, with_an_empty_split
         assert "split" in line
         assert not (tmp_path / "out").exists()
     if split != "none":
-        assert f"no split '{split}'" in refused("bench", "pose", tiny_run, "--split", split)
+        assert f"no split '{split}'" in refused("pose", tiny_run, "--split", split)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_benches_of_poses_that_cannot_be_had(tiny_run, monkeypatch):
     for views, batch in ((0, 1), (1, 0)):
         with pytest.raises(ConfigError, match=r"--(views|batch) 0: expected"):
             bench_pose([tiny_run], "test", views, batch, "cpu")
-    monkeypatch.setattr("sitdist.evaluate.bench_pose.WAYS", ())
+    monkeypatch.setattr("benchmarks.pose.WAYS", ())
     with pytest.raises(OutOfMemoryError, match=r"a batch of 1,000,000,000 views: .* GB of memory"):
         bench_pose([tiny_run], "test", 1, 10**9, "cpu")
     with pytest.raises(DataError, match="not finite"):
@@ -226,7 +228,7 @@ def test_benches_of_poses_that_cannot_be_had(tiny_run, monkeypatch):
 
 
 def test_more_synthetic_samples_than_a_dataset_can_have(tiny_dataset, refused):
-    assert "--synthetic 1000000000000: expected" in refused("bench", "data", tiny_dataset, "--synthetic", "1e12")
+    assert "--synthetic 1000000000000: expected" in refused("data", tiny_dataset, "--synthetic", "1e12")
 
 
 @pytest.mark.parametrize(

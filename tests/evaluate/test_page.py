@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page, look_down, make_records, metrics_of, write_evaluation
 
-from sitdist import cli
+from sitdist.cli import main as cli
 from sitdist.errors import DataError
 from sitdist.evaluate.coverage import AZIMUTHS, HEIGHTS, coverage_counts
 from sitdist.evaluate.experiments.common import write_results
@@ -24,8 +24,8 @@ from sitdist.evaluate.plots import error_sphere_figure
 from sitdist.evaluate.report import write_report
 from sitdist.evaluate.report.compare import compare, short_names
 from sitdist.evaluate.report.page import experiment_pictures
-from sitdist.evaluate.results import label_rows
-from sitdist.runs.ownership import only_writer
+from sitdist.evaluate.summary import label_rows
+from sitdist.io.ownership import only_writer
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -20,11 +20,11 @@ from sitdist.evaluate import plots
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.plots.views import side_by_side
 from sitdist.evaluate.report import Row, format_table, report_again, write_report
-from sitdist.evaluate.results import MEASURES, summary_rows
+from sitdist.evaluate.summary import MEASURES, summary_rows
 from sitdist.evaluate.units import ViewRecord
 from sitdist.io.atomic import temporary_name
 from sitdist.io.npz import save_arrays
-from sitdist.runs.ownership import mark
+from sitdist.io.ownership import mark
 
 BINS = (2, 3, 4, 6)  # no view has a radius in [5, 6)
 VIEWS_PER_BIN = 3

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sitdist import cli
-from sitdist.data.format import load_manifest
-from sitdist.data.reader import ShardReader
+from sitdist.cli import main as cli
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.reader import ShardReader
 from sitdist.evaluate.baselines import noise_floor
 from sitdist.evaluate.sigma import SIGMAS, Floors
 from sitdist.geometry.packing import PoseStatistics

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sitdist.config import SceneSource, parse
-from sitdist.data import store
+from sitdist.config.load import parse
+from sitdist.config.recipe import SceneSource
+from sitdist.dataset import store
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.views import SceneViews
 from sitdist.geometry.camera import camera_radius

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sitdist.flow.path import Path, like
+from sitdist.flow.interpolant import Path, like
 
 
 @dataclass

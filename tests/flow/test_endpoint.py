@@ -6,7 +6,7 @@ import torch
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint, pose_endpoint
 from sitdist.flow.estimate import EstimateOptions, estimate_pose
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg

@@ -8,7 +8,7 @@ import torch
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint, pose_endpoint
 from sitdist.flow.estimate import ESTIMATORS, EstimateOptions, estimate_pose, read_pose
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error

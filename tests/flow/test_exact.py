@@ -7,7 +7,7 @@ from test_solve import growth
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint
 from sitdist.flow.exact import invert_exactly
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.flow.solve import FIXED_STEP, generate, invert
 
 LINEAR = get_path("linear")

@@ -8,8 +8,8 @@ from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint
+from sitdist.flow.interpolant import PATHS, get_path
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
-from sitdist.flow.path import PATHS, get_path
 from sitdist.geometry.packing import pack
 
 SHAPE = torch.Size((4, 2, 2))

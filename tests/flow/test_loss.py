@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sitdist.errors import ConfigError
+from sitdist.flow.interpolant import PATHS, PREDICTIONS, get_path
 from sitdist.flow.loss import LOSS_WEIGHTS, flow_loss, loss_weight, training_interval, weigh_times
-from sitdist.flow.path import PATHS, PREDICTIONS, get_path
 from sitdist.flow.predict import VelocityModel
 from sitdist.flow.sde import diffusion
 

@@ -6,7 +6,7 @@ from gaussian import GaussianFlow
 from torch import nn
 
 from sitdist.errors import ConfigError
-from sitdist.flow.path import PATHS, get_path
+from sitdist.flow.interpolant import PATHS, get_path
 from sitdist.flow.predict import VelocityModel, guided, velocity_model
 from sitdist.flow.solve import generate, invert
 from sitdist.model.sit import SiT

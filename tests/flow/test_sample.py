@@ -6,7 +6,7 @@ from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.flow.sample import STOCHASTIC, SampleOptions, sample_latents
 
 SHAPE = torch.Size((4, 2, 2))

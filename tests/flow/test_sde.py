@@ -7,7 +7,7 @@ import torch
 from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
-from sitdist.flow.path import PATHS, get_path
+from sitdist.flow.interpolant import PATHS, get_path
 from sitdist.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_METHODS, SdeOptions, diffusion, generate_sde, sde_interval
 
 Y = torch.zeros(500, dtype=torch.int64)

@@ -7,7 +7,7 @@ import torch
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint, sample_times
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.flow.solve import ADAPTIVE, FIXED_STEP, SOLVERS, generate, invert, invert_at_arrival
 
 LINEAR, Y = get_path("linear"), torch.zeros(2, dtype=torch.int64)

@@ -125,7 +125,7 @@ def _child(words: inputs.Command, tree: Path, logs: Path) -> NoReturn:
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
         _limit()
         _watch(tree, logs / "seen")
-        from sitdist import cli
+        from sitdist.cli import main as cli
 
         try:
             cli.main(words)

@@ -135,7 +135,6 @@ COMMANDS: dict[str, Command] = {
     "reconstruct": ["ema", "reconstruct", "run", "--sigma-rel", "0.15", "--out", "new.safetensors"],
     "report": ["report", "results"],
     "compare": ["report", "results", "results2", "--out", "new.html"],
-    "bench pose": ["bench", "pose", "run", "--views", "1", "--json", "new.json"],
 }
 # What an accepted command may change besides the files that it makes anew.
 OWNS = {
@@ -187,7 +186,7 @@ def make_tree(tree: Path, log: Path) -> None:
     import torch
     from PIL import Image
 
-    from sitdist import cli
+    from sitdist.cli import main as cli
     from sitdist.geometry.camera import look_at
 
     tree.mkdir(parents=True)
@@ -267,7 +266,7 @@ def attack_options(random: Random, tree: Path) -> Attack:
         words = [*COMMANDS["eval"], random.choice(("--estimator", "--generator", "--readout", "--experiment")), "x"]
     else:
         bad = random.choice(("foo", "cuda:99", "", "meta", "cpu:7x", "mps", "xla", "vulkan"))
-        words = [*COMMANDS[random.choice(("pose", "render", "bench pose", "scene fit"))], "--device", bad]
+        words = [*COMMANDS[random.choice(("pose", "render", "scene fit"))], "--device", bad]
     return Attack("options", name, words, how, certain)
 
 
@@ -305,7 +304,6 @@ NUMBERS_OF: dict[str, tuple[tuple[str, str | None], ...]] = {
     "reconstruct": (("--sigma-rel", None), ("--sigma-rel", "5"), ("--step", None)),
     "convert": (("--step", None), ("--step", "77"), ("--weights", "x")),
     "export": (("--step", None), ("--step", "99999999999")),
-    "bench pose": (("--batch", None), ("--views", None)),
 }
 
 
@@ -523,7 +521,6 @@ ON_RUN = (
     "likelihood",
     "calibrate",
     "resume",
-    "bench pose",
     "convert",
     "reconstruct",
 )
@@ -823,7 +820,7 @@ def attack_paths(random: Random, tree: Path) -> Attack:
             "results",
             "/dev/null",
         )
-        place = 2 if words[0] in ("shards", "scene", "checkpoint", "codec", "ema", "bench") else 1
+        place = 2 if words[0] in ("shards", "scene", "checkpoint", "codec", "ema") else 1
         bad = random.choice([other for other in others if other != words[place]])
         words[place] = bad
         certain = bad.startswith(("neighbour", "/dev"))

@@ -112,7 +112,9 @@ def _text(change: Callable[[Random, str], tuple[str, str]]) -> Callable[[Random,
 
 
 def _yaml_targets(folder: Path) -> list[Target]:
-    from sitdist.config import Config, Recipe, load_yaml, set_key
+    from sitdist.config.experiment import Config
+    from sitdist.config.load import load_yaml, set_key
+    from sitdist.config.recipe import Recipe
     from sitdist.io.json_file import parse_json
 
     made = []
@@ -161,10 +163,11 @@ def put(path: Path, data: bytes) -> None:
 
 def _dataset_targets(folder: Path) -> list[Target]:
     """A manifest; and an index and a tar of a dataset whose manifest holds the hashes of whatever they are."""
-    from sitdist.config import Recipe, parse
-    from sitdist.data.format import read_manifest
-    from sitdist.data.verify import verify
-    from sitdist.data.writer import build
+    from sitdist.build.writer import build
+    from sitdist.config.load import parse
+    from sitdist.config.recipe import Recipe
+    from sitdist.dataset.manifest import read_manifest
+    from sitdist.dataset.verify import verify
 
     copy, path = folder / "dataset", folder / "manifest" / "manifest.json"
     codec = {"kind": "pca", "patch": 4, "fit_views": 6}
@@ -210,9 +213,9 @@ def _index(random: Random, data: bytes) -> tuple[bytes, str]:
 
 def _run_targets(folder: Path, run: Path) -> list[Target]:
     """The files of a checkpoint; the card and the weights of an export, which holds the hash of whatever they are."""
-    from sitdist.export import export_run, load_exported
-    from sitdist.runs.ownership import check_ours, mark
-    from sitdist.train.checkpoint import read_checkpoint
+    from sitdist.inference.export import export_run, load_exported
+    from sitdist.io.ownership import check_ours, mark
+    from sitdist.runs.checkpoint import read_checkpoint
 
     source = sorted((run / "checkpoints").glob("step_*"))[-1]
     made = []
@@ -262,12 +265,12 @@ def _run_targets(folder: Path, run: Path) -> list[Target]:
 
 
 def _camera_targets(folder: Path) -> list[Target]:
-    from sitdist.config import NpzSource, TransformsSource
-    from sitdist.data.colmap import read_model
-    from sitdist.data.framing import to_pixels
-    from sitdist.data.photos import read_photos
-    from sitdist.data.pose_files import read_poses
-    from sitdist.data.sources import open_source
+    from sitdist.build.sources import open_source
+    from sitdist.config.recipe import NpzSource, TransformsSource
+    from sitdist.io.colmap import read_model
+    from sitdist.io.images import to_pixels
+    from sitdist.io.pose_files import read_poses
+    from sitdist.scene.photos import read_photos
 
     values = camera_files(folder / "source")
     made = []
@@ -361,8 +364,8 @@ def camera_files(folder: Path) -> dict[str, bytes]:
     import torch
     from PIL import Image
 
-    from sitdist.data.pose_files import PosedPicture, write_poses
     from sitdist.geometry.camera import Intrinsics, look_at
+    from sitdist.io.pose_files import PosedPicture, write_poses
 
     poses = look_at(torch.tensor([[4.0, 0.0, 1.0], [0.0, -4.0, 1.0]], dtype=torch.float64))
     camera = Intrinsics(20.0, 20.0, 8.0, 8.0, 16, 16)
@@ -422,7 +425,7 @@ def _scene_targets(folder: Path) -> list[Target]:
 class Numbers:
     """Two jobs of two records each, as the evaluation's producers have them."""
 
-    plan: dict[str, Any] = {"seed": 1}  # noqa: RUF012
+    plan: dict[str, Any] = {"seed": 1}
 
     def __init__(self, out: Path) -> None:
         from pydantic import TypeAdapter
@@ -430,7 +433,7 @@ class Numbers:
         self.out, self.record = out, TypeAdapter(dict[str, str | float])
 
     def jobs(self) -> list[Any]:
-        from sitdist.evaluate.work import Job
+        from sitdist.evaluate.tasks import Job
 
         return [Job(f"job_{number}", (f"v{number}a", f"v{number}b"), 2) for number in range(2)]
 
@@ -449,7 +452,7 @@ class _Alone:
 
 def _evaluation_targets(folder: Path) -> list[Target]:
     """The records and the pictures of a unit, as they are merged."""
-    from sitdist.evaluate.work import do_jobs, merge, prepare
+    from sitdist.evaluate.tasks import do_jobs, merge, prepare
 
     made = []
     for name in ("job_0.jsonl", "job_0.npz"):

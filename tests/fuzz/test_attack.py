@@ -84,7 +84,7 @@ def test_a_fork_is_judged_as_what_it_does(tmp_path, monkeypatch):
     import sitdist.cli
 
     def run(function):
-        monkeypatch.setattr(sitdist.cli, "main", lambda words: function())
+        monkeypatch.setattr(sitdist.cli.main, "main", lambda words: function())
         tree = tmp_path / "tree"
         logs = attack.logs_of(tree)
         for folder in (tree, logs):

@@ -13,15 +13,17 @@ from hypothesis import HealthCheck, Phase, assume, example, given, note, setting
 from hypothesis import strategies as st
 from targets import Target, make_targets
 
-from sitdist.config import Config, Recipe, dump_yaml, load_yaml, parse
-from sitdist.data.colmap import read_model
-from sitdist.data.format import read_manifest
-from sitdist.data.framing import Framing
-from sitdist.data.pose_files import PosedPicture, quaternions, read_poses, write_poses
+from sitdist.config.experiment import Config
+from sitdist.config.load import dump_yaml, load_yaml, parse
+from sitdist.config.recipe import Recipe
+from sitdist.dataset.manifest import read_manifest
 from sitdist.errors import SitdistError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.similarity import Similarity
+from sitdist.inference.preprocess import Framing
+from sitdist.io.colmap import read_model
+from sitdist.io.pose_files import PosedPicture, quaternions, read_poses, write_poses
 
 NAMES = (
     *(

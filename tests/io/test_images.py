@@ -14,14 +14,13 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from sitdist import cli
-from sitdist.config import TransformsSource
-from sitdist.data.framing import to_pixels
-from sitdist.data.photos import read_photos
-from sitdist.data.sources import open_source
+from sitdist.build.sources import open_source
+from sitdist.cli import main as cli
+from sitdist.config.recipe import TransformsSource
 from sitdist.errors import DataError
 from sitdist.io import images
-from sitdist.io.images import open_picture, picture_sizes, to_array
+from sitdist.io.images import open_picture, picture_sizes, to_array, to_pixels
+from sitdist.scene.photos import read_photos
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 EDGES = {  # EXIF 2.3: which edges of the scene the first row and the first column of the stored picture are

@@ -10,10 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from sitdist.data.pose_files import read_poses
 from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.io import memory
 from sitdist.io.npz import npz_files, read_arrays, read_posed_array
+from sitdist.io.pose_files import read_poses
 
 EYE = np.eye(4)[None]
 

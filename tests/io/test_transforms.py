@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sitdist.data.photos import read_photos
-from sitdist.data.pose_files import read_poses
 from sitdist.errors import DataError, PoseError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.io.pose_files import read_poses
 from sitdist.io.transforms import read_posed_files
+from sitdist.scene.photos import read_photos
 
 POSE = [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]
 

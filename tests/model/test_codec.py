@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sitdist.config import SceneSource
-from sitdist.data.sources import open_source
+from sitdist.build.sources import open_source
+from sitdist.config.recipe import SceneSource
 from sitdist.errors import CodecError
 from sitdist.model.codec import NO_VARIANCE, PcaCodec, VaeCodec, draw_latent, latent_mean, load_codec, round_trip_psnr
 

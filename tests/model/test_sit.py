@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sitdist.flow.path import get_path
+from sitdist.flow.interpolant import get_path
 from sitdist.flow.solve import generate, invert
 from sitdist.model.sit import SiT
 

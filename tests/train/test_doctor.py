@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from sitdist import cli
-from sitdist.config import Config, load_yaml
-from sitdist.data.format import load_manifest
+from sitdist.cli import main as cli
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml
+from sitdist.dataset.manifest import load_manifest
+from sitdist.runs.build import build_model
+from sitdist.runs.checkpoint import folder_of
 from sitdist.train import doctor as doctor_module
-from sitdist.train.build import build_model
-from sitdist.train.checkpoint import folder_of
 from sitdist.train.doctor import doctor
 from sitdist.train.memory import checkpoint_bytes, memory_estimate
 from sitdist.train.trainer import train

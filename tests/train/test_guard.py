@@ -6,13 +6,14 @@ import threading
 import pytest
 import torch
 
-from sitdist.config import Config, load_yaml
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml
+from sitdist.distributed.signals import StopSignal
 from sitdist.errors import NonFiniteError, RunInterrupted
-from sitdist.runtime import StopSignal
+from sitdist.runs.averages import Averages, path_of
+from sitdist.runs.checkpoint import folder_of, read_newest
 from sitdist.train import trainer as trainer_module
-from sitdist.train.checkpoint import folder_of, read_newest
 from sitdist.train.ema import Ema
-from sitdist.train.posthoc_ema import Averages, path_of
 from sitdist.train.trainer import Trainer, train
 
 

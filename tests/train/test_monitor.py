@@ -7,8 +7,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sitdist.config import Config, load_yaml
-from sitdist.runtime import Agreement, make_accelerator
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml
+from sitdist.distributed.accelerator import make_accelerator
+from sitdist.distributed.ranks import Agreement
 from sitdist.train import monitor as monitoring
 from sitdist.train.monitor import BIN_NAMES, Monitor, keep_lines_until, time_bin
 

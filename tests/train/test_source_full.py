@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sitdist.config import Config, Recipe, load_yaml
-from sitdist.data.format import load_manifest
-from sitdist.data.writer import build
-from sitdist.train import checkpoint as checkpoints
+from sitdist.build.writer import build
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml
+from sitdist.config.recipe import Recipe
+from sitdist.dataset.manifest import load_manifest
+from sitdist.runs import checkpoint as checkpoints
 from sitdist.train.trainer import train
 
 ROOT = Path(__file__).parents[2]

@@ -9,17 +9,21 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sitdist import cli
-from sitdist.config import Config, Recipe, load_yaml, parse
-from sitdist.data.format import load_manifest
-from sitdist.data.reader import BatchReader, ShardReader
-from sitdist.data.writer import build
+from sitdist.build.writer import build
+from sitdist.cli import main as cli
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml, parse
+from sitdist.config.recipe import Recipe
+from sitdist.dataset.batches import BatchReader
+from sitdist.dataset.manifest import load_manifest
+from sitdist.dataset.reader import ShardReader
+from sitdist.distributed.accelerator import processes
 from sitdist.errors import CheckpointError, CodecError, ConfigError, DataError, RunInterrupted
+from sitdist.inference.run import load_run
 from sitdist.model.sit import SiT
-from sitdist.runtime import processes
+from sitdist.runs.build import build_model
+from sitdist.runs.checkpoint import folder_of, list_checkpoints, read_newest
 from sitdist.train import trainer as trainer_module
-from sitdist.train.build import build_model
-from sitdist.train.checkpoint import folder_of, list_checkpoints, load_run, read_newest
 from sitdist.train.trainer import Trainer, make_inputs, split_batch, train
 
 

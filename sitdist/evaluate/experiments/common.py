@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitdist.config import EvaluateConfig, SceneSource
-from sitdist.data.scene import open_scene, render
+from sitdist.config.experiment import EvaluateConfig
+from sitdist.config.recipe import SceneSource
 from sitdist.evaluate import metrics
 from sitdist.evaluate.statistics import summarize
 from sitdist.evaluate.units import ViewRef
@@ -26,11 +26,12 @@ from sitdist.flow.sample import sample_latents
 from sitdist.flow.solve import generate
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.inference.options import build_estimate, build_sampling
+from sitdist.inference.run import LoadedRun
 from sitdist.io.atomic import write_atomically
 from sitdist.io.json_file import write_json
 from sitdist.model.codec import latent_mean
-from sitdist.train.build import build_estimate, build_sampling
-from sitdist.train.checkpoint import LoadedRun
+from sitdist.scene.views import open_scene, render
 
 
 @dataclass(frozen=True)

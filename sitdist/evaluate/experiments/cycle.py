@@ -12,7 +12,7 @@ from sitdist.evaluate.experiments.common import Tools, row_major, summaries, wri
 from sitdist.evaluate.experiments.interpolation import spread
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
-from sitdist.evaluate.work import Job
+from sitdist.evaluate.tasks import Job
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
 VIEWS, TURNS = 32, 4

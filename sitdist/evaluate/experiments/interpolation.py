@@ -13,8 +13,8 @@ from torch import Tensor
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.tasks import Job
 from sitdist.evaluate.views import to_uint8
-from sitdist.evaluate.work import Job
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize
 from sitdist.geometry.pose import rotation_error_deg

@@ -14,7 +14,7 @@ from sitdist.evaluate.experiments.common import Tools, summaries, write_results
 from sitdist.evaluate.experiments.interpolation import spread
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
-from sitdist.evaluate.work import Job
+from sitdist.evaluate.tasks import Job
 from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.solve import function_evaluations
 from sitdist.geometry.pose import rotation_error_deg, translation_error

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sitdist.data.animation import has_ffmpeg, save_gif, save_mp4
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.tasks import Job
 from sitdist.evaluate.views import to_uint8
-from sitdist.evaluate.work import Job
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.io.atomic import write_atomically
+from sitdist.io.video import has_ffmpeg, save_gif, save_mp4
 
 FRAMES = 36
 FRAMES_PER_SECOND = 10.0

@@ -15,7 +15,7 @@ from sitdist.evaluate.report.page import page_of
 from sitdist.evaluate.report.stored import Evaluation, Row, load_evaluation, load_metrics
 from sitdist.evaluate.report.tables import format_table
 from sitdist.io.atomic import write_atomically
-from sitdist.runs.ownership import check_ours, only_writer
+from sitdist.io.ownership import check_ours, only_writer
 
 __all__ = ["Row", "format_table", "load_metrics", "report_again", "write_report"]
 

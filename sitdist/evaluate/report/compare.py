@@ -24,7 +24,7 @@ from sitdist.evaluate.report.tables import (
 from sitdist.evaluate.report.template import data_uri, picture_uri, render
 from sitdist.evaluate.units import view_error
 from sitdist.io.atomic import check_free, write_atomically
-from sitdist.runs.ownership import check_ours
+from sitdist.io.ownership import check_ours
 
 VIEWS_SHOWN = 12
 

@@ -77,8 +77,6 @@ class Row(_Checked):
 
 POSE_MEASURES = ("rotation_error_deg", "translation_error")
 PICTURE_MEASURES = ("psnr", "mae", "ssim")
-
-
 Coverage = Annotated[list[Count], Field(min_length=AZIMUTHS, max_length=AZIMUTHS)]
 
 
@@ -112,7 +110,7 @@ class FittedOn(_Checked):
 
 
 class CalibrationSummary(_Checked):
-    """What `sitdist.evaluate.calibrate.coverage_summary` says, as far as the report shows it."""
+    """What `sitdist.inference.calibration.coverage_summary` says, as far as the report shows it."""
 
     fitted_on: FittedOn
     expected: list[Share]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sitdist.config import AdaptiveSolver
+from sitdist.config.experiment import AdaptiveSolver
 from sitdist.evaluate.report.stored import Metrics, Row, parse_metrics
 from sitdist.evaluate.schema import damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS

@@ -1,0 +1,374 @@
+"""One shard: its views become samples, batch by batch and ahead of the writer; the tar they run into; its index."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+
+from sitdist.build.sources import ViewSource
+from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS
+from sitdist.dataset.index import load_index
+from sitdist.dataset.manifest import ShardEntry
+from sitdist.errors import DataError
+from sitdist.geometry.camera import camera_radius
+from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.atomic import file_sha256, write_atomically
+from sitdist.model.codec import Codec, latent_mean
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some views of a source, in order: `indices` [n] int64 into the source."""
+
+    name: str
+    source: ViewSource
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def camera_to_world(self) -> Tensor:
+        """Poses [n, 4, 4] float64."""
+        return self.source.camera_to_world[self.indices]
+
+    @property
+    def is_zoomed(self) -> Tensor:
+        """Whether each view [n] is a zoomed copy of another, made by radius augmentation."""
+        return self.source.original[self.indices] != self.indices
+
+    @property
+    def intrinsics(self) -> Tensor:
+        """fx / width, fy / height, cx / width, cy / height of every view, [n, 4] float64."""
+        cameras = [self.source.intrinsics(view).normalized() for view in self.indices.tolist()]
+        return torch.tensor(cameras, dtype=torch.float64)
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether the pictures themselves are stored too."""
+        return self.name != "train"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `number`th shard of a split: samples `first` and on, of the source's views `indices` [n]."""
+
+    split: Split
+    number: int
+    first: int
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def name(self) -> str:
+        """What it is called among all shards of the dataset."""
+        return f"{self.split.name}/{self.number:05d}"
+
+    def tar(self, out: Path) -> Path:
+        """Where its samples are."""
+        return out / f"{self.name}.tar"
+
+    def index(self, out: Path) -> Path:
+        """Where its index is; written after the tar, so a shard that has it is whole."""
+        return out / f"{self.name}.index.npz"
+
+
+def shards_of(split: Split, size: int) -> list[Shard]:
+    """The split in shards of `size` samples, the last one with what is left."""
+    return [Shard(split, number, number * size, chunk) for number, chunk in enumerate(split.indices.split(size))]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A shard on disk: what the manifest says of it, and the codec's round trip of every kept picture in dB."""
+
+    entry: ShardEntry
+    codec_psnr: list[float]
+
+
+# --------------------------------------------------------------------------------------------------- views to samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views that are encoded together: samples `first` and on of a split, views `indices` of its source."""
+
+    split: Split
+    first: int
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: its members as bytes under "__key__" and their names, and what only the index holds."""
+
+    members: dict[str, Any]
+    camera_to_world: Tensor
+    label: int
+    codec_psnr: float
+
+
+@dataclass(frozen=True)
+class SampleMaker:
+    """Renders or loads views, encodes them in batches of `batch` (the last one filled up), and packs the samples."""
+
+    codec: Codec
+    statistics: PoseStatistics
+    batch: int
+
+    def batches(self, shard: Shard) -> list[Batch]:
+        """What to make for one shard, in order; batches never reach over its end."""
+        chunks = shard.indices.split(self.batch)
+        return [Batch(shard.split, shard.first + n * self.batch, chunk.tolist()) for n, chunk in enumerate(chunks)]
+
+    def __call__(self, batch: Batch) -> list[Sample]:
+        """The samples of one batch; DataError where a picture cannot be read or a latent is not finite."""
+        images = batch.split.source.images(batch.indices)
+        moments = self._encode(batch, images)
+        keep = batch.split.keeps_images
+        psnr = _psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
+        return [
+            self._sample(batch, row, moments[row], images[row] if keep else None, psnr[row])
+            for row in range(len(images))
+        ]
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch, images: Tensor) -> Tensor:
+        """Moments of the images, float16; DataError that names the views where they are not finite."""
+        moments = self.codec.encode_moments(_padded(images, self.batch))[: len(images)]
+        stored = moments.to(torch.float16)
+        bad = (~stored.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+        if bad:
+            views = ", ".join(str(batch.indices[row]) for row in bad[:8]) + (" ..." if len(bad) > 8 else "")
+            raise DataError(f"{batch.split.name} view {views}: {_why_not_finite(self.codec, moments)}")
+        return stored
+
+    def _sample(self, batch: Batch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
+        source, view = batch.split.source, batch.indices[row]
+        camera_to_world, label = source.camera_to_world[view], int(source.labels[view])
+        intrinsics = torch.tensor(source.intrinsics(view).normalized(), dtype=torch.float64)
+        members = {
+            "__key__": f"{batch.first + row:09d}",
+            "camera_to_world.npy": _npy(camera_to_world),
+            "meta.json": json.dumps(_meta(source, view), allow_nan=False).encode(),
+            "moments.npy": _npy(moments),
+            "packed_pose.npy": _npy(standardize(camera_to_world, self.statistics, intrinsics).float()),
+        }
+        if image is not None:
+            members[IMAGE_MEMBER] = _png(image)
+        return Sample(members, camera_to_world, label, psnr)
+
+
+def _padded(batch: Tensor, size: int) -> Tensor:
+    """`batch` filled up to `size` rows by repeating the last: arithmetic then does not depend on the batch's length."""
+    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+
+
+def _why_not_finite(codec: Codec, moments: Tensor) -> str:
+    """What is wrong with moments that are not finite in float16, and the remedy."""
+    identity = codec.identity()
+    if moments.isfinite().all():
+        return (
+            f"the latent reaches {float(moments.abs().amax()):.3g}, more than float16 holds; correct the codec's scale "
+            f"(latent_scale {identity['latent_scale']}; for a VAE scaling_factor in its config.json)"
+        )
+    if identity.get("dtype") == "bfloat16":
+        return "the latent is not finite in bfloat16; set codec.dtype: fp32"
+    return "the latent is not finite; the codec's weights are damaged or not made for such pictures, give another"
+
+
+@torch.no_grad()
+def _psnr(codec: Codec, moments: Tensor, images: Tensor, batch: int) -> list[float]:
+    """PSNR in dB of every image against its decoded, stored latent mean."""
+    decoded = codec.decode(_padded(latent_mean(moments.float()), batch))[: len(images)]
+    return (-10.0 * (decoded - images).square().flatten(1).mean(1).double().clamp_min(1e-10).log10()).tolist()
+
+
+def _meta(source: ViewSource, view: int) -> dict[str, Any]:
+    intrinsics = source.intrinsics(view)
+    return {
+        "fx": intrinsics.fx,
+        "fy": intrinsics.fy,
+        "cx": intrinsics.cx,
+        "cy": intrinsics.cy,
+        "width": intrinsics.width,
+        "height": intrinsics.height,
+        "label": int(source.labels[view]),
+        "radius": float(camera_radius(source.camera_to_world[view])),
+    }
+
+
+def _npy(tensor: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, tensor.contiguous().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _png(image: Tensor) -> bytes:
+    pixels = (image.permute(1, 2, 0) * 255.0).round().to(torch.uint8).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------ samples to disk
+
+
+def ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
+    """function(item) of every item, in order, made by the pool; at most `depth` results wait or are being made."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) == depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def write_shards(
+    shards: Sequence[Shard],
+    make: SampleMaker,
+    out: Path,
+    pool: Executor,
+    depth: int,
+    count: Callable[[int], None],
+    stop: threading.Event,
+) -> dict[str, Written]:
+    """Make these shards, one after the other; those that are whole already are only measured. What is there, by name.
+
+    `pool` makes samples up to `depth` batches ahead, over the ends of shards. `count` is told of samples as they are
+    written. Once `stop` is set, what is unfinished is dropped and left out.
+    """
+    missing = {shard.name for shard in shards if not shard.index(out).exists()}
+    batches = (batch for shard in shards if shard.name in missing for batch in make.batches(shard))
+    made = ahead(pool, make, batches, depth)
+    written = {}
+    with suppress(_Stopped):
+        for shard in shards:
+            if stop.is_set():
+                raise _Stopped
+            if shard.name in missing:
+                _write_shard(shard, _flow(made, len(shard), count, stop), out)
+            written[shard.name] = _measure(shard, out)
+    return written
+
+
+class _Stopped(Exception):
+    """The work was asked to stop; what it was writing is dropped."""
+
+
+def _flow(
+    made: Iterator[list[Sample]], samples: int, count: Callable[[int], None], stop: threading.Event
+) -> Iterator[Sample]:
+    """The next `samples` samples of the batches that are made."""
+    while samples > 0:
+        if stop.is_set():
+            raise _Stopped
+        batch = next(made)
+        yield from batch
+        samples -= len(batch)
+        count(len(batch))
+
+
+def _write_shard(shard: Shard, samples: Iterator[Sample], out: Path) -> None:
+    """Stream the samples into the shard's tar, then write the index of what is there."""
+    rows: list[tuple[Tensor, int, float]] = []
+
+    def members() -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            rows.append((sample.camera_to_world, sample.label, sample.codec_psnr))
+            yield sample.members
+
+    tar = shard.tar(out)
+    write_atomically(tar, lambda path: _write_tar(path, members()))
+    index = _index(tar, rows)
+    write_atomically(shard.index(out), lambda path: _save_index(path, index))
+
+
+def _write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    with path.open("wb") as file:
+        writer = webdataset.TarWriter(file, user="sitdist", group="sitdist", mode=0o644, mtime=0.0, encoder=False)
+        for sample in samples:
+            writer.write(sample)
+        writer.close()
+
+
+def _index(tar: Path, rows: Sequence[tuple[Tensor, int, float]]) -> dict[str, np.ndarray]:
+    """Where every sample lies, read back from the finished tar; rows: pose, label and codec PSNR of each."""
+    index: dict[str, list[Any]] = {name: [] for name in INDEX_FIELDS}
+    with tar.open("rb") as file:
+        for mine, (camera_to_world, label, psnr) in zip(read_members(tar).values(), rows, strict=True):
+            start, stop = sample_range(mine)
+            image = mine.get(IMAGE_MEMBER)
+            file.seek(start)
+            row = {
+                "start": start,
+                "stop": stop,
+                "crc32": zlib.crc32(file.read(stop - start)),
+                "moments": mine["moments.npy"].offset_data,
+                "packed_pose": mine["packed_pose.npy"].offset_data,
+                "image": image.offset_data if image else 0,
+                "image_bytes": image.size if image else 0,
+                "label": label,
+                "camera_to_world": camera_to_world.numpy(),
+                "codec_psnr": psnr,
+            }
+            for name, field in row.items():
+                index[name].append(field)
+    return {name: np.asarray(index[name], dtype=dtype) for name, dtype in INDEX_FIELDS.items()}
+
+
+def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **index)  # type: ignore[arg-type]
+
+
+def _measure(shard: Shard, out: Path) -> Written:
+    """Sizes and hashes of a shard that is whole."""
+    tar, index = shard.tar(out), shard.index(out)
+    entry = ShardEntry(
+        name=tar.name,
+        count=len(shard),
+        bytes=tar.stat().st_size,
+        sha256=file_sha256(tar),
+        index_sha256=file_sha256(index),
+    )
+    return Written(entry, load_index(index)["codec_psnr"].tolist() if shard.split.keeps_images else [])
+
+
+def read_members(tar: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """key -> extension -> where it is, of all whole members of a tar, in order."""
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with tarfile.open(tar, "r:") as file:
+        for member in file:
+            key, _, extension = member.name.partition(".")
+            members.setdefault(key, {})[extension] = member
+    return members
+
+
+def sample_range(members: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
+    """First byte of the first header and one past the padding of the last member."""
+    start = min(member.offset for member in members.values())
+    stop = max(member.offset_data + -(-member.size // 512) * 512 for member in members.values())
+    return start, stop

@@ -1,0 +1,327 @@
+"""Where views come from: scenes, .npz files, or a transforms.json. Poses are known before pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sitdist.config.recipe import NpzSource, RadiusAugmentation, SceneSource, TransformsSource
+from sitdist.errors import DataError
+from sitdist.flow import draws
+from sitdist.geometry.camera import Intrinsics, camera_radius
+from sitdist.geometry.resample import zoomed
+from sitdist.io.atomic import file_sha256
+from sitdist.io.files import sha256_of
+from sitdist.io.images import to_pixels
+from sitdist.io.memory import require_memory
+from sitdist.io.npz import PosedArray, npz_files, read_posed_array
+from sitdist.io.transforms import read_posed_files, transforms_file
+from sitdist.scene.views import (
+    capture_similarity,
+    open_scene,
+    random_cameras,
+    random_fov_deg,
+    render,
+    scene_background,
+    scene_files,
+)
+
+PAST_ORIGIN = 1e-2  # of its distance: how far beside the origin a camera may look whose radius is augmented
+
+
+@dataclass(frozen=True)
+class View:
+    """One posed picture: image [3, H, W] in [0, 1], camera_to_world [4, 4] float64, intrinsics, the object's label."""
+
+    image: Tensor
+    camera_to_world: Tensor
+    intrinsics: Intrinsics
+    label: int
+
+
+class ViewSource(ABC):
+    """Views by index; poses and intrinsics of all are cheap, pictures are made when they are asked for.
+
+    Several threads may ask at once.
+    """
+
+    camera_to_world: Tensor  # [N, 4, 4] float64
+    labels: Tensor  # [N] int64
+
+    def __len__(self) -> int:
+        return len(self.camera_to_world)
+
+    @abstractmethod
+    def intrinsics(self, index: int) -> Intrinsics:
+        """Of view `index`, in pixels."""
+
+    @abstractmethod
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Pictures [B, 3, H, W] float32 in [0, 1] of these views; DataError if one is not a picture."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of everything the views depend on."""
+
+    @property
+    def original(self) -> Tensor:
+        """The view [N] that each is a zoomed copy of; itself where it is none."""
+        return torch.arange(len(self))
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        """By label, what took the frame of an object's capture to that of the poses, where that is known."""
+        return {}
+
+    def views(self, indices: Sequence[int]) -> list[View]:
+        """These views, pictures and all."""
+        images = self.images(indices)
+        return [
+            View(image, self.camera_to_world[index], self.intrinsics(index), int(self.labels[index]))
+            for image, index in zip(images, indices, strict=True)
+        ]
+
+
+SourceConfig = SceneSource | NpzSource | TransformsSource
+
+
+def open_source(config: SourceConfig | list[SourceConfig], image_size: int) -> ViewSource:
+    """The views that `config` describes, as square pictures of `image_size` pixels; DataError, PoseError."""
+    if isinstance(config, list):
+        return _MixedViews([open_source(each, image_size) for each in config])
+    source: ViewSource
+    if isinstance(config, SceneSource):
+        source = _SceneViews(config, image_size)
+    elif isinstance(config, NpzSource):
+        source = _NpzViews(config, image_size)
+    else:
+        source = _TransformsViews(config, image_size)
+    if config.radius_augmentation is None:
+        return source
+    return _RadiusAugmentedViews(source, config.radius_augmentation, _background(config))
+
+
+def _background(config: SourceConfig) -> Tensor:
+    """The colour [3] behind the object of a source that is radius augmented."""
+    assert config.radius_augmentation is not None
+    colour = config.radius_augmentation.background
+    if colour is None and not isinstance(config, NpzSource):
+        colour = config.background
+    return scene_background(config.scene) if colour is None else torch.tensor(colour)  # type: ignore[union-attr]
+
+
+class _MixedViews(ViewSource):
+    """Views of several sources, mixed evenly: any stretch of them holds every source in proportion.
+
+    View j of a source of n views has the place (j + 1/2) / n; all views are in order of their places, then sources.
+    """
+
+    def __init__(self, sources: Sequence[ViewSource]) -> None:
+        self._sources = sources
+        places = torch.cat([(torch.arange(len(source)).double() + 0.5) / len(source) for source in sources])
+        self._order = order = places.argsort(stable=True)
+        self._source = torch.repeat_interleave(torch.tensor([len(source) for source in sources]))[order]
+        self._view = torch.cat([torch.arange(len(source)) for source in sources])[order]
+        self.camera_to_world = torch.cat([source.camera_to_world for source in sources])[order]
+        self.labels = torch.cat([source.labels for source in sources])[order]
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._sources[int(self._source[index])].intrinsics(int(self._view[index]))
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        return torch.cat([self._sources[int(self._source[i])].images([int(self._view[i])]) for i in indices])
+
+    @property
+    def original(self) -> Tensor:
+        starts = np.cumsum([0, *map(len, self._sources)])
+        joined = torch.cat([source.original + int(start) for source, start in zip(self._sources, starts, strict=False)])
+        place = torch.empty_like(self._order)
+        place[self._order] = torch.arange(len(self))  # of a view of the sources one behind the other
+        return place[joined[self._order]]
+
+    def fingerprint(self) -> str:
+        return sha256_of(*(source.fingerprint().encode() for source in self._sources))
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        return {label: value for source in self._sources for label, value in source.similarities().items()}
+
+
+class _RadiusAugmentedViews(ViewSource):
+    """Every view of a source, and behind it its copies as from other distances, drawn by (seed, view).
+
+    A copy's picture is zoomed by r / r' about its principal point, and its camera moved to radius r' along its line
+    of sight, which has to meet the origin (DataError).
+    """
+
+    def __init__(self, source: ViewSource, config: RadiusAugmentation, background: Tensor) -> None:
+        self._source, self._config, self._background = source, config, background
+        count, group = len(source), 1 + config.copies
+        radius = _radius_of_sight(source.camera_to_world)
+        low, high = config.range
+        uniforms = draws.uniform(config.seed, "radius augmentation", torch.arange(count), config.copies)
+        ratio = (low + (high - low) * uniforms) / radius[:, None]  # r' / r
+        self._ratio = torch.cat([torch.ones(count, 1, dtype=torch.float64), ratio], dim=1).flatten()  # [N]
+        self.camera_to_world = source.camera_to_world.repeat_interleave(group, dim=0)
+        self.camera_to_world[:, :3, 3] *= self._ratio[:, None]
+        self.labels = source.labels.repeat_interleave(group)
+
+    @property
+    def original(self) -> Tensor:
+        group = 1 + self._config.copies
+        return torch.arange(len(self)) // group * group
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._source.intrinsics(index // (1 + self._config.copies))
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        group = 1 + self._config.copies
+        pictures = self._source.images([index // group for index in indices])
+        return torch.stack([self._picture(index, picture) for index, picture in zip(indices, pictures, strict=True)])
+
+    def _picture(self, index: int, picture: Tensor) -> Tensor:
+        if index % (1 + self._config.copies) == 0:
+            return picture
+        camera = self.intrinsics(index)
+        return zoomed(picture, 1.0 / float(self._ratio[index]), (camera.cx, camera.cy), self._background)
+
+    def fingerprint(self) -> str:
+        settings = f"{self._config.model_dump_json()} {self._background.tolist()}"
+        return sha256_of(self._source.fingerprint().encode(), settings.encode())
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        return self._source.similarities()
+
+
+def _radius_of_sight(camera_to_world: Tensor) -> Tensor:
+    """Distances [N] of cameras to the origin; DataError unless all look at it, to PAST_ORIGIN of their distance."""
+    position, backward = camera_to_world[:, :3, 3], camera_to_world[:, :3, 2]
+    radius, along = camera_radius(camera_to_world), (position * backward).sum(-1)
+    past = torch.linalg.vector_norm(position - along[:, None] * backward, dim=-1) / radius
+    wrong = ((past > PAST_ORIGIN) | (along <= 0)).nonzero().flatten().tolist()
+    if wrong:
+        raise DataError(
+            f"radius_augmentation: view {wrong[0]} looks past the origin by {past[wrong[0]]:.1%} of its distance, so "
+            "that a zoom about its centre is no camera moved towards the origin; centre the poses, or remove "
+            "radius_augmentation"
+        )
+    return radius
+
+
+class _SceneViews(ViewSource):
+    """Pictures of a scene from random cameras; view i is a pure function of (seed, i)."""
+
+    def __init__(self, config: SceneSource, image_size: int) -> None:
+        self.config, self._size = config, image_size
+        copies = 0 if config.radius_augmentation is None else config.radius_augmentation.copies
+        need = (500 + 150 * copies) * config.views
+        require_memory(need, f"the cameras of {config.views:,} views", "give fewer views or copies")
+        self._scene = open_scene(config.scene)
+        positions = torch.arange(config.views)
+        self.camera_to_world = random_cameras(config, positions)
+        self._fov_deg = random_fov_deg(config, positions)
+        self.labels = torch.full((config.views,), config.label)
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return Intrinsics.from_fov(float(self._fov_deg[index]), self._size, self._size)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        pictures = [
+            render(
+                self._scene,
+                self.camera_to_world[index],
+                self.intrinsics(index),
+                self.config.supersample,
+                self.config.background,
+            )
+            for index in indices
+        ]
+        return torch.stack(pictures)
+
+    def fingerprint(self) -> str:
+        files = [] if self.config.scene is None else scene_files(self.config.scene)
+        hashes = [file_sha256(file).encode() for file in files]
+        return sha256_of(self.config.model_dump_json().encode(), str(self._size).encode(), *hashes)
+
+    def similarities(self) -> dict[int, dict[str, Any]]:
+        similarity = capture_similarity(self._scene)
+        return {} if similarity is None else {self.config.label: similarity}
+
+
+class _NpzViews(ViewSource):
+    """images [N, H, W, 3] (uint8, or float in [0, 1]), poses [N, 4, 4], focal in pixels, from several files."""
+
+    def __init__(self, config: NpzSource, image_size: int) -> None:
+        self._label = config.label
+        self._files = npz_files(map(Path, config.paths), "set the recipe's paths to your posed pictures")
+        self._arrays = [read_posed_array(file) for file in self._files]
+        for file, array in zip(self._files, self._arrays, strict=True):
+            if array.images.shape[1:3] != (image_size, image_size):
+                raise DataError(
+                    f"{file}: images of {array.images.shape[2]}x{array.images.shape[1]} pixels but the recipe's "
+                    f"image_size is {image_size}; set image_size to the images' size, or resize them (and scale focal)"
+                )
+        self._starts = np.cumsum([0, *(len(array.images) for array in self._arrays)])
+        self.camera_to_world = torch.cat([array.camera_to_world for array in self._arrays])
+        self.labels = torch.full((len(self.camera_to_world),), config.label)
+
+    def _place(self, index: int) -> tuple[PosedArray, int]:
+        """The file of a view, and its row there."""
+        file = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._arrays[file], index - int(self._starts[file])
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._place(index)[0].intrinsics
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        places = [self._place(index) for index in indices]
+        return torch.stack([_picture(array.images[row]) for array, row in places])
+
+    def fingerprint(self) -> str:
+        return sha256_of(str(self._label).encode(), *(file_sha256(file).encode() for file in self._files))
+
+
+class _TransformsViews(ViewSource):
+    """Frames of a Blender or nerfstudio transforms.json: OpenGL camera-to-world matrices and picture files."""
+
+    def __init__(self, config: TransformsSource, image_size: int) -> None:
+        self._config, self._background = config, torch.tensor(config.background)
+        self._file = transforms_file(Path(config.path))
+        self._views = read_posed_files(self._file)
+        for view in self._views:
+            camera = view.intrinsics
+            if (camera.width, camera.height) != (image_size, image_size):
+                raise DataError(
+                    f"{view.picture}: {camera.width}x{camera.height} pixels but the recipe's image_size is "
+                    f"{image_size}; all pictures of a dataset have one size"
+                )
+        self.camera_to_world = torch.stack([view.camera_to_world for view in self._views])
+        self.labels = torch.full((len(self._views),), config.label)
+
+    def intrinsics(self, index: int) -> Intrinsics:
+        return self._views[index].intrinsics
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._read(self._views[index].picture) for index in indices])
+
+    def _read(self, path: Path) -> Tensor:
+        colour, alpha = to_pixels(path, str(path))
+        if alpha is not None:
+            colour = colour * alpha + self._background[:, None, None] * (1.0 - alpha)
+        return colour.clamp(0.0, 1.0)
+
+    def fingerprint(self) -> str:
+        background = str((self._config.background, self._config.label)).encode()
+        files = (self._file, *(view.picture for view in self._views))
+        return sha256_of(background, *(file_sha256(path).encode() for path in files))
+
+
+def _picture(image: np.ndarray) -> Tensor:
+    """[H, W, 3] uint8, or float in [0, 1] but for rounding, as float32 [3, H, W] in [0, 1]."""
+    scale = np.float32(255.0) if image.dtype == np.uint8 else np.float32(1.0)
+    return torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1).clamp(0.0, 1.0)

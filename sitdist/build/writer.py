@@ -1,0 +1,409 @@
+"""From a recipe to a finished dataset: poses, statistics and codec first, then shard by shard, the manifest last.
+
+The same recipe on the same hardware and versions gives the same bytes: for any number of processes and of threads, and
+after any number of interruptions.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, wait
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sitdist.build.shard import SampleMaker, Shard, Split, Written, shards_of, write_shards
+from sitdist.build.sources import open_source
+from sitdist.config.recipe import DatasetCodecConfig, PcaCodecConfig, Recipe
+from sitdist.dataset.manifest import (
+    FORMAT_VERSION,
+    CameraFacts,
+    CodecPsnr,
+    DatasetManifest,
+    LatentShape,
+    ObjectEntry,
+    SplitEntry,
+    load_manifest,
+)
+from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.threads import helper_threads
+from sitdist.errors import CodecError, ConfigError, DataError
+from sitdist.flow import draws
+from sitdist.geometry.camera import camera_radius, is_upright, looks_at_origin
+from sitdist.geometry.packing import PoseStatistics
+from sitdist.io.atomic import PREFIX, file_sha256, write_atomically, write_folder
+from sitdist.io.json_file import read_json, write_json
+from sitdist.io.memory import require_memory
+from sitdist.io.ownership import check_ours, only_writer
+from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
+
+log = logging.getLogger("sitdist")
+BEAT = 0.5  # seconds between two moments at which the processes tell each other how far they are
+
+
+def build(
+    recipe: Recipe, out: Path, only: Collection[str] | None = None, agreement: Agreement | None = None
+) -> DatasetManifest:
+    """Make the dataset `out`, or go on where an interrupted build of the same recipe stopped.
+
+    `only`: the splits to build (None: all of the recipe, and the views held out as val). `agreement`: of the processes
+    that share the work (None: this one is alone); all of them call this and get the manifest.
+    """
+    agreement = agreement or Agreement()
+    with one_thread_each() as (pool, depth), ExitStack() as held:
+        with agreement.together():
+            splits = open_splits(recipe, only)
+            _check_memory(recipe, len(splits["train"]))
+            plan = _plan(recipe, splits)
+        plans = agreement.gather(plan)
+        with agreement.together():
+            _check_same_plans(out, plans)
+        with agreement.together():
+            if agreement.rank == 0:
+                held.enter_context(_begin(recipe, out, splits, plan, pool))
+        with agreement.together():
+            codec = load_codec(out / "codec")  # always used from there
+            train = splits["train"]
+            intrinsics = train.intrinsics if recipe.packing == "intrinsics" else None
+            statistics = PoseStatistics.from_poses(train.camera_to_world, intrinsics)
+            make = SampleMaker(codec, statistics, recipe.encode_batch)
+        written = _share(splits, recipe.samples_per_shard, make, out, pool, depth, agreement)
+        manifest: DatasetManifest | None = None
+        with agreement.together():
+            if agreement.rank == 0:
+                manifest = _manifest(recipe, out, splits, written, make)
+                _finish(out, manifest)
+        return agreement.of_main(manifest)
+
+
+def _check_memory(recipe: Recipe, views: int) -> None:
+    """OutOfMemoryError where the pictures that are held at once cannot have room; a cautious bound."""
+    fitted = min(views, recipe.codec.fit_views) if isinstance(recipe.codec, PcaCodecConfig) else 0
+    held = max(2 * fitted, min(views, recipe.encode_batch))
+    what = f"{held:,} pictures of {recipe.image_size}x{recipe.image_size} pixels at once"
+    require_memory(12 * held * recipe.image_size**2, what, "lower encode_batch, codec.fit_views or image_size")
+
+
+@contextmanager
+def one_thread_each() -> Iterator[tuple[Executor, int]]:
+    """Within `with`: a pool of as many threads as torch would use, in each of which torch uses one, and its look-ahead.
+
+    How torch divides a sum among threads decides its rounding: this way their number decides nothing.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = helper_threads(threads, "samples")
+    try:
+        yield pool, threads + 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def open_splits(recipe: Recipe, only: Collection[str] | None = None) -> dict[str, Split]:
+    """The views of every split, with `val` held out of `train` where the recipe says so; of all, or of `only` some.
+
+    Which views are training views does not depend on `only`.
+    """
+    names = [*recipe.splits, *(["val"] if "val" not in recipe.splits and recipe.val_views else [])]
+    _check_only(names, only)
+    splits = {}
+    for name, config in recipe.splits.items():
+        if only is None or name in only:
+            source = open_source(config, recipe.image_size)
+            splits[name] = Split(name, source, torch.arange(len(source)))
+    if "val" not in recipe.splits and recipe.val_views:
+        splits["train"], val = _hold_out(recipe, splits["train"])
+        if only is None or "val" in only:
+            splits["val"] = val
+    return splits
+
+
+def _check_only(names: Sequence[str], only: Collection[str] | None) -> None:
+    for name in only or ():
+        if name not in names:
+            raise ConfigError(f"--splits: the recipe has no split '{name}'; it has {', '.join(names)}")
+    if only is not None and "train" not in only:
+        raise ConfigError(
+            f"--splits {','.join(only)}: 'train' is missing; the pose statistics and the codec come from it"
+        )
+
+
+def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
+    """The training views without `val_views` of them and these ones' zoomed copies, and these."""
+    views = train.indices[~train.is_zoomed]
+    if recipe.val_views >= len(views):
+        raise DataError(f"val_views {recipe.val_views} leaves none of the {len(views)} training views to train on")
+    order = draws.permutation(recipe.seed, "val views", len(views), 0)
+    held_out = views[order[: recipe.val_views]].sort().values
+    kept = train.indices[~torch.isin(train.source.original, held_out)]
+    return Split("train", train.source, kept), Split("val", train.source, held_out)
+
+
+# ------------------------------------------------------------------------------------------ beginning, and going on
+
+
+def _plan(recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
+    """What has to be the same when a build goes on, and on all of its processes."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "sources": {name: split.source.fingerprint() for name, split in splits.items()},
+        "environment": _environment(),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """What the bytes of a dataset depend on besides its recipe and its sources."""
+    packages = ("diffusers", "numpy", "pillow", "sitdist", "torch", "webdataset")
+    return {name: version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+    }
+
+
+def _check_same_plans(out: Path, plans: Sequence[dict[str, Any]]) -> None:
+    """DataError where a process would give other bytes than the main one, for what it sees or what it runs on."""
+    for rank, plan in enumerate(plans):
+        for key, value in plans[0]["environment"].items():
+            if plan["environment"].get(key) != value:
+                raise DataError(
+                    f"{out}: process {rank} runs with {key} {plan['environment'].get(key)} but process 0 with {value}, "
+                    "which may give other bytes; use machines of one kind and one installation"
+                )
+        if plan != plans[0]:
+            raise DataError(f"{out}: process {rank} sees another recipe or other source files than process 0")
+
+
+@contextmanager
+def _begin(recipe: Recipe, out: Path, splits: dict[str, Split], plan: dict[str, Any], pool: Executor) -> Iterator[None]:
+    """Within `with`: the folder is this build's alone, with its plan and its codec."""
+    _refuse_finished(out)
+    with only_writer(out, "dataset"):
+        _refuse_finished(out)  # by a build that has ended meanwhile
+        begun = (out / "build.json").exists()
+        if begun:
+            _check_plan(out, plan)
+            _tidy_up(out)
+        if not (out / "codec").is_dir():
+            codec = _make_codec(recipe, splits["train"], pool)  # before the plan is written: it may not fit
+            if not begun:
+                write_json(out / "build.json", plan)
+            write_folder(out / "codec", codec.save)
+        yield
+
+
+def _refuse_finished(out: Path) -> None:
+    """DataError if the folder holds a finished dataset, or is not ours to write in."""
+    if check_ours(out, "dataset") and (out / "manifest.json").exists():
+        (out / "build.json").unlink(missing_ok=True)  # of a build that was killed at its very end
+        raise DataError(f"{out}: a finished dataset is there; give another --out, or remove the folder to build again")
+
+
+def _check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """DataError unless the unfinished build in the folder was begun with this plan."""
+    begun = read_json(out / "build.json", "remove the folder and build again")
+    here, there = plan["environment"], begun.pop("environment", {})
+    if begun != {key: value for key, value in plan.items() if key != "environment"}:
+        raise DataError(
+            f"{out}: holds an unfinished build of another recipe, of other splits or other source files; "
+            "give another --out, or remove the folder"
+        )
+    for key in here:
+        if there.get(key) != here[key]:
+            raise DataError(
+                f"{out}: the unfinished build was begun with {key} {there.get(key)} but here it is {here[key]}, which "
+                "may give other bytes; go on as it was begun, or remove the folder"
+            )
+
+
+def _tidy_up(out: Path) -> None:
+    """Remove what a killed build was writing."""
+    for leftover in out.rglob(f"{PREFIX}*.tmp"):
+        if leftover.is_file():
+            leftover.unlink()
+
+
+# --------------------------------------------------------------------------------------------------------------- codec
+
+
+def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
+    """The recipe's codec, fitted or loaded; DataError if its latents could not hold a pose."""
+    codec: Codec
+    if isinstance(recipe.codec, PcaCodecConfig):
+        chunks = train.indices[: recipe.codec.fit_views].split(recipe.encode_batch)
+        images = torch.cat(list(pool.map(lambda chunk: train.source.images(chunk.tolist()), chunks)))
+        codec = PcaCodec.fit(images, recipe.codec.patch, recipe.codec.channels)
+    elif isinstance(recipe.codec, DatasetCodecConfig):
+        codec = _codec_of(Path(recipe.codec.path))
+    else:
+        codec = VaeCodec(recipe.codec.path, recipe.codec.dtype)
+    if recipe.image_size % (2 * codec.downsample) or codec.channels % 4:
+        raise DataError(
+            f"image_size {recipe.image_size} with a codec of {codec.channels} channels that shrinks by "
+            f"{codec.downsample}: the latent needs an even size and a multiple of 4 channels to hold a pose"
+        )
+    return codec
+
+
+def _codec_of(dataset: Path) -> Codec:
+    """The codec of a finished dataset; DataError if there is none, CodecError if it is not the manifest's."""
+    identity, codec = load_manifest(dataset).codec, load_codec(dataset / "codec")
+    if codec.identity() != identity:
+        raise CodecError(f"{dataset}/codec: is not the codec that the manifest names; build that dataset again")
+    return codec
+
+
+def _codec_files(out: Path) -> dict[str, str]:
+    files = sorted(path for path in (out / "codec").rglob("*") if path.is_file())
+    return {str(path.relative_to(out / "codec")): file_sha256(path) for path in files}
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def _share(
+    splits: dict[str, Split],
+    size: int,
+    make: SampleMaker,
+    out: Path,
+    pool: Executor,
+    depth: int,
+    agreement: Agreement,
+) -> dict[str, Written]:
+    """Have all shards written, each by one of the processes; what there is to know of every one, by name."""
+    shards = [shard for split in splits.values() for shard in shards_of(split, size)]
+    missing = agreement.of_main({shard.name for shard in shards if not shard.index(out).exists()})
+    order = sorted(shards, key=lambda shard: shard.name not in missing)  # what is to be made is spread evenly
+    mine = order[agreement.rank :: agreement.world]
+    total, before = sum(map(len, shards)), sum(len(shard) for shard in shards if shard.name not in missing)
+    bar = tqdm(total=total, initial=before, desc="views", unit="view", smoothing=0.05, disable=agreement.rank > 0)
+    with bar:
+        parts = agreement.gather(_work(mine, make, out, pool, depth, agreement, bar))
+    return {name: written for part in parts for name, written in part.items()}
+
+
+def _work(
+    shards: Sequence[Shard],
+    make: SampleMaker,
+    out: Path,
+    pool: Executor,
+    depth: int,
+    agreement: Agreement,
+    bar: tqdm,
+) -> dict[str, Written]:
+    """Write this process's shards in a thread of its own, while the processes tell each other how far they are.
+
+    All end soon after one of them has failed, and none waits for long without a word from the others.
+    """
+    counts: list[int] = []
+    shown, stop = 0, threading.Event()
+    with helper_threads(1, "shards") as writer:
+        work = writer.submit(write_shards, shards, make, out, pool, depth, counts.append, stop)
+        try:
+            while True:
+                wait([work], timeout=BEAT)
+                ended = work.done()
+                failed = ended and work.exception() is not None
+                views, at_work, failures = agreement.sum(torch.tensor([sum(counts), not ended, failed])).tolist()
+                bar.update(views - shown)
+                shown = views
+                if failures or not at_work:
+                    break
+        finally:
+            stop.set()
+    written: dict[str, Written] = {}
+    with agreement.together():
+        written = work.result()
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def _manifest(
+    recipe: Recipe, out: Path, splits: dict[str, Split], written: dict[str, Written], make: SampleMaker
+) -> DatasetManifest:
+    size = recipe.image_size // make.codec.downsample
+    shards = {name: shards_of(split, recipe.samples_per_shard) for name, split in splits.items()}
+    return DatasetManifest(
+        format_version=FORMAT_VERSION,
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        sources={name: split.source.fingerprint() for name, split in splits.items()},
+        image_size=recipe.image_size,
+        objects=_objects(recipe, splits),
+        statistics=make.statistics.to_dict(),
+        codec=make.codec.identity(),
+        codec_files=_codec_files(out),
+        latent=LatentShape(channels=make.codec.channels, height=size, width=size),
+        codec_psnr=_held_out_psnr({name: [written[shard.name] for shard in shards[name]] for name in splits}),
+        splits={
+            name: _split_entry(split, [written[shard.name] for shard in shards[name]]) for name, split in splits.items()
+        },
+    )
+
+
+def _split_entry(split: Split, written: Sequence[Written]) -> SplitEntry:
+    radius = camera_radius(split.camera_to_world)
+    return SplitEntry(
+        count=len(split),
+        radius=(float(radius.min()), float(radius.max())),
+        radius_augmented=int(split.is_zoomed.sum()),
+        cameras=_camera_facts(split),
+        shards=[each.entry for each in written],
+    )
+
+
+def _camera_facts(split: Split) -> CameraFacts:
+    first = split.source.intrinsics(int(split.indices[0]))
+    return CameraFacts(
+        looks_at_origin=bool(looks_at_origin(split.camera_to_world).all()),
+        upright=bool(is_upright(split.camera_to_world).all()),
+        same_intrinsics=all(split.source.intrinsics(view) == first for view in split.indices.tolist()),
+    )
+
+
+def _objects(recipe: Recipe, splits: dict[str, Split]) -> list[ObjectEntry]:
+    """Every object that has views in the dataset, by label."""
+    sources = [source for name in recipe.splits for source in recipe.sources(name)]
+    names = {source.label: source.name for source in sources if source.name is not None}
+    labels = {name: split.source.labels[split.indices] for name, split in splits.items()}
+    similarities = {label: value for split in splits.values() for label, value in split.source.similarities().items()}
+    entries = []
+    for label in torch.cat(list(labels.values())).unique().tolist():
+        counts = {name: int((mine == label).sum()) for name, mine in labels.items()}
+        views = {name: count for name, count in counts.items() if count}
+        name = names.get(label, f"object {label}")
+        entries.append(ObjectEntry(label=label, name=name, views=views, similarity=similarities.get(label)))
+    return entries
+
+
+def _held_out_psnr(written: dict[str, list[Written]]) -> CodecPsnr | None:
+    """Of val, else of the first other split in order of names; there is none of the training views."""
+    for split in ("val", *sorted(set(written) - {"train", "val"})):
+        if split in written:
+            values = np.array([value for shard in written[split] for value in shard.codec_psnr])
+            return CodecPsnr(mean=float(values.mean()), n=len(values), split=split)
+    return None
+
+
+def _finish(out: Path, manifest: DatasetManifest) -> None:
+    """Write what makes the folder a dataset."""
+    write_json(out / "provenance.json", _environment())
+    text = manifest.model_dump_json(indent=1) + "\n"
+    write_atomically(out / "manifest.json", lambda path: path.write_text(text))
+    (out / "build.json").unlink(missing_ok=True)

@@ -1,0 +1,29 @@
+"""`sitdist view RUN`: a page on this machine where a camera is moved about the object and its picture is rendered."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sitdist.cli.arguments import add_device, whole
+from sitdist.cli.outcome import tell
+
+
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    command = commands.add_parser("view", help="move a camera in a browser and see what the model renders")
+    command.add_argument("run", help="a run, an exported folder, or a hub id")
+    command.add_argument(
+        "--port", type=whole(0, 65535), default=8642, help="on 127.0.0.1; 0: any that is free (default: 8642)"
+    )
+    add_device(command)
+    command.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from sitdist.inference.load import load
+    from sitdist.inference.viewer import make_server
+
+    with make_server(load(options.run, options.device), options.port) as server:
+        tell(f"http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)")
+        server.serve_forever()

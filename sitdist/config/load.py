@@ -1,0 +1,205 @@
+"""Schemas of dataset recipes and experiment configs, and how a YAML file becomes one.
+
+Every schema is strict: an unknown key, a wrong type or a value out of range is an error that names the key, the value
+and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from sitdist.config.schema import S, Schema
+from sitdist.errors import ConfigError, shortened, shown
+
+MAX_BYTES, MAX_DEPTH, MAX_INTEGER = 2**18, 32, 10**100
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no tags, anchors or aliases, no key twice, no more than MAX_DEPTH deep. A date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":merge", ":value"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="tags, anchors and aliases are not read; write the value itself", problem_mark=event.start_mark
+            )
+        if self._depth == MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_integer(self, node: Any) -> int:
+        value = self.construct_yaml_int(node)
+        if abs(value) > MAX_INTEGER:  # Python may not be able to print it
+            raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+        return value
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(problem=f"{shown(key)} is no key", problem_mark=mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {shown(key)} is given twice", problem_mark=mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+
+
+_Loader.add_implicit_resolver(  # 1e-4 is a number
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which whatever `_Loader` would take for a number or the like is quoted."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """The mapping in a YAML file, such as "config"; ConfigError if there is none. Keys and values may be anything."""
+    remedy = f"give the path of a YAML {what}"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device might never end
+            raise ConfigError(f"{path}: not a file; {remedy}")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, ValueError):  # a path with a NUL is a ValueError
+        raise ConfigError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: more than {MAX_BYTES:,} bytes, which is no {what}; {remedy}")
+    try:
+        values = _parse_yaml(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()), 400)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys to values")
+    return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML document; ValueError if there is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
+    """Read `path` as `schema`, after setting each `a.b=c` of `overrides`; ConfigError if anything does not fit."""
+    values = read_yaml(Path(path), schema.__name__.lower())
+    for override in overrides or []:
+        set_key(values, override)
+    return parse(schema, values, str(path))
+
+
+def set_key(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=c` in nested `values`; ConfigError if `override` does not read so."""
+    key, equals, text = override.partition("=")
+    what = f"--set {shortened(override)}"
+    if not equals or not key:
+        raise ConfigError(f"{what}: expected KEY=VALUE, such as --set train.steps=100")
+    *parents, last = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"{what}: no key lies so deep; expected KEY=VALUE, such as --set train.steps=100")
+    try:
+        value = _parse_yaml(text)
+    except ValueError:
+        raise ConfigError(f"{what}: {shown(text)} is not a YAML value") from None
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{what}: {parent} is {shown(inner)}, which has no keys below it")
+        values = inner
+    values[last] = value
+
+
+def parse(schema: type[S], values: dict[str, Any], where: str) -> S:
+    """Values as `schema`; ConfigError with one line that names the first wrong key, its value and the remedy."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(schema, error)}") from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: {shown(error.object)} is not Unicode text; write another") from None
+
+
+def _explain(schema: type[Schema], error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # it may explain the others
+    location = [part for place, part in enumerate(first["loc"]) if place not in _tag_places(first["loc"])]
+    key = shortened(".".join(map(str, location))) or schema.__name__
+    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(schema, first["loc"][:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, 1, 0.6)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key '{key}'; {remedy}{rest}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing; it is required{rest}"
+    if first["type"] == "union_tag_invalid":
+        tag, tags = first["ctx"]["tag"], first["ctx"]["expected_tags"]
+        return f"{key}.kind = '{shortened(str(tag))}': should be one of {tags}{rest}"
+    message = shortened(first["msg"].removeprefix("Value error, "), 400)
+    value = first.get("input")
+    told = "" if isinstance(value, dict | Schema) else f" = {shown(value)}"
+    return f"{key}{told}: {message[0].lower() + message[1:] if message[1:2].islower() else message}{rest}"
+
+
+def _tag_places(location: Sequence[Any]) -> set[int]:
+    """Where in pydantic's location of an error names of unions' members stand, which are no keys."""
+    if location[:1] == ("codec",):
+        return {1}
+    if location[:1] == ("splits",):
+        return {2, 4 if location[2:3] == ("several",) else 3}
+    return set()
+
+
+def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> set[str]:
+    """The keys a schema knows at a place inside it."""
+    schemas = [schema]
+    for place, part in enumerate(location):
+        tagged = [choice for choice in schemas if place in _tag_places(location) and part in _kinds(choice)]
+        fields = [choice.model_fields[part] for choice in schemas if part in choice.model_fields]
+        schemas = tagged or [inner for field in fields for inner in _schemas_in(field.annotation)] or schemas
+    return {key for choice in schemas for key in choice.model_fields}
+
+
+def _kinds(schema: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(schema.model_fields["kind"].annotation) if "kind" in schema.model_fields else ()
+
+
+def _schemas_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [schema for argument in get_args(annotation) for schema in _schemas_in(argument)]
+
+
+def dump_yaml(value: Schema) -> str:
+    """The resolved config as YAML that `load_yaml` reads back to an equal config."""
+    return yaml.dump(value.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -1,0 +1,163 @@
+"""Batches of a split: a pure function of (dataset, seed, step, rank, world size)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sitdist.dataset.format import _keys
+from sitdist.dataset.order import BlockShuffle
+from sitdist.dataset.reader import STAND_INS, Samples, SampleSource, log
+from sitdist.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of a global batch.
+
+    moments [b, 2C, h, w] float32, packed_pose [b, 4, 4] float32, label [b], and the samples' global positions [b] in
+    the endless sequence of epochs, by which all random numbers are drawn.
+    """
+
+    moments: Tensor
+    packed_pose: Tensor
+    label: Tensor
+    positions: Tensor
+    keys: list[str]
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Samples start to stop of it."""
+        rows = slice(start, stop)
+        return Batch(
+            self.moments[rows], self.packed_pose[rows], self.label[rows], self.positions[rows], self.keys[rows]
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """All tensors on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU run beside other work."""
+        return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        moments, packed_pose, label = change(self.moments), change(self.packed_pose), change(self.label)
+        return Batch(moments, packed_pose, label, change(self.positions), self.keys)
+
+
+class BatchReader:
+    """Global batch k is positions [k G, (k + 1) G) of the endless sequence of permutations; each rank takes its slice.
+
+    Nothing is remembered from step to step: any step's batch can be asked for at any time, by several threads. With
+    `on_bad_sample` replace, another sample of its window takes the place of a damaged one, chosen by (seed, position);
+    `bad_samples` counts how often each was met by this process, and more than `max_bad_samples` of them are an error.
+
+    With several `nodes`, node n's share of every global batch, the nth stretch of it, comes from an endless sequence of
+    its own over shards n, n + nodes, ... alone: a node reads, or fetches, no others.
+    """
+
+    def __init__(
+        self,
+        reader: SampleSource,
+        seed: int,
+        global_batch: int,
+        on_bad_sample: Literal["stop", "replace"] = "stop",
+        max_bad_samples: int = 0,
+        nodes: int = 1,
+    ) -> None:
+        assert global_batch % nodes == 0, (global_batch, nodes)
+        if nodes > len(reader.shard_counts):
+            raise ConfigError(
+                f"reader.split_by_node: {len(reader.shard_counts)} shards cannot be split over {nodes} nodes; set it "
+                "to false, or build the dataset with a smaller samples_per_shard"
+            )
+        self.reader, self.global_batch, self.nodes = reader, global_batch, nodes
+        shards = range(len(reader.shard_counts))
+        self.orders = [BlockShuffle(reader.shard_counts, seed, shards[node::nodes]) for node in range(nodes)]
+        self.bad_samples: Counter[str] = Counter()
+        self._on_bad_sample, self._max_bad_samples = on_bad_sample, max_bad_samples
+        self._expected: tuple[int, int] | None = None
+
+    def positions(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Global positions [G / world] int64 of a rank's slice."""
+        assert self.global_batch % world == 0, (self.global_batch, world)
+        share = self.global_batch // world
+        first = step * self.global_batch + rank * share
+        return torch.arange(first, first + share)
+
+    def sample_indices(self, positions: Tensor) -> list[int]:
+        """The samples at global positions."""
+        return self._sample_indices(positions.numpy()).tolist()
+
+    def _sample_indices(self, positions: np.ndarray) -> np.ndarray:
+        indices = np.empty(len(positions), dtype=np.int64)
+        nodes, places = self._node_places(positions)
+        for node in np.unique(nodes).tolist():
+            rows = nodes == node
+            indices[rows] = self.orders[node].samples(places[rows])
+        return indices
+
+    def _node_places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The node of every global position, and its place in the node's own sequence."""
+        share = self.global_batch // self.nodes
+        steps, places = np.divmod(positions, self.global_batch)
+        return places // share, steps * share + places % share
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """A rank's slice of the global batch of `step`; DataError for damage that is not to be replaced."""
+        positions = self.positions(step, rank, world)
+        self._read_ahead(positions)
+        indices = self._sample_indices(positions.numpy())
+        samples = self.reader.samples(indices)
+        for row in sorted(samples.faults):
+            indices[row] = self._replace(samples, row, int(indices[row]), int(positions[row]))
+        return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, _keys(indices.tolist()))
+
+    def reading(self) -> list[str]:
+        """The shards that are being read now."""
+        return self.reader.reading()
+
+    def _read_ahead(self, positions: Tensor) -> None:
+        """Whenever a window is begun, have it and the next one fetched."""
+        (node,), place = self._node_places(positions[-1:].numpy())
+        order = self.orders[node]
+        window = order.windows(place)[0]
+        if window != self._expected:
+            self._expected = window
+            following = order.window_after(*window)
+            self.reader.expect([*order.shards(*window), *order.shards(*following)])
+
+    def _replace(self, samples: Samples, row: int, index: int, position: int) -> int:
+        """Put another sample in the place of a damaged one; returns which."""
+        fault = samples.faults[row]
+        if self._on_bad_sample == "stop":
+            raise DataError(fault)
+        self._count(index, fault)
+        (node,), (place,) = self._node_places(np.asarray([position]))
+        for attempt in range(STAND_INS):
+            stand_in = self.orders[node].stand_in(int(place), attempt)
+            found = self.reader.samples(np.asarray([stand_in]))
+            if not found.faults:
+                for whole, one in zip(_tensors(samples), _tensors(found), strict=True):
+                    whole[row] = one[0]
+                return stand_in
+        raise DataError(f"{fault}; and {STAND_INS} others that were to replace it are damaged too")
+
+    def _count(self, index: int, fault: str) -> None:
+        (key,) = _keys([index])
+        self.bad_samples[key] += 1
+        count = len(self.bad_samples)
+        if count > self._max_bad_samples:
+            raise DataError(f"{fault}; the {count} bad samples of this process are more than {self._max_bad_samples}")
+        if self.bad_samples[key] == 1:
+            log.warning("%s; replaced (bad sample %d of at most %d)", fault, count, self._max_bad_samples)
+
+
+def _tensors(samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+    return samples.moments, samples.packed_pose, samples.label

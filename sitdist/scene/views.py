@@ -1,0 +1,128 @@
+"""Random cameras about a scene, and their pictures: of the built-in object, or of a scene fitted to photos.
+
+Camera i is a pure function of (seed, i).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sitdist.config.recipe import SceneSource
+from sitdist.flow import draws
+from sitdist.geometry.camera import Intrinsics, look_at, rolled, shell_cameras, shell_positions
+from sitdist.scene.field import Solids, chair
+from sitdist.scene.volume import BACKGROUND, Rendered, picture, render_solids
+
+if TYPE_CHECKING:
+    from sitdist.scene.store import Scene
+
+Colour = tuple[float, float, float]
+
+
+def random_cameras(config: SceneSource, positions: Tensor) -> Tensor:
+    """camera_to_world [N, 4, 4] (float64) of the views at `positions` [N]; radius bins take turns."""
+    uniforms = draws.uniform(config.seed, "cameras", positions, 3)
+    low, high = _radii(config, positions)
+    place = shell_positions(uniforms, low, high, _elevation_deg(config), config.azimuth_deg)
+    options = _options(config, positions)
+    target = config.target_jitter * _in_unit_ball(options[:, 0:3])
+    return rolled(look_at(place, target), config.roll_deg * (2.0 * options[:, 3] - 1.0))
+
+
+def cameras_at(config: SceneSource, uniforms: Tensor, radius: tuple[float, float]) -> Tensor:
+    """Cameras [N, 4, 4] (float64) of another radius that look at the origin from where the source's may stand.
+
+    `uniforms` [N, 3] in (0, 1), as `random_cameras` has them.
+    """
+    return shell_cameras(uniforms, radius, _elevation_deg(config), config.azimuth_deg)
+
+
+def _elevation_deg(config: SceneSource) -> tuple[float, float]:
+    return config.elevation_deg or (0.0 if config.sphere == "upper" else -90.0, 90.0)
+
+
+def random_fov_deg(config: SceneSource, positions: Tensor) -> Tensor:
+    """The horizontal fields of view [N] of these views, in degrees, float64."""
+    low, high = config.fov_range_deg or (config.fov_deg, config.fov_deg)
+    return low + (high - low) * _options(config, positions)[:, 4]
+
+
+def _options(config: SceneSource, positions: Tensor) -> Tensor:
+    """Uniform numbers [N, 5] in (0, 1) for what is optional: where a camera looks (3), its roll, its field of view."""
+    return draws.uniform(config.seed, "camera options", positions, 5)
+
+
+def _radii(config: SceneSource, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest radius [N] of these views: the edges of their bins."""
+    edges = torch.tensor(config.radius_bins or config.radius, dtype=torch.float64)
+    bin_ = positions % (len(edges) - 1)
+    return edges[bin_], edges[bin_ + 1]
+
+
+def _in_unit_ball(uniforms: Tensor) -> Tensor:
+    """Points [N, 3] uniform in the ball of radius 1, from uniform numbers [N, 3]."""
+    z = 2.0 * uniforms[:, 0] - 1.0
+    angle, ring = 2.0 * math.pi * uniforms[:, 1], (1.0 - z.square()).sqrt()
+    direction = torch.stack([ring * angle.cos(), ring * angle.sin(), z], dim=-1)
+    return uniforms[:, 2:3] ** (1.0 / 3.0) * direction
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def open_scene(folder: str | None, device: torch.device | str = "cpu") -> Solids | Scene:
+    """The built-in object, or the scene in a folder, on a device; DataError if there is none."""
+    if folder is None:
+        return chair()
+    from sitdist.scene.store import load_scene
+
+    return load_scene(Path(folder), device)
+
+
+def scene_background(folder: str | None) -> Tensor:
+    """The colour [3] behind the built-in object, or behind the scene in a folder."""
+    scene = open_scene(folder)
+    return torch.tensor(BACKGROUND) if isinstance(scene, Solids) else scene.field.background
+
+
+def scene_files(folder: str) -> list[Path]:
+    """The files that a fitted scene's pictures depend on."""
+    from sitdist.scene.store import FIELD_FILE, SCENE_FILE
+
+    return [Path(folder) / name for name in (SCENE_FILE, FIELD_FILE)]
+
+
+def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
+    """What took the frame of the photos to that of the scene's poses; None where it is the same, or none is known."""
+    if isinstance(scene, Solids) or scene.frame == "capture":
+        return None
+    return scene.similarity.to_dict()
+
+
+@torch.no_grad()
+def look(scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int) -> Rendered:
+    """What a camera [4, 4] in the scene's frame sees, [H, W, 3], [H, W]; a pixel is the mean of supersample^2 rays."""
+    if isinstance(scene, Solids):
+        return picture(partial(render_solids, scene), camera_to_world, intrinsics, supersample)
+    return scene.look(camera_to_world, intrinsics, supersample)
+
+
+def render(
+    scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int, background: Colour | None
+) -> Tensor:
+    """The same as a picture [3, H, W], float32 in steps of 1/255; `background`: in the place of the scene's own."""
+    seen = look(scene, camera_to_world, intrinsics, supersample).on(backdrop(scene, background))
+    return (seen.permute(2, 0, 1).clamp(0.0, 1.0) * 255.0).round() / 255.0
+
+
+def backdrop(scene: Solids | Scene, background: Colour | None) -> Tensor:
+    """The colour [3] behind a scene: `background`, or else its own."""
+    if background is not None:
+        return torch.tensor(background)
+    return torch.tensor(BACKGROUND) if isinstance(scene, Solids) else scene.field.background

@@ -1,0 +1,226 @@
+"""Calibrating a hardly trained run, and what evaluations do with it."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from records import record
+
+from sitdist.cli.main import run as command
+from sitdist.config.experiment import Config
+from sitdist.config.load import parse
+from sitdist.errors import ConfigError
+from sitdist.evaluate.evaluator import EvalOptions, evaluate
+from sitdist.flow.error_bars import LEVELS
+from sitdist.flow.estimate import EstimateOptions
+from sitdist.inference.calibration import CalibrateOptions, calibrate, coverage, coverage_summary, load_calibration
+from sitdist.inference.run import load_run
+from sitdist.train.trainer import train
+
+
+def config_on(data, **flow) -> Config:
+    values = {
+        "flow": flow,
+        "name": "tiny",
+        "data": str(data),
+        "model": {"patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2},
+        "train": {"steps": 2, "global_batch": 4, "optimizer": {"lr": 1e-2}, "ema_decay": 0.0},
+        "evaluate": {"batch": 5, "generator": "euler", "generator_steps": 1},
+    }
+    return parse(Config, values, "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_are_enough():
+    """The tiny dataset's test split has 12 views."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sitdist.inference.calibration.FEWEST", 12)
+        patch.setattr("sitdist.flow.error_bars.FEWEST", 12)
+        patch.setattr("sitdist.evaluate.report.write_report", lambda folder: folder / "report.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
+    train(config_on(tiny_dataset), folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def calibrated(trained, tmp_path_factory):
+    """A calibrated run; never write into it."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("fitted") / "run")
+    calibrate(folder, CalibrateOptions("test"))
+    return folder
+
+
+def test_an_evaluation_of_a_calibrated_run_has_bars_trust_and_coverage(run, capsys):
+    assert command(["calibrate", str(run), "--split", "test"]) == 0
+    assert "12 views of test, estimator one_step" in capsys.readouterr().out
+    folder = evaluate(run, EvalOptions(split="val"))
+    with (folder / "records.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        assert 0 < float(row["rotation_bar_50_deg"]) <= float(row["rotation_bar_90_deg"])
+        assert 0 < float(row["translation_bar_50"]) <= float(row["translation_bar_90"])
+        assert 0 < float(row["trust"]) <= 1
+    metrics = json.loads((folder / "metrics.json").read_text())
+    measured = metrics["calibration"]
+    inside = [float(row["rotation_error_deg"]) <= float(row["rotation_bar_90_deg"]) for row in rows]
+    assert measured["rotation"]["observed"][LEVELS.index(0.9)] == pytest.approx(sum(inside) / 8)
+    assert measured["expected"] == list(LEVELS)
+    assert measured["fitted_on"]["split"] == "test"
+    assert measured["rotation"]["largest_quarter"]["n"] == 2
+    assert metrics["why_uncalibrated"] is None
+
+
+def test_without_a_calibration_there_are_no_bars_and_it_says_why(run):
+    metrics = json.loads((evaluate(run, EvalOptions(split="val")) / "metrics.json").read_text())
+    assert metrics["calibration"] is None
+    assert "sitdist calibrate" in metrics["why_uncalibrated"]
+
+
+def test_bars_are_never_tested_on_the_views_they_were_fitted_on(run, tiny_dataset, tmp_path):
+    calibrate(run, CalibrateOptions("test"))
+    with pytest.raises(ConfigError, match="was fitted on these views"):
+        evaluate(run, EvalOptions(split="test"))
+    renamed = tmp_path / "renamed"
+    shutil.copytree(tiny_dataset, renamed)
+    with pytest.raises(ConfigError, match="was fitted on these views"):
+        evaluate(run, EvalOptions(split="test", data=renamed))
+    folder = evaluate(run, EvalOptions(split="test", uncalibrated=True))
+    assert json.loads((folder / "metrics.json").read_text())["calibration"] is None
+
+
+def test_a_calibration_holds_for_its_weights_and_its_estimator(run, tiny_dataset, tmp_path):
+    calibrate(run, CalibrateOptions("test"))
+    loaded = load_run(run)
+    assert load_calibration(run, loaded, EstimateOptions())[0] is not None
+    kept, why_not = load_calibration(run, loaded, EstimateOptions("euler", 2))
+    assert kept is None
+    assert "euler" in why_not
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(1.0)
+    kept, why_not = load_calibration(run, loaded, EstimateOptions())
+    assert kept is None
+    assert "other weights" in why_not
+    calibrate(run, CalibrateOptions("test", estimator="euler", estimator_steps=2))
+    assert load_calibration(run, load_run(run), EstimateOptions("euler", 2))[0] is not None
+
+
+def test_a_regressor_is_calibrated_by_what_it_knows(tiny_dataset, tmp_path):
+    train(config_on(tiny_dataset, share_at_one=1.0, share_at_zero=0.0), tmp_path / "regressor")
+    kept = calibrate(tmp_path / "regressor", CalibrateOptions("test"))
+    assert kept.calibration.residual_scale is None
+    assert len(kept.calibration.rotation.weights) == 3
+    metrics = json.loads((evaluate(tmp_path / "regressor", EvalOptions(split="val")) / "metrics.json").read_text())
+    assert metrics["calibration"]["rotation"]["n"] == 8
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train", "the run was trained on these views"),
+        ("vall", "no split 'vall'; it has test, train, val"),
+        ("val", "split 'val' has 8 views, too few"),
+    ],
+)
+def test_views_that_cannot_serve_are_refused_in_one_line(run, split, message, capsys):
+    assert command(["calibrate", str(run), "--split", split]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_calibration_is_named(run, capsys):
+    (run / "calibration.json").write_text('{"format": 1, "levels": []}')
+    assert command(["eval", str(run), "--split", "val"]) == 2
+    assert "calibration.json: not a calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", 2),
+        ("weights", 7),
+        ("estimator", []),
+        ("views", 0),
+        ("views", "12"),
+        ("levels", [0.5]),
+        ("unknown", 1),
+        ("calibration", None),
+        ("calibration.rotation.rms", math.nan),
+        ("calibration.rotation.rms", -1.0),
+        ("calibration.rotation.rms", "1"),
+        ("calibration.rotation.intercept", 10**400),
+        ("calibration.rotation.weights", [1.0]),
+        ("calibration.rotation.weights", [-1.0] * 4),
+        ("calibration.rotation.weights", 1.0),
+        ("calibration.translation.factors", [1.0] * 8),
+        ("calibration.translation.factors", [-1.0] * 9),
+        ("calibration.translation.factors", [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]),
+        ("calibration.trust.mean", [0.0] * 3),
+        ("calibration.trust.std", [0.0] * 4),
+        ("calibration.trust.worst", []),
+        ("calibration.trust.worst", [2.0, 1.0]),
+        ("calibration.trust.worst", [math.inf]),
+        ("calibration.residual_scale", None),
+        ("calibration.residual_scale", 1.0),
+        ("calibration.residual_scale", [[["a"]]]),
+        ("calibration.residual_scale", [[[0.0]]]),
+        ("calibration.residual_scale", [[[1.0, 1.0], [1.0]]]),
+        ("calibration.residual_scale", [[[1.0]]]),
+    ],
+)
+def test_a_calibration_with_absurd_numbers_is_refused_in_one_line(calibrated, tmp_path, key, value):
+    values = json.loads((calibrated / "calibration.json").read_text())
+    *parents, last = key.split(".")
+    inner = values
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    (tmp_path / "calibration.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"calibration\.json: .*again") as refused:
+        load_calibration(tmp_path, load_run(calibrated), EstimateOptions())
+    assert "\n" not in str(refused.value)
+
+
+def test_coverage_counts_overall_and_on_the_quarter_with_the_largest_bars():
+    factors = [level / 0.9 for level in LEVELS]  # uniform errors in [0, bar / 0.9]
+    n = 4000
+    bars = torch.linspace(1.0, 5.0, n, dtype=torch.float64)
+    errors = bars / 0.9 * ((torch.arange(n, dtype=torch.float64) * 0.618034) % 1.0)
+    errors[-1000:] *= 2.0  # where bars are largest they hold half as often
+    measured = coverage(errors.tolist(), bars.tolist(), factors)
+    quarter = measured["largest_quarter"]
+    assert measured["n"] == n
+    assert quarter["n"] == 1000
+    for level, all_views, largest in zip(LEVELS, measured["observed"], quarter["observed"], strict=True):
+        assert largest == pytest.approx(level / 2, abs=0.01)
+        assert all_views == pytest.approx(0.75 * level + 0.25 * level / 2, abs=0.01)
+    assert quarter["standard_error"][-1] == pytest.approx(math.sqrt(0.9 * 0.1 / 1000))
+
+
+def test_the_summary_reads_the_records(run):
+    kept = calibrate(run, CalibrateOptions("test"))
+    bars = dict.fromkeys(("rotation_bar_50_deg", "translation_bar_50", "translation_bar_90"), 1.0)
+    records = [
+        record(str(i), rotation_error_deg=i, rotation_bar_90_deg=4.5, translation_error=0.0, trust=i / 10, **bars)
+        for i in range(10)
+    ]
+    summary = coverage_summary(kept, records)
+    assert summary["rotation"]["observed"][-1] == 0.5
+    assert summary["translation"]["observed"] == [1.0] * len(LEVELS)
+    assert summary["trust"] == {"mean": pytest.approx(0.45), "share_below_0.05": 0.1}
+    assert summary["median_bar"]["rotation_deg"][1] == 4.5
