@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sitdist.checks import find_device
 from sitdist.cli.arguments import add_device, count, output, positive
-from sitdist.cli.main import Parser, run
+from sitdist.cli.main import Parser, add_overwrite, run
 from sitdist.cli.outcome import show, tell
 
 
@@ -50,9 +50,7 @@ def make_parser() -> Parser:
     command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
     command.set_defaults(command=_bench_checkpoint)
 
-    command = benchmarks.add_parser(
-        "pose", help="errors and speed of every estimator, beside the source's protocol"
-    )
+    command = benchmarks.add_parser("pose", help="errors and speed of every estimator, beside the source's protocol")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     command.add_argument("--split", default="test", help="(default: test)")
     command.add_argument("--views", type=positive, metavar="N", help="its first N views (default: all)")

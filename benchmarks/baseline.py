@@ -20,7 +20,7 @@ from sitdist.config.experiment import Config
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ProcessError
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.model.codec import latent_mean
 from sitdist.runs.build import build_endpoint, build_model
 from sitdist.train.timing import bytes_held, memory_of_step, seconds_of
@@ -41,7 +41,7 @@ class LocalBaseline:
         if vae_channels is not None:
             vae = random_vae(vae_channels).to(device)
             samples = torch.rand(len(samples), 3, *[PIXELS_A_LATENT * manifest.latent.height] * 2)
-        self._loop = PlainLoop(model, get_path(config.flow.path), samples.to(device), packed_pose, batch, vae)
+        self._loop = PlainLoop(model, get_interpolant(config.flow.path), samples.to(device), packed_pose, batch, vae)
 
     def memory(self) -> int | None:
         """Bytes of weights, state and the peak of a step; None where the system does not tell."""

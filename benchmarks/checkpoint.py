@@ -17,7 +17,7 @@ from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.distributed.accelerator import processes
 from sitdist.distributed.signals import StopSignal
-from sitdist.train.async_writer import Writer
+from sitdist.train.async_writer import AsyncWriter
 from sitdist.train.timing import seconds_of
 from sitdist.train.trainer import Trainer
 
@@ -67,9 +67,9 @@ def measure_saves(options: BenchOptions, place: Path) -> SaveCost:
     config = make_config(options, options.backends[0], place)
     build(parse(Recipe, make_recipe(options), "bench"), place / "data")
     settings = config.train
-    with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
-        trainer, stop = Trainer(config, place / "run", accelerator, agreement), StopSignal()
-        writers = {"beside": Writer(asynchronous=True), "at once": Writer(asynchronous=False)}
+    with processes(settings.precision, settings.deterministic) as (accelerator, ranks):
+        trainer, stop = Trainer(config, place / "run", accelerator, ranks), StopSignal()
+        writers = {"beside": AsyncWriter(asynchronous=True), "at once": AsyncWriter(asynchronous=False)}
         device = accelerator.device
 
         def step() -> float:

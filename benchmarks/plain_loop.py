@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.loss import flow_loss
 from sitdist.geometry.packing import pack
 
@@ -27,7 +27,7 @@ class PlainLoop:
     """Trains `model` on samples and their poses: pictures [N, 3, H, W] with a `vae` of diffusers, else latents."""
 
     def __init__(
-        self, model: nn.Module, path: Path, samples: Tensor, packed_pose: Tensor, batch: int, vae: Any
+        self, model: nn.Module, path: Interpolant, samples: Tensor, packed_pose: Tensor, batch: int, vae: Any
     ) -> None:
         self.device = samples.device
         self.model, self.path, self.vae = model.train(), path, vae

@@ -219,12 +219,12 @@ def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Pr
     device, few = labels.device, min(PROTOCOL_VIEWS, len(labels))
 
     def one_step(x1: Tensor, y: Tensor) -> PoseEstimate:
-        return estimate_pose(loaded.model, loaded.path, x1, y, reader.statistics, endpoint=loaded.endpoint)
+        return estimate_pose(loaded.model, loaded.interpolant, x1, y, reader.statistics, endpoint=loaded.endpoint)
 
     def source() -> Tensor:
         model, options = guided(loaded.model, 1.0), EstimateOptions("source")  # at scale 1 guidance changes no pose
         one = [
-            estimate_pose(model, loaded.path, x1, y, reader.statistics, options, loaded.endpoint).camera_to_world
+            estimate_pose(model, loaded.interpolant, x1, y, reader.statistics, options, loaded.endpoint).camera_to_world
             for x1, y in zip(latents[:few].split(1), labels[:few].split(1), strict=True)
         ]
         return torch.cat(one)

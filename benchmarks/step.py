@@ -152,8 +152,8 @@ def _vae_channels(options: BenchOptions) -> tuple[int, ...] | None:
 
 def _time_backend(name: str, config: Config, options: BenchOptions, plain: Baseline, run: Path) -> Speed:
     settings = config.train
-    with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
-        trainer, stop = Trainer(config, run, accelerator, agreement), StopSignal()  # no handler: ^C ends it
+    with processes(settings.precision, settings.deterministic) as (accelerator, ranks):
+        trainer, stop = Trainer(config, run, accelerator, ranks), StopSignal()  # no handler: ^C ends it
 
         def step(count: int = 1) -> None:
             trainer.run_steps(stop, until=trainer.step + count)

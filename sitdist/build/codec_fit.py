@@ -24,7 +24,7 @@ from sitdist.build.shard import Split
 from sitdist.build.writer import open_splits
 from sitdist.config.recipe import Recipe
 from sitdist.distributed.accelerator import processes
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.flow import draws
 from sitdist.io.atomic import cannot_write, check_free, remove_leftovers, temporary_name, write_folder
@@ -79,18 +79,18 @@ def fit_codec(
     `make_perceptual` gives a perceptual distance that works on a device. DataError if the folder exists,
     NonFiniteError where the loss is no longer a number; the folder is there when it is whole, or not at all.
     """
-    with processes(options.precision) as (accelerator, agreement):
-        with agreement.together():
-            _check(folder, options, agreement.world)
-            _check_memory(recipe.image_size, options, agreement.world)
+    with processes(options.precision) as (accelerator, ranks):
+        with ranks.raise_together():
+            _check(folder, options, ranks.world)
+            _check_memory(recipe.image_size, options, ranks.world)
             split = _views_to_fit(recipe, options.views)
             perceptual = None if make_perceptual is None else make_perceptual(accelerator.device)
-            fit = CodecFit(recipe.image_size, options, perceptual, accelerator, agreement)
-        with shared_views(split, recipe.image_size, folder, agreement) as views:
+            fit = CodecFit(recipe.image_size, options, perceptual, accelerator, ranks)
+        with shared_views(split, recipe.image_size, folder, ranks) as views:
             fit.run_steps(views)
             factor = fit.measure_scale(views)
-            with agreement.together():
-                if agreement.rank == 0:
+            with ranks.raise_together():
+                if ranks.rank == 0:
                     fit.write(folder, factor)
             return CodecFitResult(*fit.held_out_psnr(views, folder), factor)
 
@@ -131,9 +131,9 @@ class CodecFit:
         options: CodecFitOptions,
         perceptual: PerceptualDistance | None,
         accelerator: Accelerator,
-        agreement: Agreement,
+        ranks: Ranks,
     ) -> None:
-        self.options, self.accelerator, self.agreement = options, accelerator, agreement
+        self.options, self.accelerator, self.ranks = options, accelerator, ranks
         torch.manual_seed(options.seed)
         self.vae = make_vae(image_size, options.channels, options.latent_channels)
         self.raw_model = RoundTrip(self.vae).to(accelerator.device)
@@ -148,7 +148,7 @@ class CodecFit:
         """Train on the views [N, 3, H, W] uint8 that are not held out."""
         model, optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         started, steps = time.perf_counter(), self.options.steps
-        for step in (progress := tqdm(range(steps), "codec", unit="step", disable=self.agreement.rank > 0)):
+        for step in (progress := tqdm(range(steps), "codec", unit="step", disable=self.ranks.rank > 0)):
             images, noise = self.batch(views, step)
             decoded, moments = model(images, noise)
             loss = self.loss(decoded, moments, images).mean()
@@ -168,8 +168,8 @@ class CodecFit:
 
         Views are drawn with replacement, and every number is keyed by (seed, global position).
         """
-        local = self.options.batch // self.agreement.world
-        first = step * self.options.batch + self.agreement.rank * local
+        local = self.options.batch // self.ranks.world
+        first = step * self.options.batch + self.ranks.rank * local
         positions = torch.arange(first, first + local)
         fitted = len(views) - _held_out(len(views))
         drawn = (draws.uniform(self.options.seed, "codec views", positions, 1)[:, 0] * fitted).long()
@@ -184,8 +184,8 @@ class CodecFit:
         )
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        if any(self.agreement.any(not (math.isfinite(loss) and math.isfinite(norm)))):
-            with self.agreement.together():
+        if any(self.ranks.any(not (math.isfinite(loss) and math.isfinite(norm)))):
+            with self.ranks.raise_together():
                 raise NonFiniteError(
                     f"step {step}: the loss is not finite ({loss:g}, gradient norm {norm:g}); nothing was written; "
                     f"lower --lr {self.options.lr:g}, or use --precision fp32"
@@ -199,12 +199,12 @@ class CodecFit:
         self.vae.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         fitted = _fitted_view(torch.arange(len(views) - _held_out(len(views))))
-        for rows in _share(fitted, self.agreement):
+        for rows in _share(fitted, self.ranks):
             images = _pictures(views[rows.numpy()], self.accelerator.device)
             posterior = self.vae.encode(2.0 * images - 1.0).latent_dist
             sums += latent_sums(torch.cat([posterior.mean, posterior.logvar], dim=1))
-        sums = self.agreement.sum(sums)
-        with self.agreement.together():
+        sums = self.ranks.sum(sums)
+        with self.ranks.raise_together():
             return scaling_factor(sums)
 
     def write(self, folder: Path, factor: float) -> None:
@@ -215,13 +215,13 @@ class CodecFit:
     def held_out_psnr(self, views: np.ndarray, folder: Path) -> tuple[float, int]:
         """Mean PSNR in dB over the held-out views, and their number, by the codec in the folder as a build uses it."""
         total = torch.zeros((), dtype=torch.float64)
-        with self.agreement.together():
+        with self.ranks.raise_together():
             codec = VaeCodec(str(folder)).to(self.accelerator.device)
             held_out = torch.arange(0, len(views), HELD_OUT)
-            for rows in _share(held_out, self.agreement):
+            for rows in _share(held_out, self.ranks):
                 images = _pictures(views[rows.numpy()], self.accelerator.device)
                 total += round_trip_psnr(codec, images).double().sum().cpu()
-        return float(self.agreement.sum(total)) / len(held_out), len(held_out)
+        return float(self.ranks.sum(total)) / len(held_out), len(held_out)
 
 
 def _held_out(views: int) -> int:
@@ -234,9 +234,9 @@ def _fitted_view(order: Tensor) -> Tensor:
     return order + order // (HELD_OUT - 1) + 1
 
 
-def _share(numbers: Tensor, agreement: Agreement) -> list[Tensor]:
+def _share(numbers: Tensor, ranks: Ranks) -> list[Tensor]:
     """The stretch of these numbers that this process works on, AT_ONCE at a time; there may be none."""
-    mine = numbers.tensor_split(agreement.world)[agreement.rank]
+    mine = numbers.tensor_split(ranks.world)[ranks.rank]
     return [rows for rows in mine.split(AT_ONCE) if len(rows)]
 
 
@@ -248,7 +248,7 @@ def _pictures(views: np.ndarray, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def shared_views(split: Split, size: int, folder: Path, agreement: Agreement) -> Iterator[np.ndarray]:
+def shared_views(split: Split, size: int, folder: Path, ranks: Ranks) -> Iterator[np.ndarray]:
     """Within `with`: the pictures of all views, uint8 [N, 3, H, W], made once by all processes and held by none.
 
     They are in a file beside `folder` that all processes map and that has no name any more, so that no end of the
@@ -257,16 +257,16 @@ def shared_views(split: Split, size: int, folder: Path, agreement: Agreement) ->
     shape = (len(split), 3, size, size)
     path: Path | None = None
     try:
-        with agreement.together():
-            if agreement.rank == 0:
+        with ranks.raise_together():
+            if ranks.rank == 0:
                 path = _begin_file(folder, math.prod(shape))
-        path = agreement.of_main(path)
-        with agreement.together():
-            _write_share(path, split, math.prod(shape[1:]), agreement)
-        with agreement.together():
+        path = ranks.broadcast(path)
+        with ranks.raise_together():
+            _write_share(path, split, math.prod(shape[1:]), ranks)
+        with ranks.raise_together():
             views = np.memmap(path, np.uint8, "r", shape=shape)
     finally:
-        if path is not None and agreement.rank == 0:
+        if path is not None and ranks.rank == 0:
             path.unlink(missing_ok=True)
     yield views
 
@@ -284,15 +284,15 @@ def _begin_file(folder: Path, size: int) -> Path:
     return path
 
 
-def _write_share(path: Path, split: Split, view_bytes: int, agreement: Agreement) -> None:
+def _write_share(path: Path, split: Split, view_bytes: int, ranks: Ranks) -> None:
     """Make this process's stretch of the views and write them to their places."""
-    mine = _share(torch.arange(len(split)), agreement)
+    mine = _share(torch.arange(len(split)), ranks)
     if not path.is_file():
         raise DataError(
-            f"{path}: process {agreement.rank} does not see this file of process 0; "
+            f"{path}: process {ranks.rank} does not see this file of process 0; "
             "give an --out on a disk that all processes share"
         )
-    with tqdm(total=sum(map(len, mine)), desc="views", unit="view", disable=agreement.rank > 0) as bar:
+    with tqdm(total=sum(map(len, mine)), desc="views", unit="view", disable=ranks.rank > 0) as bar:
         for rows in mine:
             images = split.source.images(split.indices[rows].tolist())
             _write_at(path, int(rows[0]) * view_bytes, (images * 255.0).round().to(torch.uint8))

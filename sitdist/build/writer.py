@@ -33,7 +33,7 @@ from sitdist.dataset.manifest import (
     SplitEntry,
     load_manifest,
 )
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.distributed.threads import helper_threads
 from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.flow import draws
@@ -50,38 +50,38 @@ BEAT = 0.5  # seconds between two moments at which the processes tell each other
 
 
 def build(
-    recipe: Recipe, out: Path, only: Collection[str] | None = None, agreement: Agreement | None = None
+    recipe: Recipe, out: Path, only: Collection[str] | None = None, ranks: Ranks | None = None
 ) -> DatasetManifest:
     """Make the dataset `out`, or go on where an interrupted build of the same recipe stopped.
 
-    `only`: the splits to build (None: all of the recipe, and the views held out as val). `agreement`: of the processes
+    `only`: the splits to build (None: all of the recipe, and the views held out as val). `ranks`: of the processes
     that share the work (None: this one is alone); all of them call this and get the manifest.
     """
-    agreement = agreement or Agreement()
+    ranks = ranks or Ranks()
     with one_thread_each() as (pool, depth), ExitStack() as held:
-        with agreement.together():
+        with ranks.raise_together():
             splits = open_splits(recipe, only)
             _check_memory(recipe, len(splits["train"]))
             plan = _plan(recipe, splits)
-        plans = agreement.gather(plan)
-        with agreement.together():
+        plans = ranks.gather(plan)
+        with ranks.raise_together():
             _check_same_plans(out, plans)
-        with agreement.together():
-            if agreement.rank == 0:
+        with ranks.raise_together():
+            if ranks.rank == 0:
                 held.enter_context(_begin(recipe, out, splits, plan, pool))
-        with agreement.together():
+        with ranks.raise_together():
             codec = load_codec(out / "codec")  # always used from there
             train = splits["train"]
             intrinsics = train.intrinsics if recipe.packing == "intrinsics" else None
             statistics = PoseStatistics.from_poses(train.camera_to_world, intrinsics)
             make = SampleMaker(codec, statistics, recipe.encode_batch)
-        written = _share(splits, recipe.samples_per_shard, make, out, pool, depth, agreement)
+        written = _share(splits, recipe.samples_per_shard, make, out, pool, depth, ranks)
         manifest: DatasetManifest | None = None
-        with agreement.together():
-            if agreement.rank == 0:
+        with ranks.raise_together():
+            if ranks.rank == 0:
                 manifest = _manifest(recipe, out, splits, written, make)
                 _finish(out, manifest)
-        return agreement.of_main(manifest)
+        return ranks.broadcast(manifest)
 
 
 def _check_memory(recipe: Recipe, views: int) -> None:
@@ -282,17 +282,17 @@ def _share(
     out: Path,
     pool: Executor,
     depth: int,
-    agreement: Agreement,
+    ranks: Ranks,
 ) -> dict[str, Written]:
     """Have all shards written, each by one of the processes; what there is to know of every one, by name."""
     shards = [shard for split in splits.values() for shard in shards_of(split, size)]
-    missing = agreement.of_main({shard.name for shard in shards if not shard.index(out).exists()})
+    missing = ranks.broadcast({shard.name for shard in shards if not shard.index(out).exists()})
     order = sorted(shards, key=lambda shard: shard.name not in missing)  # what is to be made is spread evenly
-    mine = order[agreement.rank :: agreement.world]
+    mine = order[ranks.rank :: ranks.world]
     total, before = sum(map(len, shards)), sum(len(shard) for shard in shards if shard.name not in missing)
-    bar = tqdm(total=total, initial=before, desc="views", unit="view", smoothing=0.05, disable=agreement.rank > 0)
+    bar = tqdm(total=total, initial=before, desc="views", unit="view", smoothing=0.05, disable=ranks.rank > 0)
     with bar:
-        parts = agreement.gather(_work(mine, make, out, pool, depth, agreement, bar))
+        parts = ranks.gather(_work(mine, make, out, pool, depth, ranks, bar))
     return {name: written for part in parts for name, written in part.items()}
 
 
@@ -302,7 +302,7 @@ def _work(
     out: Path,
     pool: Executor,
     depth: int,
-    agreement: Agreement,
+    ranks: Ranks,
     bar: tqdm,
 ) -> dict[str, Written]:
     """Write this process's shards in a thread of its own, while the processes tell each other how far they are.
@@ -318,7 +318,7 @@ def _work(
                 wait([work], timeout=BEAT)
                 ended = work.done()
                 failed = ended and work.exception() is not None
-                views, at_work, failures = agreement.sum(torch.tensor([sum(counts), not ended, failed])).tolist()
+                views, at_work, failures = ranks.sum(torch.tensor([sum(counts), not ended, failed])).tolist()
                 bar.update(views - shown)
                 shown = views
                 if failures or not at_work:
@@ -326,7 +326,7 @@ def _work(
         finally:
             stop.set()
     written: dict[str, Written] = {}
-    with agreement.together():
+    with ranks.raise_together():
         written = work.result()
     return written
 

@@ -318,8 +318,8 @@ def _shards_build(options: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         build(recipe, options.out, options.splits)
     else:
-        with processes() as (_, agreement):
-            build(recipe, options.out, options.splits, agreement)
+        with processes() as (_, ranks):
+            build(recipe, options.out, options.splits, ranks)
     if os.environ.get("RANK", "0") == "0":
         show(info(options.out))
 

@@ -132,9 +132,9 @@ def _posed(
         fx, fy, cx, cy = given
         camera = Intrinsics(fx, fy, cx, cy, width, height)
     elif estimate.intrinsics is not None:  # the picture tells them
-        camera = centred(flow.framing.seen_by(estimate.intrinsics[row].tolist()), width, height)
+        camera = centred(flow.preprocess.seen_by(estimate.intrinsics[row].tolist()), width, height)
     else:
-        camera = centred(flow.framing, width, height)
+        camera = centred(flow.preprocess, width, height)
     facts: dict[str, float | bool] = {
         "so3_residual": float(estimate.so3_residual[row]),
         "converged": bool(estimate.converged[row]),

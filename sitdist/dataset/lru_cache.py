@@ -11,7 +11,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
+class LruCache(Generic[K, V]):
     """The `size` values asked for last, made by `make(key)`; an error reaches all who wait and is not kept."""
 
     def __init__(self, make: Callable[[K], V], size: int) -> None:

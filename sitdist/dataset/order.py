@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sitdist.dataset.lru_cache import Recent
+from sitdist.dataset.lru_cache import LruCache
 from sitdist.flow import draws
 
 WINDOW = 8  # shards that are shuffled together
@@ -35,8 +35,8 @@ class BlockShuffle:
         self._counts = np.asarray(shard_counts, dtype=np.int64)
         self._shards = np.arange(len(shard_counts)) if shards is None else np.asarray(shards, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
-        self._epoch = Recent(self._make_epoch, 2)
-        self._window = Recent(self._make_window, 4)
+        self._epoch = LruCache(self._make_epoch, 2)
+        self._window = LruCache(self._make_window, 4)
 
     def __len__(self) -> int:
         return int(self._counts[self._shards].sum())

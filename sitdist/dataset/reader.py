@@ -30,7 +30,7 @@ from sitdist.dataset.format import (
     sample_members,
 )
 from sitdist.dataset.index import check_index, check_split, index_name, load_index
-from sitdist.dataset.lru_cache import Recent
+from sitdist.dataset.lru_cache import LruCache
 from sitdist.dataset.manifest import MANIFEST, load_manifest
 from sitdist.dataset.order import WINDOW
 from sitdist.dataset.store import Store, open_store
@@ -92,7 +92,7 @@ class ShardReader:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_counts, dtype=np.int64)])
         arrays = self.manifest.arrays()
         self._moments, self._packed_pose = (_Member(name, *arrays[name]) for name in ("moments", "packed_pose"))
-        self._open = Recent(self._open_shard, OPEN_SHARDS)
+        self._open = LruCache(self._open_shard, OPEN_SHARDS)
         self._reading: dict[int, int] = {}  # thread: the shard that it is at
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from sitdist.distributed.ranks import OF_A_COLLECTIVE, Agreement
+from sitdist.distributed.ranks import OF_A_COLLECTIVE, Ranks
 from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError, one_line
 
 log = logging.getLogger("sitdist")
@@ -144,7 +144,7 @@ def count_nodes(world: int) -> int:
 
 
 @contextmanager
-def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[tuple[Accelerator, Agreement]]:
+def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[tuple[Accelerator, Ranks]]:
     """Within `with`: this process is one of those that the launcher started; afterwards it has left their group.
 
     A process that fails alone leaves without a word to the others, who may never come to where it would wait for them.
@@ -153,23 +153,23 @@ def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[
     log_on_main(accelerator)
     if precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16(cpu=True):
         log.warning("train.precision = 'bf16': this CPU emulates it, many times slower than fp32; auto would take fp32")
-    agreement = Agreement(accelerator)
+    ranks = Ranks(accelerator)
     try:
-        yield accelerator, agreement
+        yield accelerator, ranks
     except (SitdistError, RunInterrupted) as error:
         if isinstance(error, RunInterrupted) or (error.of_rank is not None and not isinstance(error, ProcessError)):
-            _leave(accelerator, agreement)
+            _leave(accelerator, ranks)
         raise
     except RuntimeError as error:
         if OF_A_COLLECTIVE.search(str(error)):
-            agreement.blame_the_dead(error)
+            ranks.blame_the_dead(error)
         raise
-    _leave(accelerator, agreement)
+    _leave(accelerator, ranks)
 
 
-def _leave(accelerator: Accelerator, agreement: Agreement) -> None:
+def _leave(accelerator: Accelerator, ranks: Ranks) -> None:
     accelerator.wait_for_everyone()
-    agreement.close()
+    ranks.close()
     accelerator.end_training()
 
 

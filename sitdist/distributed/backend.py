@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sitdist.distributed.local_shards import local_part, own_parts, part_of, whole_of
+from sitdist.distributed.local_shards import local_part, local_shards, part_of, whole_of
 from sitdist.distributed.optimizer_state import OptimizerState, load_optimizer, optimizer_tensors
 from sitdist.errors import ConfigError
 
@@ -120,7 +120,7 @@ class ShardedWeights(Replicas):
                 fully_shard(block, mesh=mesh)
             fully_shard(each, mesh=mesh)
         self.raw, self._clip_norm = model, clip_norm
-        self._shares = {name: nn.Parameter(part) for name, part in own_parts(model).items()}
+        self._shares = {name: nn.Parameter(part) for name, part in local_shards(model).items()}
         self.raw_optimizer = self.optimizer = make_optimizer(list(self._shares.values()))
         self.model = self._accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and nothing else
 

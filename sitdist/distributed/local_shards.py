@@ -12,7 +12,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_parts(model: nn.Module) -> dict[str, Tensor]:
+def local_shards(model: nn.Module) -> dict[str, Tensor]:
     """What this process holds of each trained parameter."""
     return {name: local_part(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -18,7 +18,7 @@ from sitdist.errors import ProcessError, as_told, shortened
 OF_A_COLLECTIVE = re.compile(r"gloo|NCCL|c10d|[Cc]onnection (closed|reset)|Broken pipe|[Tt]imed out")
 
 
-class Agreement:
+class Ranks:
     """Small decisions that all processes take together, over gloo, so that no GPU has to wait for them.
 
     Every process calls every method. ProcessError where another one has ended, or does not come within the process
@@ -33,7 +33,7 @@ class Agreement:
         self._heartbeat = Heartbeat(self.rank, self.world) if self.world > 1 else None
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Wait for every process at the end of the block; an error that one of them met there is raised on all.
 
         The block itself must not wait for other processes.
@@ -93,7 +93,7 @@ class Agreement:
             self._meet(dist.all_gather_object, values, value)
         return values
 
-    def of_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value."""
         values = [value]
         if self.world > 1:

@@ -42,7 +42,7 @@ from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingView
 from sitdist.evaluate.coverage import coverage_counts
 from sitdist.evaluate.summary import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
-from sitdist.evaluate.tasks import Job, Producer, do_jobs, do_left, merge, plan_conflict, prepare
+from sitdist.evaluate.tasks import Producer, Task, do_left, do_tasks, merge, plan_conflict, prepare
 from sitdist.evaluate.units import BINS_AT_MOST, RECORD, Unit, ViewRecord, make_units, merge_pictures, pictured, thinned
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
 from sitdist.flow.estimate import PoseEstimate
@@ -105,22 +105,22 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
     units of another checkpoint, dataset or option is a ConfigError, one that is another's or in use a DataError. Every
     process calls it; the main one is the folder's only writer meanwhile, and merges.
     """
-    with processes() as (accelerator, agreement), ExitStack() as held:
+    with processes() as (accelerator, ranks), ExitStack() as held:
         main = accelerator.is_main_process
-        with agreement.together():
+        with ranks.raise_together():
             evaluation, producers = _open_all(Path(run), options, accelerator.device)
-        with agreement.together():
+        with ranks.raise_together():
             if main:
                 _take_folders(evaluation, producers, held)
             pending = [prepare(producer) for producer in producers] if main else []
-        pending = agreement.of_main(pending)
-        jobs = [len(producer.jobs()) for producer in producers]
-        log.info("%d of %d work units to evaluate, into %s", sum(map(len, pending)), sum(jobs), evaluation.out)
+        pending = ranks.broadcast(pending)
+        tasks = [len(producer.tasks()) for producer in producers]
+        log.info("%d of %d work units to evaluate, into %s", sum(map(len, pending)), sum(tasks), evaluation.out)
         if evaluation.why_uncalibrated:
             log.info("no error bars: %s", evaluation.why_uncalibrated)
-        do_jobs(producers, pending, accelerator)
-        agreement.barrier()
-        with agreement.together():
+        do_tasks(producers, pending, accelerator)
+        ranks.barrier()
+        with ranks.raise_together():
             if main:
                 do_left(producers)
                 _write_all(evaluation, producers)
@@ -253,16 +253,16 @@ class _Evaluation:
     def constant_pose(self) -> Tensor:
         return constant_pose(self.training.camera_to_world()).to(self.device)
 
-    def jobs(self) -> list[Job]:
+    def tasks(self) -> list[Task]:
         """One of every unit."""
-        return [Job(unit.name, tuple(view.key for view in unit.views), len(unit.views)) for unit in self.units]
+        return [Task(unit.name, tuple(view.key for view in unit.views), len(unit.views)) for unit in self.units]
 
-    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """Records of a unit's views, and key, true and rendered of its first and its worst ones."""
-        unit = self.units[int(job.name.removeprefix("unit_"))]
+        unit = self.units[int(task.name.removeprefix("unit_"))]
         records, true, rendered = self._measure(unit)
         shown = pictured(unit, records)
-        pictures = {"key": np.array([job.keys[i] for i in shown]), "true": true[shown]}
+        pictures = {"key": np.array([task.keys[i] for i in shown]), "true": true[shown]}
         return [asdict(record) for record in records], (
             pictures if rendered is None else pictures | {"rendered": rendered[shown]}
         )
@@ -354,7 +354,7 @@ class _Evaluation:
         """Latents generated from the true poses, with noise keyed by (seed, position of the view)."""
         return sample_latents(
             self.loaded.model,
-            self.loaded.path,
+            self.loaded.interpolant,
             self.loaded.endpoint,
             standardize(camera_to_world, self.statistics, intrinsics),
             labels,

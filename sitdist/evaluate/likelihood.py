@@ -120,7 +120,7 @@ def _of_views(
     packed_pose = standardize(reader.camera_to_world()[indices], statistics, reader.intrinsics(indices)).to(device)
     signs = rademacher(seed, torch.tensor(indices, device=device), probes, latents.shape[1:])
     model = loaded.endpoint.conditioned(loaded.model, packed_pose)
-    return log_likelihood(model, loaded.path, latents, labels, base, signs, method, steps).log_density.cpu()
+    return log_likelihood(model, loaded.interpolant, latents, labels, base, signs, method, steps).log_density.cpu()
 
 
 def _base(loaded: LoadedRun, data: Path) -> GaussianBase | PoseBase:

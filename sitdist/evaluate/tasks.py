@@ -39,7 +39,7 @@ Unit = tuple[list[dict[str, Any]], dict[str, np.ndarray]]  # records, each with 
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """A piece of work: its name, the keys of the records that it leaves, and how many views it looks at.
 
     `effort`: what a view of it takes beside a view of the producer's other jobs.
@@ -68,9 +68,9 @@ class Producer(Protocol):
     @property
     def record(self) -> TypeAdapter[Any]: ...
 
-    def jobs(self) -> list[Job]: ...
+    def tasks(self) -> list[Task]: ...
 
-    def measure(self, job: Job) -> Unit: ...
+    def measure(self, task: Task) -> Unit: ...
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None: ...
 
@@ -81,7 +81,7 @@ def prepare(producer: Producer) -> list[str]:
     Units that are not whole are removed, and claims whose process has ended. ConfigError if the folder cannot take the
     work: it cannot be written, or holds work of another plan.
     """
-    out, jobs = producer.out, producer.jobs()
+    out, tasks = producer.out, producer.tasks()
     pending: list[str] = []
     unusable: list[DataError] = []
     try:
@@ -92,23 +92,23 @@ def prepare(producer: Producer) -> list[str]:
         problem = plan_conflict(out, producer.plan)
         if problem:
             raise ConfigError(problem)
-        for job in jobs:
-            path = unit_path(out, job)
+        for task in tasks:
+            path = unit_path(out, task)
             try:
                 if os.path.lexists(path):
-                    read_unit(producer, job, "measured again")
+                    read_unit(producer, task, "measured again")
                     continue
             except DataError as error:
                 unusable.append(error)
                 path.unlink()
-            if holder(out, job) is None:
-                claim_path(out, job).unlink(missing_ok=True)
-            pending.append(job.name)
+            if holder(out, task) is None:
+                claim_path(out, task).unlink(missing_ok=True)
+            pending.append(task.name)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
     if unusable:
-        log.warning("%s (%d of %d units)", unusable[0], len(unusable), len(jobs))
-    strangers = {path.name for path in (out / "units").glob("*.jsonl")} - {f"{job.name}.jsonl" for job in jobs}
+        log.warning("%s (%d of %d units)", unusable[0], len(unusable), len(tasks))
+    strangers = {path.name for path in (out / "units").glob("*.jsonl")} - {f"{task.name}.jsonl" for task in tasks}
     if strangers:
         log.warning(
             "%s: %s is no unit of this evaluation, and left out", out / "units", ", ".join(sorted(strangers)[:8])
@@ -134,25 +134,25 @@ def plan_conflict(out: Path, plan: dict[str, Any], names: Iterable[str] | None =
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
-def claim_path(out: Path, job: Job) -> Path:
+def claim_path(out: Path, task: Task) -> Path:
     """The file that is there while a process does the job."""
-    return out / "claims" / job.name
+    return out / "claims" / task.name
 
 
-def claim(out: Path, job: Job) -> bool:
+def claim(out: Path, task: Task) -> bool:
     """Take the job; False where another process has."""
     try:
-        with claim_path(out, job).open("x") as file:
+        with claim_path(out, task).open("x") as file:
             json.dump(_identity(os.getpid()), file)
     except FileExistsError:
         return False
     return True
 
 
-def holder(out: Path, job: Job) -> int | None:
+def holder(out: Path, task: Task) -> int | None:
     """The process of this machine that claimed the job and still lives; None where there is none."""
     try:
-        claimed = parse_json(claim_path(out, job).read_bytes(), "claim", "")
+        claimed = parse_json(claim_path(out, task).read_bytes(), "claim", "")
     except (OSError, DataError):
         return None
     pid = claimed.get("pid")
@@ -180,80 +180,80 @@ def do_left(producers: list[Producer]) -> None:
     The main process calls it when nothing else is left to do.
     """
     for producer in producers:
-        for job in producer.jobs():
+        for task in producer.tasks():
             told = False
-            while not unit_path(producer.out, job).is_file():
-                pid = holder(producer.out, job)
+            while not unit_path(producer.out, task).is_file():
+                pid = holder(producer.out, task)
                 if pid is None:
-                    write_unit(producer, job, *producer.measure(job))
+                    write_unit(producer, task, *producer.measure(task))
                 elif not told:
-                    log.info("%s: process %d, left by an evaluation before this one, still measures it", job.name, pid)
+                    log.info("%s: process %d, left by an evaluation before this one, still measures it", task.name, pid)
                     told = True
                 else:
                     time.sleep(0.2)
 
 
-def do_jobs(producers: list[Producer], pending: list[list[str]], accelerator: Accelerator) -> None:
+def do_tasks(producers: list[Producer], pending: list[list[str]], accelerator: Accelerator) -> None:
     """Do pending jobs (names by producer) until all are taken. The main process shows views/s and the time left."""
     work = [
-        (producer, job)
+        (producer, task)
         for producer, names in zip(producers, pending, strict=True)
-        for job in producer.jobs()
-        if job.name in names
+        for task in producer.tasks()
+        if task.name in names
     ]
-    total = sum(job.views for _, job in work)
+    total = sum(task.views for _, task in work)
     seconds: dict[int, tuple[float, float]] = {}  # spent, and views times effort done, by producer
     left = list(work)
     with tqdm(total=total, desc="evaluate", unit="view", disable=not accelerator.is_main_process) as bar:
         while left:
             left.sort(key=lambda each: -_expected(each, seconds))
-            producer, job = left.pop(0)
-            if unit_path(producer.out, job).is_file() or not claim(producer.out, job):
+            producer, task = left.pop(0)
+            if unit_path(producer.out, task).is_file() or not claim(producer.out, task):
                 continue
             begun = time.monotonic()
             try:
-                if unit_path(producer.out, job).is_file():  # finished since
+                if unit_path(producer.out, task).is_file():  # finished since
                     continue
-                write_unit(producer, job, *producer.measure(job))
+                write_unit(producer, task, *producer.measure(task))
             finally:
-                claim_path(producer.out, job).unlink(missing_ok=True)
+                claim_path(producer.out, task).unlink(missing_ok=True)
             spent, done = seconds.get(id(producer), (0.0, 0.0))
-            seconds[id(producer)] = (spent + time.monotonic() - begun, done + job.views * job.effort)
+            seconds[id(producer)] = (spent + time.monotonic() - begun, done + task.views * task.effort)
             if not bar.disable:
                 bar.update(sum(each.views for owner, each in work if unit_path(owner.out, each).is_file()) - bar.n)
 
 
-def _expected(work: tuple[Producer, Job], seconds: dict[int, tuple[float, float]]) -> float:
+def _expected(work: tuple[Producer, Task], seconds: dict[int, tuple[float, float]]) -> float:
     """Seconds that a job will take, by those of its producer so far; where there are none, it goes first."""
-    producer, job = work
+    producer, task = work
     if id(producer) not in seconds:
         return float("inf")
     spent, done = seconds[id(producer)]
-    return job.views * job.effort * spent / done
+    return task.views * task.effort * spent / done
 
 
 # --------------------------------------------------------------------------------------------------------------- units
 
 
-def unit_path(out: Path, job: Job) -> Path:
+def unit_path(out: Path, task: Task) -> Path:
     """Where a finished job's records are; its arrays lie beside it and are written first."""
-    return out / "units" / f"{job.name}.jsonl"
+    return out / "units" / f"{task.name}.jsonl"
 
 
-def _header(producer: Producer, job: Job, lines: bytes, arrays: str | None) -> dict[str, Any]:
+def _header(producer: Producer, task: Task, lines: bytes, arrays: str | None) -> dict[str, Any]:
     """The first line of a unit, by the lines after it and the SHA-256 of its arrays' file."""
     plan = json.dumps(producer.plan, sort_keys=True).encode()
     return {
-        "unit": job.name,
+        "unit": task.name,
         "version": UNIT_VERSION,
         "plan": hashlib.sha256(plan).hexdigest(),
-        "count": len(job.keys),
+        "count": len(task.keys),
         "records": hashlib.sha256(lines).hexdigest(),
         "arrays": arrays,
     }
 
 
-def write_unit(producer: Producer, job: Job, records: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
+def write_unit(producer: Producer, task: Task, records: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
     """Leave the arrays of a job, if any, then its records, a line each; DataError for one that is not finite."""
     lines = []
     for record in records:
@@ -265,23 +265,23 @@ def write_unit(producer: Producer, job: Job, records: list[dict[str, Any]], arra
                 f"view {record['key']}: {fault(error)}; the checkpoint has diverged, use an earlier one"
             ) from None
         lines.append(line)
-    sha256, beside = None, unit_path(producer.out, job).with_suffix(".npz")
+    sha256, beside = None, unit_path(producer.out, task).with_suffix(".npz")
     if arrays:
         save_arrays(beside, arrays)
         sha256 = file_sha256(beside)
     body = b"".join(lines)
-    head = json.dumps(_header(producer, job, body, sha256)).encode() + b"\n"
-    write_atomically(unit_path(producer.out, job), lambda path: path.write_bytes(head + body))
+    head = json.dumps(_header(producer, task, body, sha256)).encode() + b"\n"
+    write_atomically(unit_path(producer.out, task), lambda path: path.write_bytes(head + body))
 
 
-def read_unit(producer: Producer, job: Job, remedy: str = "start the evaluation again to measure it") -> Unit:
+def read_unit(producer: Producer, task: Task, remedy: str = "start the evaluation again to measure it") -> Unit:
     """What a finished job left; DataError unless it is whole, of this plan and job, and of each of its keys once."""
-    path = unit_path(producer.out, job)
+    path = unit_path(producer.out, task)
     with open_file(path, remedy, MAX_BYTES) as file:
         head, _, body = file.read().partition(b"\n")
     header, beside = parse_json(head, str(path), remedy), path.with_suffix(".npz")
     arrays = {} if header.get("arrays") is None else load_arrays(beside, remedy)
-    expected = _header(producer, job, body, file_sha256(beside) if arrays else None)
+    expected = _header(producer, task, body, file_sha256(beside) if arrays else None)
     if "unit" not in header:
         raise DataError(f"{path}: has no checksum, as those of earlier versions; {remedy}")
     for name, value in expected.items():
@@ -293,17 +293,17 @@ def read_unit(producer: Producer, job: Job, remedy: str = "start the evaluation 
     except ValidationError as error:
         raise DataError(f"{path}: {fault(error)}; {remedy}") from None
     records = [json.loads(line) for line in body.splitlines()]
-    if Counter(record["key"] for record in records) != Counter(job.keys):
-        raise DataError(f"{path}: not the records of its {len(job.keys)} views; {remedy}")
-    if not _are_pictures(arrays, job):
+    if Counter(record["key"] for record in records) != Counter(task.keys):
+        raise DataError(f"{path}: not the records of its {len(task.keys)} views; {remedy}")
+    if not _are_pictures(arrays, task):
         found = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
         raise DataError(f"{beside}: not the pictures of its views ({found}); {remedy}")
     return records, arrays
 
 
-def _are_pictures(arrays: dict[str, np.ndarray], job: Job) -> bool:
-    keys = arrays.get("key", np.array(job.keys))
-    known = keys.ndim == 1 and keys.dtype.kind == "U" and set(keys.tolist()) <= set(job.keys)
+def _are_pictures(arrays: dict[str, np.ndarray], task: Task) -> bool:
+    keys = arrays.get("key", np.array(task.keys))
+    known = keys.ndim == 1 and keys.dtype.kind == "U" and set(keys.tolist()) <= set(task.keys)
     return known and all(
         array.dtype == np.uint8
         and array.ndim == 4
@@ -316,7 +316,7 @@ def _are_pictures(arrays: dict[str, np.ndarray], job: Job) -> bool:
 
 def merge(producer: Producer) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
     """The records of all jobs in order of their keys, and the arrays by job; DataError if a unit is not whole."""
-    units = {job.name: read_unit(producer, job) for job in producer.jobs()}
+    units = {task.name: read_unit(producer, task) for task in producer.tasks()}
     shapes = {
         name: {array: values.shape[1:] for array, values in arrays.items()} for name, (_, arrays) in units.items()
     }

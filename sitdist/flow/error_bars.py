@@ -21,7 +21,7 @@ from torch import Tensor
 from sitdist.errors import DataError
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.estimate import PoseEstimate
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.solve import Model
 from sitdist.geometry.packing import PoseStatistics, standardize
 
@@ -37,14 +37,14 @@ SMALLEST = 1e-12  # of scores and errors, before their logarithms
 
 
 def rendered_mean(
-    model: Model, path: Path, endpoint: Endpoint, statistics: PoseStatistics, estimate: PoseEstimate, like: Tensor,
-    labels: Tensor,
+    model: Model, interpolant: Interpolant, endpoint: Endpoint, statistics: PoseStatistics, estimate: PoseEstimate,
+    like: Tensor, labels: Tensor,
 ) -> Tensor:  # fmt: skip
     """E[x1] of the estimated poses, [B, C, h, w] like `like`, by one evaluation at t = 0 without noise."""
     packed_pose = standardize(estimate.camera_to_world, statistics, estimate.intrinsics)
     x0 = endpoint.x0(packed_pose, torch.zeros_like(like))
-    t = torch.full((len(like),), path.t_zero, dtype=like.dtype, device=like.device)
-    return path.posterior_x1(model(x0, t, labels), x0, t)
+    t = torch.full((len(like),), interpolant.t_zero, dtype=like.dtype, device=like.device)
+    return interpolant.posterior_x1(model(x0, t, labels), x0, t)
 
 
 def render_residual(latent: Tensor, rendered: Tensor, scale: Tensor) -> Tensor:
@@ -169,13 +169,13 @@ class Calibration:
     residual_scale: Tensor | None
 
     def scores(
-        self, model: Model, path: Path, endpoint: Endpoint, statistics: PoseStatistics, estimate: PoseEstimate,
-        latent: Tensor, labels: Tensor,
+        self, model: Model, interpolant: Interpolant, endpoint: Endpoint, statistics: PoseStatistics,
+        estimate: PoseEstimate, latent: Tensor, labels: Tensor,
     ) -> Tensor:  # fmt: skip
         """Log scores [B, S] of estimates of latents [B, C, h, w]; one evaluation of the model, where it renders."""
         residual = None
         if self.residual_scale is not None:
-            rendered = rendered_mean(model, path, endpoint, statistics, estimate, latent, labels)
+            rendered = rendered_mean(model, interpolant, endpoint, statistics, estimate, latent, labels)
             residual = render_residual(latent, rendered, self.residual_scale)
         return pose_scores(estimate, statistics, residual)
 

@@ -13,7 +13,7 @@ from sitdist.errors import ConfigError
 from sitdist.flow.draws import normal
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.exact import Inversion, invert_exactly
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.readout import READOUTS, read_camera
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import MOST_STEPS, SOLVERS, Model, function_evaluations, invert, invert_at_arrival
@@ -94,16 +94,16 @@ class PoseEstimate:
     picture_error: Tensor | None = None
 
 
-def posterior_mean_x0(model: Model, path: Path, x1: Tensor, y: Tensor) -> Tensor:
+def posterior_mean_x0(model: Model, interpolant: Interpolant, x1: Tensor, y: Tensor) -> Tensor:
     """E[x0 | x1] [B, C, h, w] by one evaluation at t = 1: the pose with the endpoint's noise averaged out."""
-    t = torch.full((len(x1),), path.t_one, dtype=x1.dtype, device=x1.device)
-    return path.posterior_x0(model(x1, t, y), x1, t)
+    t = torch.full((len(x1),), interpolant.t_one, dtype=x1.dtype, device=x1.device)
+    return interpolant.posterior_x0(model(x1, t, y), x1, t)
 
 
 @torch.no_grad()
 def estimate_pose(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     latent: Tensor,
     y: Tensor,
     statistics: PoseStatistics,
@@ -117,7 +117,9 @@ def estimate_pose(
     `positions` [B] key the noise of `renoised` and `draws` (default: 0 to B - 1); `log_variance` [B, C, h, w] is that
     of the codec's posterior, for `draws`. No noise is subtracted: an estimator cannot know it.
     """
-    solved = _solve(model, path, latent, y, options, endpoint, _Noise(latent, positions, options.seed), log_variance)
+    solved = _solve(
+        model, interpolant, latent, y, options, endpoint, _Noise(latent, positions, options.seed), log_variance
+    )
     return read_pose(solved.x0, statistics, endpoint, solved.function_evaluations, solved.converged, options.readout)
 
 
@@ -139,7 +141,7 @@ class _Noise:
 
 def _solve(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     latent: Tensor,
     y: Tensor,
     options: EstimateOptions,
@@ -150,13 +152,13 @@ def _solve(
     """x0 of the latents by the estimator that the options name."""
     match options.estimator:
         case "one_step":
-            x0, evaluations = posterior_mean_x0(model, path, latent, y), 1
+            x0, evaluations = posterior_mean_x0(model, interpolant, latent, y), 1
         case "source":
-            x0, evaluations = invert_at_arrival(model, path, latent, y, SOURCE_STEPS), SOURCE_STEPS
+            x0, evaluations = invert_at_arrival(model, interpolant, latent, y, SOURCE_STEPS), SOURCE_STEPS
         case "exact":
             return invert_exactly(
                 model,
-                path,
+                interpolant,
                 latent,
                 y,
                 options.generator,
@@ -165,30 +167,36 @@ def _solve(
                 options.max_iterations,
             )
         case "renoised":
-            x0, evaluations = _renoised_x0(model, path, latent, y, options, endpoint, noise), 1 + options.draws
+            x0, evaluations = _renoised_x0(model, interpolant, latent, y, options, endpoint, noise), 1 + options.draws
         case "draws":
-            x0, evaluations = _mean_of_draws(model, path, latent, y, options, noise, log_variance), options.draws
+            x0, evaluations = _mean_of_draws(model, interpolant, latent, y, options, noise, log_variance), options.draws
         case _:
-            x0 = invert(model, path, latent, y, options.estimator, options.steps)
+            x0 = invert(model, interpolant, latent, y, options.estimator, options.steps)
             evaluations = function_evaluations(options.estimator, options.steps)
     return Inversion(x0, torch.ones_like(y, dtype=torch.bool), torch.full_like(y, evaluations, dtype=torch.int64))
 
 
 def _renoised_x0(
-    model: Model, path: Path, latent: Tensor, y: Tensor, options: EstimateOptions, endpoint: Endpoint, noise: _Noise
+    model: Model,
+    interpolant: Interpolant,
+    latent: Tensor,
+    y: Tensor,
+    options: EstimateOptions,
+    endpoint: Endpoint,
+    noise: _Noise,
 ) -> Tensor:
-    packed_pose = endpoint.packed_pose(posterior_mean_x0(model, path, latent, y))
-    t = torch.full((len(latent),), min(options.time, path.t_one), dtype=latent.dtype, device=latent.device)
+    packed_pose = endpoint.packed_pose(posterior_mean_x0(model, interpolant, latent, y))
+    t = torch.full((len(latent),), min(options.time, interpolant.t_one), dtype=latent.dtype, device=latent.device)
     total = torch.zeros_like(latent)
     for number in range(options.draws):
-        x_t = path.sample(endpoint.x0(packed_pose, noise("renoised", number)), latent, t).x_t
-        total += path.posterior_x0(model(x_t, t, y), x_t, t)
+        x_t = interpolant.sample(endpoint.x0(packed_pose, noise("renoised", number)), latent, t).x_t
+        total += interpolant.posterior_x0(model(x_t, t, y), x_t, t)
     return total / options.draws
 
 
 def _mean_of_draws(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     latent: Tensor,
     y: Tensor,
     options: EstimateOptions,
@@ -202,7 +210,7 @@ def _mean_of_draws(
         )
     deviation, total = (0.5 * log_variance).exp(), torch.zeros_like(latent)
     for number in range(options.draws):
-        total += posterior_mean_x0(model, path, latent + deviation * noise("draws", number), y)
+        total += posterior_mean_x0(model, interpolant, latent + deviation * noise("draws", number), y)
     return total / options.draws
 
 

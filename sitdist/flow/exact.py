@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.solve import FIXED_STEP, Model, integrate
 
 MEMORY = 5  # earlier iterates that Anderson's acceleration looks at
@@ -31,7 +31,7 @@ class Inversion:
 
 def invert_exactly(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     x1: Tensor,
     y: Tensor,
     generator: str = "heun",
@@ -50,7 +50,7 @@ def invert_exactly(
             f"generator '{generator}': only one with fixed steps of its own can be undone step by step; choose one of "
             f"{', '.join(FIXED_STEP)}"
         )
-    times = torch.linspace(path.t_zero, path.t_one, steps + 1, dtype=x1.dtype, device=x1.device)
+    times = torch.linspace(interpolant.t_zero, interpolant.t_one, steps + 1, dtype=x1.dtype, device=x1.device)
     x, converged = x1, torch.ones(len(x1), dtype=torch.bool, device=x1.device)
     evaluations = torch.zeros(len(x1), dtype=torch.int64, device=x1.device)
     for start in reversed(range(steps)):

@@ -21,14 +21,14 @@ PREDICTIONS = ("velocity", "x0", "score")
 
 
 @dataclass(frozen=True)
-class PathSample:
+class InterpolantSample:
     """A point of the path and its time derivative, [B, C, h, w] each."""
 
     x_t: Tensor
     velocity: Tensor
 
 
-class Path:
+class Interpolant:
     """An interpolant between x0 and x1; samplers look at it from `t_zero` to `t_one`, where its velocity is finite."""
 
     name: str
@@ -40,10 +40,10 @@ class Path:
         """alpha, sigma and their derivatives by t, each of the shape of `t`."""
         raise NotImplementedError
 
-    def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample:
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> InterpolantSample:
         """The point at times `t` [B] between `x0` and `x1` [B, C, h, w], and its velocity."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(like(t, x0))
-        return PathSample(alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0)
+        return InterpolantSample(alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0)
 
     def posterior_x0(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t] from the velocity at `x_t` [B, C, h, w], times `t` [B] (linear path at 1: x1 - velocity)."""
@@ -69,7 +69,7 @@ class Path:
         return self.velocity_from_x0(-self.coefficients(like(t, x_t))[1] * score, x_t, t)
 
 
-class LinearPath(Path):
+class LinearInterpolant(Interpolant):
     """alpha = t, sigma = 1 - t."""
 
     name = "linear"
@@ -78,7 +78,7 @@ class LinearPath(Path):
         return t, 1.0 - t, torch.ones_like(t), -torch.ones_like(t)
 
 
-class GvpPath(Path):
+class GvpInterpolant(Interpolant):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2): variance preserving where x0 and x1 have unit variance."""
 
     name = "gvp"
@@ -89,7 +89,7 @@ class GvpPath(Path):
         return sine, cosine, half_pi * cosine, -half_pi * sine
 
 
-class VpPath(Path):
+class VpInterpolant(Interpolant):
     """The variance-preserving diffusion with rates from 0.1 to 20 (Song et al. 2021), running from noise to data.
 
     Its sigma is a root near t = 1, so its velocity is infinite there; at t = 0 it still holds 0.7% of x1.
@@ -108,23 +108,25 @@ class VpPath(Path):
         return alpha, sigma, alpha * d_log_alpha, -alpha.square() * d_log_alpha / sigma
 
 
-PATHS: dict[str, type[Path]] = {path.name: path for path in (LinearPath, GvpPath, VpPath)}
+INTERPOLANTS: dict[str, type[Interpolant]] = {
+    interpolant.name: interpolant for interpolant in (LinearInterpolant, GvpInterpolant, VpInterpolant)
+}
 
 
-def get_path(name: str, prediction: str = "velocity") -> Path:
+def get_interpolant(name: str, prediction: str = "velocity") -> Interpolant:
     """The path called `name`, for a network that predicts `prediction`; ConfigError if there is none.
 
     t_zero and t_one are where the velocity that follows from the prediction is finite: alpha divides for x0 and score,
     and a score is itself infinite where sigma is 0.
     """
-    if name not in PATHS:
-        raise ConfigError(f"flow.path = '{name}': unknown; choose one of {', '.join(PATHS)}")
-    path = PATHS[name]()
-    if check_prediction(prediction) != "velocity" and path.starts_without_x1:
-        path.t_zero = EPSILON
+    if name not in INTERPOLANTS:
+        raise ConfigError(f"flow.path = '{name}': unknown; choose one of {', '.join(INTERPOLANTS)}")
+    interpolant = INTERPOLANTS[name]()
+    if check_prediction(prediction) != "velocity" and interpolant.starts_without_x1:
+        interpolant.t_zero = EPSILON
     if prediction == "score":
-        path.t_one = 1.0 - EPSILON
-    return path
+        interpolant.t_one = 1.0 - EPSILON
+    return interpolant
 
 
 def check_prediction(prediction: str) -> str:

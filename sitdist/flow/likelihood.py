@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sitdist.errors import ConfigError
 from sitdist.flow import draws
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.solve import Model, integrate
 
 
@@ -80,7 +80,7 @@ def rademacher(seed: int, positions: Tensor, count: int, shape: torch.Size) -> T
 
 def log_likelihood(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     x1: Tensor,
     y: Tensor,
     base: Base,
@@ -94,7 +94,7 @@ def log_likelihood(
     `probes` [K, B, C, h, w] have mean 0 and unit covariance, such as `rademacher`'s; they stay the same along the
     trajectory, so that it is that of one ODE. The estimate is unbiased, its variance falls as 1 / K.
     """
-    times = torch.linspace(path.t_one, path.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
+    times = torch.linspace(interpolant.t_one, interpolant.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
 
     def derivatives(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return _velocity_and_divergence(model, state[0], t.expand(len(x1)), y, probes.to(x1.dtype))

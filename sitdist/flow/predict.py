@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import Path, check_prediction
+from sitdist.flow.interpolant import Interpolant, check_prediction
 
 GUIDED_CHANNELS = ("all", "three")
 
@@ -26,20 +26,20 @@ def require_gaussian(endpoint: str, what: str) -> None:
 class VelocityModel(nn.Module):
     """A network that predicts x0 or the score, as one that predicts the velocity; same arguments, same weights."""
 
-    def __init__(self, network: nn.Module, path: Path, prediction: str) -> None:
+    def __init__(self, network: nn.Module, interpolant: Interpolant, prediction: str) -> None:
         super().__init__()
-        self.network, self.path, self.prediction = network, path, check_prediction(prediction)
+        self.network, self.interpolant, self.prediction = network, interpolant, check_prediction(prediction)
 
     def forward(self, x_t: Tensor, t: Tensor, *conditions: Any, **named: Any) -> Tensor:
         """Velocity at `x_t` [B, C, h, w], times `t` [B] between the path's t_zero and t_one; the rest is passed on."""
         output = self.network(x_t, t, *conditions, **named)
-        convert = self.path.velocity_from_x0 if self.prediction == "x0" else self.path.velocity_from_score
+        convert = self.interpolant.velocity_from_x0 if self.prediction == "x0" else self.interpolant.velocity_from_score
         return convert(output.to(x_t.dtype), x_t, t)
 
 
-def velocity_model(network: nn.Module, path: Path, prediction: str) -> nn.Module:
+def velocity_model(network: nn.Module, interpolant: Interpolant, prediction: str) -> nn.Module:
     """`network` as a model of the velocity: itself where that is what it predicts."""
-    return network if check_prediction(prediction) == "velocity" else VelocityModel(network, path, prediction)
+    return network if check_prediction(prediction) == "velocity" else VelocityModel(network, interpolant, prediction)
 
 
 def guided(model: Callable[..., Tensor], scale: float, channels: str = "all") -> Callable[..., Tensor]:

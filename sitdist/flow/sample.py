@@ -10,7 +10,7 @@ from torch import Tensor
 from sitdist import checks
 from sitdist.flow import draws
 from sitdist.flow.endpoint import Endpoint
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.predict import GUIDED_CHANNELS, guided
 from sitdist.flow.sde import SdeOptions, generate_sde
 from sitdist.flow.solve import SOLVERS, Model, generate
@@ -54,7 +54,7 @@ class SampleOptions:
 @torch.no_grad()
 def sample_latents(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     endpoint: Endpoint,
     packed_pose: Tensor,
     y: Tensor,
@@ -74,12 +74,12 @@ def sample_latents(
     if options.guidance is not None:
         velocity = guided(velocity, options.guidance, options.guidance_channels)
     if options.generator not in STOCHASTIC:
-        return generate(velocity, path, x0, y, options.generator, options.steps, options.tolerance)
+        return generate(velocity, interpolant, x0, y, options.generator, options.steps, options.tolerance)
 
     def kick(step: int) -> Tensor:
         return _normal(seed, f"{stream} step {step}", positions, shape)
 
-    return generate_sde(velocity, path, x0, y, kick, options.sde(), endpoint.kind)
+    return generate_sde(velocity, interpolant, x0, y, kick, options.sde(), endpoint.kind)
 
 
 def _normal(seed: int, stream: str, positions: Tensor, shape: torch.Size) -> Tensor:

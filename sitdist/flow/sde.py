@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sitdist import checks
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import EPSILON, Path
+from sitdist.flow.interpolant import EPSILON, Interpolant
 from sitdist.flow.predict import require_gaussian
 from sitdist.flow.solve import MOST_STEPS, Model
 
@@ -52,9 +52,9 @@ class SdeOptions:
             checks.number("SDE last_step_size", self.last_step_size, 1e-9, 1.0 - 1e-9)
 
 
-def diffusion(path: Path, form: str, t: Tensor, norm: float = 1.0) -> Tensor:
+def diffusion(interpolant: Interpolant, form: str, t: Tensor, norm: float = 1.0) -> Tensor:
     """w(t) >= 0 at times `t`, of their shape; `norm` scales it (in `decreasing`, as published, the cosine only)."""
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
+    alpha, sigma, d_alpha, d_sigma = interpolant.coefficients(t)
     match PUBLISHED_SPELLING.get(form, form):
         case "constant":
             return torch.full_like(t, norm)
@@ -71,19 +71,19 @@ def diffusion(path: Path, form: str, t: Tensor, norm: float = 1.0) -> Tensor:
     raise ConfigError(f"SDE diffusion '{form}': unknown; choose one of {', '.join(DIFFUSIONS)}")
 
 
-def sde_interval(path: Path, options: SdeOptions) -> tuple[float, float]:
+def sde_interval(interpolant: Interpolant, options: SdeOptions) -> tuple[float, float]:
     """The times between which drift and diffusion are finite, less the last step.
 
     At t = 1 the score is infinite; at t = 0 SBDM's diffusion is, and what the path says of its velocity.
     """
-    sbdm = options.diffusion == "SBDM" and path.starts_without_x1
-    start = max(path.t_zero, EPSILON) if sbdm else path.t_zero
+    sbdm = options.diffusion == "SBDM" and interpolant.starts_without_x1
+    start = max(interpolant.t_zero, EPSILON) if sbdm else interpolant.t_zero
     return start, 1.0 - (EPSILON if options.last_step is None else options.last_step_size)
 
 
 def generate_sde(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     x0: Tensor,
     y: Tensor,
     noise: Callable[[int], Tensor],
@@ -95,34 +95,34 @@ def generate_sde(
     ConfigError unless `endpoint` is gaussian.
     """
     require_gaussian(endpoint, "SDE sampling")
-    start, stop = sde_interval(path, options)
+    start, stop = sde_interval(interpolant, options)
     times = torch.linspace(start, stop, options.steps + 1, dtype=x0.dtype, device=x0.device)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         t = t.expand(len(x))
         velocity = model(x, t, y)
-        return velocity + _at(path, options, t[:1]) * path.score_from_velocity(velocity, x, t)
+        return velocity + _at(interpolant, options, t[:1]) * interpolant.score_from_velocity(velocity, x, t)
 
     x = x0
     for step, (now, then) in enumerate(itertools.pairwise(times)):
         h = then - now
-        kick = (2.0 * h * _at(path, options, now)).sqrt() * noise(step)
+        kick = (2.0 * h * _at(interpolant, options, now)).sqrt() * noise(step)
         if options.method == "euler_maruyama":
             x = x + h * drift(x, now) + kick
         else:  # the noise of the whole step, then Heun's step of the drift from there
             x = x + kick
             slope = drift(x, now)
             x = x + 0.5 * h * (slope + drift(x + h * slope, then))
-    return _last_step(model, path, x, y, drift, times[-1], options)
+    return _last_step(model, interpolant, x, y, drift, times[-1], options)
 
 
-def _at(path: Path, options: SdeOptions, t: Tensor) -> Tensor:
-    return diffusion(path, options.diffusion, t, options.norm)
+def _at(interpolant: Interpolant, options: SdeOptions, t: Tensor) -> Tensor:
+    return diffusion(interpolant, options.diffusion, t, options.norm)
 
 
 def _last_step(
     model: Model,
-    path: Path,
+    interpolant: Interpolant,
     x: Tensor,
     y: Tensor,
     drift: Callable[[Tensor, Tensor], Tensor],
@@ -136,5 +136,5 @@ def _last_step(
     if options.last_step == "Euler":
         return x + options.last_step_size * model(x, times, y)
     if options.last_step == "Tweedie":
-        return path.posterior_x1(model(x, times, y), x, times)
+        return interpolant.posterior_x1(model(x, times, y), x, times)
     return x

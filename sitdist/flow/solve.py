@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import Path
+from sitdist.flow.interpolant import Interpolant
 
 Model = Callable[..., Tensor]
 
@@ -55,22 +55,34 @@ def function_evaluations(method: str, steps: int) -> int:
 
 
 def generate(
-    model: Model, path: Path, x0: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
+    model: Model,
+    interpolant: Interpolant,
+    x0: Tensor,
+    y: Tensor,
+    method: str = "heun",
+    steps: int = 10,
+    tolerance: float = 1e-6,
 ) -> Tensor:
     """x1 [B, C, h, w] from x0: integrate from t = 0 to 1 on `steps` equal intervals."""
-    return _integrate(model, x0, y, path.t_zero, path.t_one, method, steps, tolerance)
+    return _integrate(model, x0, y, interpolant.t_zero, interpolant.t_one, method, steps, tolerance)
 
 
 def invert(
-    model: Model, path: Path, x1: Tensor, y: Tensor, method: str = "heun", steps: int = 10, tolerance: float = 1e-6
+    model: Model,
+    interpolant: Interpolant,
+    x1: Tensor,
+    y: Tensor,
+    method: str = "heun",
+    steps: int = 10,
+    tolerance: float = 1e-6,
 ) -> Tensor:
     """x0 [B, C, h, w] from x1: integrate from t = 1 to 0 on `steps` equal intervals."""
-    return _integrate(model, x1, y, path.t_one, path.t_zero, method, steps, tolerance)
+    return _integrate(model, x1, y, interpolant.t_one, interpolant.t_zero, method, steps, tolerance)
 
 
-def invert_at_arrival(model: Model, path: Path, x1: Tensor, y: Tensor, steps: int) -> Tensor:
+def invert_at_arrival(model: Model, interpolant: Interpolant, x1: Tensor, y: Tensor, steps: int) -> Tensor:
     """x0 by explicit Euler with the velocity taken at the time of arrival, t - h, as the source's code does it."""
-    times = torch.linspace(path.t_one, path.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
+    times = torch.linspace(interpolant.t_one, interpolant.t_zero, steps + 1, dtype=x1.dtype, device=x1.device)
     x = x1
     for start, stop in itertools.pairwise(times):
         x = x + (stop - start) * model(x, stop.expand(len(x)), y)

@@ -81,7 +81,7 @@ class RunCalibration:
         """The estimate of latents [B, C, h, w], labels [B], with its error bars and its trust."""
         statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
         scores = self.calibration.scores(
-            loaded.model, loaded.path, loaded.endpoint, statistics, estimate, latents, labels
+            loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
         )
         return self.calibration.filled(estimate, scores)
 
@@ -227,10 +227,14 @@ def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch
         indices = list(range(start, min(start + batch, len(reader))))
         latents = latent_mean(reader.moments(indices).float()).to(device)
         labels = reader.labels()[indices].to(device)
-        estimate = estimate_pose(loaded.model, loaded.path, latents, labels, statistics, options, loaded.endpoint)
+        estimate = estimate_pose(
+            loaded.model, loaded.interpolant, latents, labels, statistics, options, loaded.endpoint
+        )
         estimates.append(estimate)
         if renders:
-            rendered = rendered_mean(loaded.model, loaded.path, loaded.endpoint, statistics, estimate, latents, labels)
+            rendered = rendered_mean(
+                loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
+            )
             residuals.append(latents - rendered)
     whole = concatenated(estimates)
     true = reader.camera_to_world().to(device)

@@ -24,7 +24,7 @@ from sitdist.errors import CheckpointError, SitdistError
 from sitdist.flow.predict import VelocityModel
 from sitdist.inference.calibration import FILE as CALIBRATION
 from sitdist.inference.calibration import RunCalibration, read_calibration
-from sitdist.inference.preprocess import Framing, framing_of
+from sitdist.inference.preprocess import Preprocess, preprocess_of
 from sitdist.inference.run import LoadedRun, assemble, load_run
 from sitdist.io.atomic import check_free, file_sha256, write_folder
 from sitdist.io.json_file import read_json, write_json
@@ -45,7 +45,7 @@ class _Card(Schema):
     versions: dict[str, str]
     step: NonNegative
     weights_sha256: Sha256
-    framing: dict[str, Any]
+    framing: dict[str, Any]  # of Preprocess; the file format keeps the name
     config: dict[str, Any]
 
 
@@ -59,9 +59,9 @@ def export_run(
     """
     check_free(out)
     loaded = load_run(run, "cpu", step)
-    framing = framing_of(loaded.manifest, Path(loaded.config.data))
+    preprocess = preprocess_of(loaded.manifest, Path(loaded.config.data))
     manifest, calibration = without_shards(loaded.manifest), read_calibration(run)
-    card = model_card(loaded, framing, results(run, loaded.step) if results else "", calibration)
+    card = model_card(loaded, preprocess, results(run, loaded.step) if results else "", calibration)
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -70,7 +70,7 @@ def export_run(
         if calibration is not None:
             write_json(folder / CALIBRATION, calibration.to_dict() | {"dataset": manifest.name})
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
-        write_json(folder / "config.json", _description(loaded, framing, file_sha256(folder / WEIGHTS)))
+        write_json(folder / "config.json", _description(loaded, preprocess, file_sha256(folder / WEIGHTS)))
         (folder / "README.md").write_text(card)
 
     write_folder(out, write)
@@ -100,7 +100,7 @@ def without_shards(manifest: DatasetManifest) -> DatasetManifest:
     return DatasetManifest.model_validate(values)
 
 
-def _description(loaded: LoadedRun, framing: Framing, weights_sha256: str) -> dict[str, Any]:
+def _description(loaded: LoadedRun, preprocess: Preprocess, weights_sha256: str) -> dict[str, Any]:
     config = loaded.config.model_dump(mode="json")
     config["data"] = loaded.manifest.name
     config["evaluate"]["refine"] = None
@@ -112,7 +112,7 @@ def _description(loaded: LoadedRun, framing: Framing, weights_sha256: str) -> di
         "versions": {"sitdist": sitdist.__version__, "torch": torch.__version__},
         "step": loaded.step,
         "weights_sha256": weights_sha256,
-        "framing": framing.to_dict(),
+        "framing": preprocess.to_dict(),
         "config": config,
     }
 
@@ -125,7 +125,7 @@ def is_exported(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
 
 
-def load_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[LoadedRun, Framing]:
+def load_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[LoadedRun, Preprocess]:
     """What `export_run` wrote; CheckpointError, CodecError, ConfigError, DataError for what is damaged or missing."""
     path, weights = folder / "config.json", folder / WEIGHTS
     values = read_json(path, REMEDY, CheckpointError)
@@ -141,19 +141,21 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[Loa
         raise CheckpointError(f"{folder / 'manifest.json'}: missing; {REMEDY}")
     config, manifest = stored_config(card.config, path), read_manifest(folder / "manifest.json")
     try:
-        framing = Framing.from_dict(card.framing)
+        preprocess = Preprocess.from_dict(card.framing)
     except SitdistError as error:
         raise CheckpointError(f"{path}: {error}; {REMEDY}") from None
-    if framing.size != manifest.image_size:
-        raise CheckpointError(f"{path}: framing.size {framing.size}, not {manifest.image_size} as the data; {REMEDY}")
+    if preprocess.size != manifest.image_size:
+        raise CheckpointError(
+            f"{path}: framing.size {preprocess.size}, not {manifest.image_size} as the data; {REMEDY}"
+        )
     tensors = read_tensors(weights, card.weights_sha256, REMEDY, CheckpointError)
-    return assemble(config, manifest, tensors, weights, folder / "codec", card.step, device), framing
+    return assemble(config, manifest, tensors, weights, folder / "codec", card.step, device), preprocess
 
 
 # ---------------------------------------------------------------------------------------------------------- model card
 
 
-def model_card(loaded: LoadedRun, framing: Framing, results: str, calibration: RunCalibration | None) -> str:
+def model_card(loaded: LoadedRun, preprocess: Preprocess, results: str, calibration: RunCalibration | None) -> str:
     """README.md of an export, with the metadata that the hub reads."""
     name, manifest = loaded.config.name, loaded.manifest
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -161,8 +163,8 @@ def model_card(loaded: LoadedRun, framing: Framing, results: str, calibration: R
     latent = manifest.latent
     camera = (
         "not known"
-        if framing.camera is None
-        else "fx {:.2f}, fy {:.2f}, cx {:.2f}, cy {:.2f} pixels".format(*framing.camera.to_list())
+        if preprocess.camera is None
+        else "fx {:.2f}, fy {:.2f}, cx {:.2f}, cy {:.2f} pixels".format(*preprocess.camera.to_list())
     )
     objects = ", ".join(f"{entry.label}: {entry.name}" for entry in manifest.objects)
     moved = [entry.name for entry in manifest.objects if entry.similarity is not None]

@@ -35,7 +35,7 @@ from sitdist.geometry.similarity import Similarity
 from sitdist.inference.calibration import RunCalibration, load_calibration
 from sitdist.inference.options import build_latent_estimate, build_sampling
 from sitdist.inference.pose_reader import PoseReader, check_reading
-from sitdist.inference.preprocess import Framing, camera_of, framed, resampled
+from sitdist.inference.preprocess import Preprocess, camera_of, framed, resampled
 from sitdist.inference.refine import SceneRefiner
 from sitdist.inference.run import LoadedRun
 from sitdist.io.images import Picture
@@ -59,9 +59,9 @@ class Flow:
     """
 
     def __init__(
-        self, run: LoadedRun, framing: Framing, device: torch.device | str = "cpu", folder: Path | None = None
+        self, run: LoadedRun, preprocess: Preprocess, device: torch.device | str = "cpu", folder: Path | None = None
     ) -> None:
-        self.run, self.framing, self.device, self.folder = run, framing, find_device(device), folder
+        self.run, self.preprocess, self.device, self.folder = run, preprocess, find_device(device), folder
         self._calibrations: dict[EstimateOptions, RunCalibration | None] = {}
         self._refiners: dict[str, SceneRefiner] = {}
         self._statistics = PoseStatistics.from_dict(run.manifest.statistics)
@@ -69,12 +69,12 @@ class Flow:
     @property
     def image_size(self) -> int:
         """Width and height of the pictures that the model knows, in pixels."""
-        return self.framing.size
+        return self.preprocess.size
 
     @property
     def camera(self) -> Intrinsics | None:
         """The intrinsics of the training pictures, in pixels; None where they are not known."""
-        return self.framing.camera
+        return self.preprocess.camera
 
     @property
     def objects(self) -> dict[int, str]:
@@ -196,7 +196,7 @@ class Flow:
         latent = self.run.manifest.latent
         latents = sample_latents(
             self.run.model,
-            self.run.path,
+            self.run.interpolant,
             self.run.endpoint,
             standardize(poses.to(self.device), self._statistics, normalized),
             torch.full((len(poses),), label, device=self.device),
@@ -224,8 +224,8 @@ class Flow:
     ) -> Tensor:
         """Pictures of the cameras `shown` as `cameras` want them; None: as they are."""
         background = None
-        if label in self.framing.backgrounds:
-            background = self.framing.background(label)
+        if label in self.preprocess.backgrounds:
+            background = self.preprocess.background(label)
         out = []
         for picture, source, target in zip(pictures, shown, cameras, strict=True):
             if target is not None and source is None:
@@ -299,7 +299,7 @@ class Flow:
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: reads no poses: {why_not}")
         options, config = _options(options, EstimateOptions) or self.estimate_options, self.run.config.evaluate
-        known = self._check_label(label) in self.framing.backgrounds
+        known = self._check_label(label) in self.preprocess.backgrounds
         if zooms is not None:
             values = array("zooms", zooms)
             if values.ndim != 1 or not 1 <= len(values) <= 100 or not ((values >= 0.01) & (values <= 100.0)).all():
@@ -314,7 +314,7 @@ class Flow:
             self.run,
             options,
             None if zooms is None else tuple(zooms),
-            self.framing.background(label) if known else None,
+            self.preprocess.background(label) if known else None,
             None if scene is None else self._refiner(str(scene)),
             None if config.guidance is None else (config.guidance, config.guidance_channels),
         )
@@ -344,7 +344,7 @@ class Flow:
         views = []
         for row in rows:
             name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"picture {row}"
-            views.append(framed(pictures[row], self.framing, name, intrinsics[row], masks[row], reader.background))
+            views.append(framed(pictures[row], self.preprocess, name, intrinsics[row], masks[row], reader.background))
         return self._read(torch.stack(views), label, reader)
 
     def _read(self, images: Tensor, label: int, reader: PoseReader) -> PoseEstimate:

@@ -15,7 +15,7 @@ from sitdist.checks import find_device
 from sitdist.errors import ConfigError, DataError
 from sitdist.inference.export import is_exported, load_exported
 from sitdist.inference.flow import Flow
-from sitdist.inference.preprocess import framing_of
+from sitdist.inference.preprocess import preprocess_of
 from sitdist.inference.run import load_run
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -39,10 +39,10 @@ def load(
     if is_exported(folder):
         if step is not None:
             raise ConfigError(f"step {step}: {folder} is an export, which holds one step; export the run at that step")
-        run, framing = load_exported(folder, device)
+        run, preprocess = load_exported(folder, device)
     else:
         run = load_run(folder, device, step)
-        framing = framing_of(run.manifest, Path(run.config.data))
+        preprocess = preprocess_of(run.manifest, Path(run.config.data))
     if background is not None:
         try:
             given = [float(each) if isinstance(each, Real) else math.nan for each in background]
@@ -51,8 +51,8 @@ def load(
         if len(given) != 3 or not all(0.0 <= each <= 1.0 for each in given):
             raise ConfigError(f"background {background!r:.80}: expected red, green and blue from 0 to 1")
         colour = (given[0], given[1], given[2])
-        framing = replace(framing, backgrounds={entry.label: colour for entry in run.manifest.objects})
-    return Flow(run, framing, device, folder)
+        preprocess = replace(preprocess, backgrounds={entry.label: colour for entry in run.manifest.objects})
+    return Flow(run, preprocess, device, folder)
 
 
 def _folder_of(path: str) -> Path:

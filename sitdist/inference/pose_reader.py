@@ -97,7 +97,7 @@ class PoseReader:
         known = bool((log_variance > NO_VARIANCE).any())
         return estimate_pose(
             model,
-            self.loaded.path,
+            self.loaded.interpolant,
             latent,
             labels,
             self.statistics,

@@ -28,7 +28,7 @@ HELD_OUT_PICTURES = 16  # whose borders tell the background where no recipe does
 
 
 @dataclass(frozen=True)
-class Framing:
+class Preprocess:
     """What all training pictures have in common, so what a picture must be made like.
 
     camera: of the square training pictures, None where it is not known. backgrounds: colours in [0, 1] by label, of
@@ -48,7 +48,7 @@ class Framing:
             )
         return torch.tensor(self.backgrounds[label])
 
-    def seen_by(self, normalized: Sequence[float]) -> Framing:
+    def seen_by(self, normalized: Sequence[float]) -> Preprocess:
         """The same with the camera of these normalized intrinsics."""
         return replace(self, camera=square_camera(normalized, self.size))
 
@@ -59,16 +59,16 @@ class Framing:
         return {"size": self.size, "camera": camera, "backgrounds": colours}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Framing:
+    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
         """What `to_dict` gave; ConfigError or DataError if it cannot be that of training pictures."""
-        given = parse(_Framing, values, "framing")
+        given = parse(_Preprocess, values, "framing")
         camera = None if given.camera is None else square_camera(given.camera, given.size)
         if camera is not None:
             check_intrinsics(camera, "framing.camera")
         return cls(given.size, camera, {int(label): colour for label, colour in given.backgrounds.items()})
 
 
-class _Framing(Schema):
+class _Preprocess(Schema):
     size: Annotated[int, Field(gt=0, le=1 << 14)]
     camera: Annotated[tuple[float, float, float, float], Field(strict=False)] | None
     backgrounds: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Colour]
@@ -80,7 +80,7 @@ def square_camera(normalized: Sequence[float], size: int) -> Intrinsics:
     return Intrinsics(fx, fy, cx, cy, size, size)
 
 
-def framing_of(manifest: DatasetManifest, data: Path) -> Framing:
+def preprocess_of(manifest: DatasetManifest, data: Path) -> Preprocess:
     """As the manifest tells it; what it does not tell is read from the dataset in `data`, where that is at hand.
 
     DataError where its recipe tells no camera or colour that pictures can have.
@@ -89,14 +89,14 @@ def framing_of(manifest: DatasetManifest, data: Path) -> Framing:
     try:
         colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
         known = {label: colour for label, colour in colours.items() if colour is not None}
-        framing = Framing(manifest.image_size, _camera(manifest, dataset), known)
-        Framing.from_dict(framing.to_dict())
+        preprocess = Preprocess(manifest.image_size, _camera(manifest, dataset), known)
+        Preprocess.from_dict(preprocess.to_dict())
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, ConfigError) as error:
         raise DataError(
             f"dataset {manifest.name}: its recipe does not tell how its pictures are made ({str(error)[:160]}); "
             "build the dataset again"
         ) from None
-    return framing
+    return preprocess
 
 
 def _is_there(manifest: DatasetManifest, data: Path) -> bool:
@@ -147,18 +147,18 @@ def _measured_background(dataset: Path, label: int) -> tuple[float, float, float
     return None
 
 
-def centred(framing: Framing, width: int, height: int) -> Intrinsics | None:
+def centred(preprocess: Preprocess, width: int, height: int) -> Intrinsics | None:
     """The camera of a picture whose largest centred square shows what a training picture shows; None if unknown."""
-    if framing.camera is None:
+    if preprocess.camera is None:
         return None
     side = min(width, height)
-    fx, fy, cx, cy = (value * side / framing.size for value in framing.camera.to_list())
+    fx, fy, cx, cy = (value * side / preprocess.size for value in preprocess.camera.to_list())
     return Intrinsics(fx, fy, 0.5 * (width - side) + cx, 0.5 * (height - side) + cy, width, height)
 
 
 def framed(
     picture: Picture,
-    framing: Framing,
+    preprocess: Preprocess,
     name: str,
     intrinsics: Intrinsics | Sequence[float] | None = None,
     mask: Any = None,
@@ -179,10 +179,10 @@ def framed(
             raise DataError(f"{name}: transparent, and the colour behind the object is not known; give the background")
         colour = alpha * colour + (1.0 - alpha) * background[:, None, None]
     if intrinsics is None:
-        side, size = min(width, height), framing.size
+        side, size = min(width, height), preprocess.size
         whole = Intrinsics(size, size, 0.5 * size, 0.5 * size, size, size)
         return resampled(colour, Intrinsics(side, side, 0.5 * width, 0.5 * height, width, height), whole, None, name)
-    if framing.camera is None:
+    if preprocess.camera is None:
         raise DataError(
             f"{name}: the training pictures' intrinsics are not known here, as the dataset is not at hand; load an "
             "export that was made beside the dataset, or crop the picture as they were and give no intrinsics"
@@ -194,7 +194,7 @@ def framed(
     check_camera_size(shown, stored, told, name)
     camera = camera_of(intrinsics, shown, name)
     assert camera is not None
-    return resampled(colour, camera, framing.camera, background, name)
+    return resampled(colour, camera, preprocess.camera, background, name)
 
 
 def camera_of(given: Intrinsics | Sequence[float] | None, size: tuple[int, int], name: str) -> Intrinsics | None:

@@ -14,8 +14,7 @@ from sitdist.config.load import read_yaml
 from sitdist.dataset.manifest import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, CodecError
 from sitdist.flow.endpoint import Endpoint
-from sitdist.flow.interpolant import Path as FlowPath
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import Interpolant, get_interpolant
 from sitdist.flow.predict import velocity_model
 from sitdist.io.tensors import read_hashed
 from sitdist.model.codec import Codec
@@ -36,7 +35,7 @@ class LoadedRun:
     """A trained model of the velocity and everything that is needed to use it: EMA weights, in eval mode."""
 
     model: nn.Module
-    path: FlowPath
+    interpolant: Interpolant
     codec: Codec
     manifest: DatasetManifest
     config: Config
@@ -85,11 +84,11 @@ def assemble(
     """
     matching = load_matching_codec(codec, manifest, device)
     endpoint = build_endpoint(config.flow)
-    path = get_path(config.flow.path, config.flow.prediction)
+    interpolant = get_interpolant(config.flow.path, config.flow.prediction)
     model = _model_of(config, manifest, endpoint, tensors, where)
     return LoadedRun(
-        model=velocity_model(model, path, config.flow.prediction).to(device).eval().requires_grad_(False),
-        path=path,
+        model=velocity_model(model, interpolant, config.flow.prediction).to(device).eval().requires_grad_(False),
+        interpolant=interpolant,
         codec=matching,
         manifest=manifest,
         config=config,

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.distributed.local_shards import own_parts, part_of, whole_of
+from sitdist.distributed.local_shards import local_shards, part_of, whole_of
 from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.flow.predict import VelocityModel
 from sitdist.io.atomic import check_free, write_atomically
@@ -113,7 +113,7 @@ class Averages:
     """Several averages of the trained parameters of `model`, in float32 on its device."""
 
     def __init__(self, model: nn.Module, decays: Sequence[float], sigma_rels: Sequence[float]) -> None:
-        followed = own_parts(model)
+        followed = local_shards(model)
         self._names, self._followed = list(followed), list(followed.values())
         self._shared_like = [dict(model.named_parameters())[name] for name in self._names]
         self._kept: list[Callable[[int], float]] = [*map(_decaying, decays), *map(_power, sigma_rels)]

@@ -32,7 +32,7 @@ class HostCopy:
         return copies
 
 
-class Writer:
+class AsyncWriter:
     """Does one job after the other on a thread of its own, or at once where `asynchronous` is false.
 
     What a job raises is raised by the next call of any method.

@@ -24,7 +24,7 @@ from sitdist.config.load import load_yaml, read_yaml
 from sitdist.dataset.manifest import DatasetManifest, load_manifest
 from sitdist.dataset.store import store_of
 from sitdist.distributed.accelerator import backend_of_launcher, processes
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.distributed.signals import StopSignal
 from sitdist.errors import ConfigError, SitdistError, one_line, shown
 from sitdist.model.flops import training_flops
@@ -72,18 +72,18 @@ def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> 
     manifest = _check_dataset(config, found)
     model = None if manifest is None else _check_model(config, manifest, found)
     try:
-        with processes(settings.precision, settings.deterministic) as (accelerator, agreement):
+        with processes(settings.precision, settings.deterministic) as (accelerator, ranks):
             world, backend = _check_launch(launch, accelerator, found)
             _check_split(config, world, found)
             _check_software(config, accelerator.device, found)
             if model is not None:
                 _check_disk(config, model, out, found)
                 _check_memory(config, model, backend, world, accelerator, found)
-            wrong = agreement.any(bool(found.wrong))[0]
+            wrong = ranks.any(bool(found.wrong))[0]
             if accelerator.num_processes > 1:
                 _measure_bandwidth(accelerator, found)
             if model is not None and manifest is not None and not wrong:
-                _measure_steps(config, manifest, accelerator, agreement, found)
+                _measure_steps(config, manifest, accelerator, ranks, found)
     except SitdistError as error:
         found.problem("start", str(error))
     return found
@@ -241,14 +241,14 @@ def _measure_bandwidth(accelerator: Accelerator, found: Diagnosis) -> None:
 
 
 def _measure_steps(
-    config: Config, manifest: DatasetManifest, accelerator: Accelerator, agreement: Agreement, found: Diagnosis
+    config: Config, manifest: DatasetManifest, accelerator: Accelerator, ranks: Ranks, found: Diagnosis
 ) -> None:
     """A few steps of the run itself, in a temporary folder."""
     quiet = {"validate_every": None, "checkpoint_every": None, "tracker": None, "profile": None, "averages": None}
     train = config.train.model_copy(update={**quiet, "steps": 10**9, "log_every": 10**9})
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(agreement.of_main(folder))
-        trainer = Trainer(config.model_copy(update={"train": train}), run, accelerator, agreement)
+        run = Path(ranks.broadcast(folder))
+        trainer = Trainer(config.model_copy(update={"train": train}), run, accelerator, ranks)
         stop = StopSignal()
         try:
             trainer.run_steps(stop, until=1)

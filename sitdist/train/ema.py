@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sitdist.distributed.local_shards import local_part, own_parts
+from sitdist.distributed.local_shards import local_part, local_shards
 from sitdist.runs.averages import lerp_unless_masked
 
 
@@ -24,7 +24,7 @@ class Ema:
 
     def follow(self, model: nn.Module) -> None:
         """Follow `model`, which may by now be shared out over processes, as this one's then is."""
-        self._followed = own_parts(model)
+        self._followed = local_shards(model)
         averaged = {name: local_part(parameter) for name, parameter in self.model.named_parameters()}
         self._averaged: list[Tensor] = [averaged[name] for name in self._followed]
 

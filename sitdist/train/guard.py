@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sitdist.config.experiment import NonFiniteConfig
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ KEYS_TOLD = 8
 
 
 @torch.no_grad()
-def poison(losses: Tensor) -> Tensor:
+def nan_if_not_finite(losses: Tensor) -> Tensor:
     """Factors [B] for losses [B]: 1, but NaN where a loss is not finite.
 
     It makes the whole gradient NaN, so that every process sees it in the summed gradient's norm and needs no word from
@@ -43,8 +43,8 @@ class Guard:
     Under fp16 a gradient that overflows while its scale adapts is no fault: there only the losses count.
     """
 
-    def __init__(self, agreement: Agreement, limits: NonFiniteConfig, fp16: bool) -> None:
-        self._agreement, self._limits, self._fp16 = agreement, limits, fp16
+    def __init__(self, ranks: Ranks, limits: NonFiniteConfig, fp16: bool) -> None:
+        self._ranks, self._limits, self._fp16 = ranks, limits, fp16
         self._seen: list[SeenStep] = []
         self.total = self.in_a_row = self.rollbacks = 0
 
@@ -68,7 +68,7 @@ class Guard:
         finite = torch.stack([each.losses.isfinite().all() for each in seen]) if self._fp16 else None
         masked = [not ok for ok in (torch.stack([each.ok for each in seen]) if finite is None else finite).tolist()]
         if finite is not None:
-            masked = list(self._agreement.any(*masked))
+            masked = list(self._ranks.any(*masked))
         for each, bad in zip(seen, masked, strict=True):
             self.in_a_row = self.in_a_row + 1 if bad else 0
             self.total += bad
@@ -77,8 +77,8 @@ class Guard:
 
     def _tell(self, seen: SeenStep) -> None:
         own = [key for key, fine in zip(seen.keys, seen.losses.isfinite().tolist(), strict=True) if not fine]
-        keys = [key for of_process in self._agreement.gather(own) for key in of_process]
-        if self._agreement.rank == 0:
+        keys = [key for of_process in self._ranks.gather(own) for key in of_process]
+        if self._ranks.rank == 0:
             log.warning("step %d left out: the %s", seen.step, _where(keys))
 
     def too_many_in_a_row(self) -> bool:
@@ -101,7 +101,7 @@ class Guard:
 
     def give_up(self, step: int, reason: str) -> None:
         """Raise NonFiniteError on every process."""
-        with self._agreement.together():
+        with self._ranks.raise_together():
             raise NonFiniteError(
                 f"step {step}: {reason}; look at the samples named above, or lower train.optimizer.lr, and start "
                 "another run with another --out"

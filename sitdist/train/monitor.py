@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sitdist.config.experiment import Config
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.io.atomic import write_atomically
 from sitdist.model.flops import listed_peak
 from sitdist.train.profiling import open_tracker
@@ -52,14 +52,14 @@ class Monitor:
         self,
         run: Path,
         accelerator: Accelerator,
-        agreement: Agreement,
+        ranks: Ranks,
         start: int,
         steps: int,
         global_batch: int,
         flops: int | None = None,
         config: Config | None = None,
     ) -> None:
-        self._agreement, self._global_batch, self._flops = agreement, global_batch, flops
+        self._ranks, self._global_batch, self._flops = ranks, global_batch, flops
         self._device, self._tracker = accelerator.device, None
         self._spike = None if config is None else config.train.loss_spike
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -135,10 +135,10 @@ class Monitor:
 
     def write_line(self, step: int, lr: float, loss_scale: float | None, left_out: int = 0) -> None:
         """Write the averages since the last line as those of `step` updates, and how many of all were left out."""
-        sums, counts = self._agreement.sum(torch.stack([self._loss_sums, self._loss_counts]))
+        sums, counts = self._ranks.sum(torch.stack([self._loss_sums, self._loss_counts]))
         norm_sum, norm_count = self._norm_sum.item(), self._norm_count.item()
         own_seconds = time.perf_counter() - self._begun - self._saving - self._validating
-        waited, seconds = self._agreement.sum(torch.tensor([self._waited, own_seconds], dtype=torch.float64)).tolist()
+        waited, seconds = self._ranks.sum(torch.tensor([self._waited, own_seconds], dtype=torch.float64)).tolist()
         scalars = {"loss": float(sums.sum() / counts.sum())} if counts.any() else {}
         if "loss" in scalars:
             self._watch_loss(step, scalars["loss"])
@@ -167,7 +167,7 @@ class Monitor:
             self._recent.append(loss)
             return
         self._spikes += 1
-        if self._agreement.rank == 0:
+        if self._ranks.rank == 0:
             log.warning(
                 "step %d: loss %.4f is %.1f times the median of the last %d lines (%.4f); a lower train.optimizer.lr "
                 "or train.optimizer.clip_norm keeps it down",
@@ -182,7 +182,7 @@ class Monitor:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
         speed = {"checkpoint_share": self._saving / (seconds + self._saving), "memory_gb": memory / 1e9}
         if self._flops is not None:
-            rate = samples_per_second * self._flops / self._agreement.world  # operations a second of one device
+            rate = samples_per_second * self._flops / self._ranks.world  # operations a second of one device
             speed |= {"tflops_per_device": rate / 1e12} | ({} if self._peak is None else {"mfu": rate / self._peak})
         return {f"train_speed/{name}": value for name, value in speed.items()}
 

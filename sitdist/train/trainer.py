@@ -31,12 +31,13 @@ from sitdist.dataset.resident import ResidentSamples
 from sitdist.dataset.store import Store, store_of
 from sitdist.distributed.accelerator import backend_of_launcher, count_nodes, processes
 from sitdist.distributed.backend import make_backend
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.optimizer_state import check_optimizer
+from sitdist.distributed.ranks import Ranks
 from sitdist.distributed.signals import StopSignal
 from sitdist.errors import CheckpointError, ConfigError, RunInterrupted
 from sitdist.flow import draws
 from sitdist.flow.endpoint import sample_times
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.loss import flow_loss, training_interval, weigh_times
 from sitdist.io.atomic import write_atomically
 from sitdist.io.ownership import only_writer
@@ -46,7 +47,7 @@ from sitdist.model.pretrained import initialize_from
 from sitdist.runs import averages as posthoc_ema
 from sitdist.runs import checkpoint as checkpoints
 from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
-from sitdist.train.async_writer import HostCopy, Writer
+from sitdist.train.async_writer import AsyncWriter, HostCopy
 from sitdist.train.compile import (
     ScheduledCollection,
     begin_forward,
@@ -55,7 +56,7 @@ from sitdist.train.compile import (
     recompute_activations,
 )
 from sitdist.train.ema import Ema
-from sitdist.train.guard import Guard, poison
+from sitdist.train.guard import Guard, nan_if_not_finite
 from sitdist.train.memory import check_memory
 from sitdist.train.monitor import Monitor
 from sitdist.train.optimizer import build_optimizer
@@ -73,14 +74,14 @@ def train(config: Config, run: Path) -> None:
     """
     settings, run = config.train, Path(run)
     with (
-        processes(settings.precision, settings.deterministic) as (accelerator, agreement),
+        processes(settings.precision, settings.deterministic) as (accelerator, ranks),
         StopSignal() as stop,
         ExitStack() as held,
     ):
-        with agreement.together():
+        with ranks.raise_together():
             if accelerator.is_main_process:
                 held.enter_context(only_writer(run, "run"))
-        trainer = Trainer(config, run, accelerator, agreement)
+        trainer = Trainer(config, run, accelerator, ranks)
         try:
             trainer.run_steps(stop)
         finally:
@@ -116,7 +117,7 @@ def make_inputs(batch: Batch, config: Config, device: torch.device) -> Inputs:
         return draws.uniform(config.seed, stream, positions, count)
 
     flow, dropout = config.flow, config.model.class_dropout_prob
-    interval = training_interval(get_path(flow.path), flow.prediction, flow.loss_weight)
+    interval = training_interval(get_interpolant(flow.path), flow.prediction, flow.loss_weight)
     return Inputs(
         x0=build_endpoint(config.flow).x0(batch.packed_pose, normal("noise")),
         x1=draw_latent(moments, normal("posterior")),
@@ -152,27 +153,27 @@ def split_batch(global_batch: int, world: int, max_per_device: int | None) -> Ba
 class Trainer:
     """One process's part of a run: opened at a checkpoint or at step 0, then trained up to `config.train.steps`."""
 
-    def __init__(self, config: Config, run: Path, accelerator: Accelerator, agreement: Agreement) -> None:
-        self.config, self.run, self.accelerator, self.agreement = config, run, accelerator, agreement
+    def __init__(self, config: Config, run: Path, accelerator: Accelerator, ranks: Ranks) -> None:
+        self.config, self.run, self.accelerator, self.ranks = config, run, accelerator, ranks
         self.step = 0
         self.saved_step: int | None = None
         self.buckets_settled = False
-        self.host_copy, self.writer = HostCopy(), Writer(config.train.checkpoint_async)
+        self.host_copy, self.writer = HostCopy(), AsyncWriter(config.train.checkpoint_async)
         self.backend = make_backend(backend_of_launcher(os.environ), accelerator)
-        self.guard = Guard(agreement, config.train.non_finite, accelerator.scaler is not None)
+        self.guard = Guard(ranks, config.train.non_finite, accelerator.scaler is not None)
         device, world = accelerator.device, accelerator.num_processes
         if device.type == "cpu":
             keep_freed_memory()
 
         # ---- data and model: the same weights on every process, because every process seeds its CPU generator alike
-        with agreement.together():
+        with ranks.raise_together():
             store = store_of(config)
             self.dataset = store.folder
             self.manifest = manifest = load_manifest(self.dataset)
             self.fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
             reader = self._open_reader(store)
-            self.path = get_path(config.flow.path, config.flow.prediction)
+            self.interpolant = get_interpolant(config.flow.path, config.flow.prediction)
             self.endpoint = build_endpoint(config.flow)
             torch.manual_seed(config.seed)
             self.raw_model = build_model(config.model, manifest, self.endpoint).to(device)
@@ -182,11 +183,11 @@ class Trainer:
 
         # ---- where it goes on
         newest: checkpoints.Checkpoint | None = None
-        with agreement.together():
+        with ranks.raise_together():
             if accelerator.is_main_process:
                 newest = self._find_newest()
-        start = agreement.of_main(None if newest is None else newest.step)
-        with agreement.together():
+        start = ranks.broadcast(None if newest is None else newest.step)
+        with ranks.raise_together():
             if start is None and config.model.init_from is not None:
                 log.info("%s", initialize_from(self.raw_model, Path(config.model.init_from)))
                 self.ema = Ema(self.raw_model, config.train.ema_decay)
@@ -203,7 +204,7 @@ class Trainer:
         if config.train.averages is not None:
             wanted = config.train.averages
             self.averages = posthoc_ema.Averages(self.raw_model, wanted.decays, wanted.sigma_rels)
-        with agreement.together():
+        with ranks.raise_together():
             if start is not None:
                 self._go_on_from(newest or checkpoints.read_checkpoint(checkpoints.folder_of(run, start)))
                 if self.averages is not None:
@@ -212,13 +213,13 @@ class Trainer:
         # ---- what watches it
         self.validation: Validation | None = None
         steps, global_batch = config.train.steps, config.train.global_batch
-        with agreement.together():
+        with ranks.raise_together():
             if accelerator.is_main_process and config.train.validate_every is not None:
                 codec = load_matching_codec(self.dataset / "codec", manifest, device)
                 self.validation = Validation(config, self.dataset, manifest, codec, device)
             self.prefetch = Prefetch(reader, accelerator.process_index, world, steps, config.reader.workers, device)
             flops = training_flops(self.raw_model)
-            self.monitor = Monitor(run, accelerator, agreement, self.step, steps, global_batch, flops, config)
+            self.monitor = Monitor(run, accelerator, ranks, self.step, steps, global_batch, flops, config)
             self.layer_norms = LayerNorms(self.raw_model, config.train.layer_norms_every)
             span = None if config.train.profile is None else (config.train.profile.start, config.train.profile.steps)
             self.profile = StepProfile(run, span, accelerator.process_index, device)
@@ -306,12 +307,12 @@ class Trainer:
             read = self.prefetch.batch(self.step)
         except Exception as error:
             failure = error
-        answer = self.agreement.begin_any(failure is not None, stop.requested is not None)
+        answer = self.ranks.begin_any(failure is not None, stop.requested is not None)
 
         def finish() -> tuple[Batch, float, bool]:
             failed, stopping = answer()
             if failed or read is None:
-                self.agreement.raise_first(failure)
+                self.ranks.raise_first(failure)
             return *read, stopping
 
         return finish
@@ -344,7 +345,7 @@ class Trainer:
         """
         since, every = self.step - self.guard.in_a_row, self.config.train.checkpoint_every
         found = None
-        with self.agreement.together():
+        with self.ranks.raise_together():
             self.writer.wait()
             if self.accelerator.is_main_process and every is not None:
                 for folder in reversed(checkpoints.list_checkpoints(self.run)):
@@ -352,12 +353,12 @@ class Trainer:
                     if step < since and step % every == 0:
                         found = step
                         break
-        target = self.agreement.of_main(found)
+        target = self.ranks.broadcast(found)
         if target is None:
             self.guard.give_up(
                 self.step, f"{self.guard.in_a_row} steps in a row were left out, and there is no checkpoint before them"
             )
-        with self.agreement.together():
+        with self.ranks.raise_together():
             self._load_weights(checkpoints.read_checkpoint(checkpoints.folder_of(self.run, target)))
             if self.averages is not None:
                 self.averages.load(posthoc_ema.path_of(self.run, target))
@@ -385,7 +386,7 @@ class Trainer:
             with self.backend.accumulating(is_last=start == starts[-1]):
                 loss = flow_loss(
                     model,
-                    self.path,
+                    self.interpolant,
                     inputs.x0[part],
                     inputs.x1[part],
                     inputs.t[part],
@@ -396,7 +397,7 @@ class Trainer:
                 )  # [micro]
                 share = self.accelerator.num_processes / self.config.train.global_batch
                 weighed = weigh_times(loss, inputs.t[part], self.config.flow.weight_at_one)
-                self.backend.backward((weighed * poison(loss)).sum() * share)
+                self.backend.backward((weighed * nan_if_not_finite(loss)).sum() * share)
             losses.append(loss.detach())
         return torch.cat(losses)
 
@@ -468,7 +469,7 @@ class Trainer:
         checkpoints.check_tensors(self.raw_model, tensors["model"], of_file("model.safetensors"))
         checkpoints.check_tensors(self.ema.model, tensors["ema"], of_file("ema.safetensors"))
         parameters = {name: each for name, each in self.raw_model.named_parameters() if each.requires_grad}
-        state = checkpoints.check_optimizer(parameters, tensors["optimizer"], of_file("optimizer.safetensors"))
+        state = check_optimizer(parameters, tensors["optimizer"], of_file("optimizer.safetensors"))
         self.backend.load(self.raw_model, tensors["model"])
         self.backend.load(self.ema.model, tensors["ema"])
         self.backend.load_optimizer(state)
@@ -504,10 +505,10 @@ class Trainer:
 
         Each of `tensors` is None, pairs of names and tensors, or a dictionary of such pairs.
         """
-        with self.agreement.together():
+        with self.ranks.raise_together():
             self.writer.wait()  # for the one before, whose copies are written over now
         copies = [self._on_host(each, str(place)) for place, each in enumerate(tensors)]
-        with self.agreement.together():
+        with self.ranks.raise_together():
             if self.accelerator.is_main_process:
                 self.writer.begin(partial(job, *copies))
 
@@ -536,7 +537,7 @@ class Trainer:
 
     def _finish_writing(self) -> None:
         """Wait until what was saved is on disk."""
-        with self.agreement.together():
+        with self.ranks.raise_together():
             self.writer.wait()
 
     def _is_snapshot(self) -> bool:
@@ -570,7 +571,7 @@ class Trainer:
     def _validate(self) -> None:
         begun = time.perf_counter()
         averaged = self._whole_average()
-        with self.agreement.together():
+        with self.ranks.raise_together():
             if self.validation is not None:
                 result = self.validation.measure(averaged)
                 self.monitor.write_scalars(self.step, result.scalars, "validation")

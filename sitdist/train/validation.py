@@ -13,7 +13,7 @@ from sitdist.dataset.manifest import DatasetManifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import estimate_pose
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.predict import velocity_model
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics
@@ -49,7 +49,7 @@ class Validation:
         pictured = indices[: config.train.picture_views]
         self._config, self._codec, self._device = config, codec, device
         self._endpoint = build_endpoint(config.flow)
-        self._path = get_path(config.flow.path, config.flow.prediction)
+        self.interpolant = get_interpolant(config.flow.path, config.flow.prediction)
         self._statistics = PoseStatistics.from_dict(manifest.statistics)
         moments, packed_poses = reader.moments_and_poses(indices)
         self._latents = latent_mean(moments.float()).to(device)
@@ -62,7 +62,7 @@ class Validation:
     def measure(self, model: nn.Module) -> ValidationResult:
         """One-step pose errors and generated views of `model`; one process is enough."""
         flow = self._config.flow
-        model = velocity_model(model, self._path, flow.prediction)
+        model = velocity_model(model, self.interpolant, flow.prediction)
         scalars, rotation = self._pose_errors(model) if flow.why_no_pose() is None else ({}, None)
         if flow.why_no_picture() is not None:
             return ValidationResult(scalars, None, rotation)
@@ -77,7 +77,7 @@ class Validation:
     def _pose_errors(self, model: nn.Module) -> tuple[dict[str, float], Tensor]:
         batch, endpoint = self._config.evaluate.batch, self._endpoint
         estimates = [
-            estimate_pose(model, self._path, latents, labels, self._statistics, endpoint=endpoint).camera_to_world
+            estimate_pose(model, self.interpolant, latents, labels, self._statistics, endpoint=endpoint).camera_to_world
             for latents, labels in zip(self._latents.split(batch), self._labels.split(batch), strict=True)
         ]
         estimated = torch.cat(estimates)
@@ -96,7 +96,7 @@ class Validation:
         count = len(self._packed_poses)
         latents = sample_latents(
             model,
-            self._path,
+            self.interpolant,
             self._endpoint,
             self._packed_poses,
             self._labels[:count],

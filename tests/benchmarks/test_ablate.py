@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from benchmarks import ablate as module
+from benchmarks.__main__ import main
 from benchmarks.ablate import VARIANTS, ablate
 from benchmarks.rewrite import rewrite
 from sitdist.build.writer import build
-from benchmarks.__main__ import main
 from sitdist.config.experiment import ModelConfig
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe

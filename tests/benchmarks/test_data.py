@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks import measure as bench
+from benchmarks.__main__ import main
 from benchmarks.measure import Measure, Way, format_table, measure
 from benchmarks.views import bench_views
 from sitdist.build.writer import build
-from benchmarks.__main__ import main
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.model.autoencoder import make_vae

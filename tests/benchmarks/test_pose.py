@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import pose as module
-from benchmarks.pose import Errors, bench_pose, format_bench
 from benchmarks.__main__ import main as sitdist
+from benchmarks.pose import Errors, bench_pose, format_bench
 from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
 from sitdist.errors import ConfigError

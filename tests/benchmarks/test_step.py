@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from benchmarks import step as bench
+from benchmarks.__main__ import main
 from benchmarks.baseline import RemoteBaseline
 from benchmarks.plain_loop import PlainLoop, random_vae
 from benchmarks.step import BenchOptions, Speed, bench_train, peak_flops
 from sitdist.build.writer import build
-from benchmarks.__main__ import main
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.errors import ConfigError, ProcessError
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
 from sitdist.train.timing import memory_of_step
@@ -32,7 +32,7 @@ def test_the_plain_loop_learns_and_its_average_follows(with_vae):
     model, poses = small_model(), torch.randn(8, 4, 4)
     vae = random_vae((8, 8, 8, 8)) if with_vae else None
     samples = torch.rand(8, 3, 32, 32) if with_vae else torch.randn(8, 4, 4, 4)
-    loop = PlainLoop(model, get_path("linear"), samples, poses, 4, vae)
+    loop = PlainLoop(model, get_interpolant("linear"), samples, poses, 4, vae)
     for group in loop.optimizer.param_groups:
         group["lr"] = 1e-2
     before = model.blocks[0].mlp.fc1.weight.detach().clone()

@@ -12,7 +12,7 @@ from sitdist.build.codec_fit import HELD_OUT, CodecFit, CodecFitOptions, fit_cod
 from sitdist.build.writer import open_splits
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.evaluate.metrics import Lpips
 from sitdist.io.atomic import temporary_name
@@ -128,7 +128,7 @@ def test_the_views_are_kept_as_bytes_in_a_file_without_a_name(train, tmp_path, m
         temporary_name(tmp_path / "vae").write_text("of a fit that was killed")
     theirs = tmp_path / ".vae.1.views"
     theirs.write_text("of a fit of others'")
-    with shared_views(train, 16, tmp_path / "vae", Agreement()) as views:
+    with shared_views(train, 16, tmp_path / "vae", Ranks()) as views:
         assert list(tmp_path.iterdir()) == [theirs]
         assert isinstance(views, np.memmap)
         expected = train.source.images(train.indices.tolist())
@@ -140,8 +140,8 @@ def test_a_batch_is_shared_among_processes_and_drawn_from_all_fitted_views():
     options = replace(SMALL, batch=24)
 
     def batch(step, rank, world):
-        agreement, accelerator = SimpleNamespace(rank=rank, world=world), SimpleNamespace(device=torch.device("cpu"))
-        fit = SimpleNamespace(options=options, agreement=agreement, accelerator=accelerator, latent_shape=(4, 1, 1))
+        ranks, accelerator = SimpleNamespace(rank=rank, world=world), SimpleNamespace(device=torch.device("cpu"))
+        fit = SimpleNamespace(options=options, ranks=ranks, accelerator=accelerator, latent_shape=(4, 1, 1))
         return CodecFit.batch(fit, views, step)
 
     drawn = []

@@ -182,10 +182,10 @@ def train_leaving_out(step: int, *arguments: str) -> None:
 
 def fail_on(own: int, where: str) -> None:
     """Fail on one rank, by a bug, inside a block that all go through together or outside of any."""
-    with processes() as (_, agreement):
+    with processes() as (_, ranks):
         if where == "outside" and rank() == own:
             raise RuntimeError("a bug")
-        with agreement.together():
+        with ranks.raise_together():
             if where == "inside" and rank() == own:
                 raise RuntimeError("a bug")
 

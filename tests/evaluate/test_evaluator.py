@@ -83,7 +83,7 @@ def test_every_view_of_the_split_has_one_row_with_its_true_and_estimated_pose(ru
     assert [row["key"] for row in table] == sorted(reader.keys())
     latents = latent_mean(reader.moments(range(len(reader))).float())
     statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
-    poses = estimate_pose(loaded.model, loaded.path, latents, reader.labels(), statistics).camera_to_world
+    poses = estimate_pose(loaded.model, loaded.interpolant, latents, reader.labels(), statistics).camera_to_world
     true = reader.camera_to_world()
     for i, row in enumerate(table):
         for name, expected in (("true", true[i]), ("estimated", poses[i])):
@@ -361,7 +361,7 @@ def test_the_focal_length_is_estimated_where_the_dataset_packs_it(tmp_path):
     loaded, reader = load_run(tmp_path / "run"), ShardReader(tmp_path / "data", "val")
     statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
     latents = latent_mean(reader.moments(range(3)).float())
-    estimate = estimate_pose(loaded.model, loaded.path, latents, reader.labels(), statistics)
+    estimate = estimate_pose(loaded.model, loaded.interpolant, latents, reader.labels(), statistics)
     expected = 100 * (estimate.intrinsics[:, 0] / reader.intrinsics(range(3))[:, 0] - 1).abs()
     assert [float(row["focal_error"]) for row in rows(folder)] == pytest.approx(expected.tolist(), rel=1e-2)
     text = format_table(json.loads((folder / "metrics.json").read_text()))

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from benchmarks.pose import Errors, bench_pose
 from benchmarks import __main__ as benchmarks
+from benchmarks.pose import Errors, bench_pose
 from sitdist.cli import main as cli
 from sitdist.errors import ConfigError, DataError, OutOfMemoryError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate

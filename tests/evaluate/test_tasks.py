@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, with_config
 
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.schema import STRICT, Number
-from sitdist.evaluate.tasks import Job, claim, do_jobs, do_left, holder, merge, prepare, unit_path, write_unit
+from sitdist.evaluate.tasks import Task, claim, do_left, do_tasks, holder, merge, prepare, unit_path, write_unit
 from sitdist.io.npz import save_arrays
 
 
@@ -34,13 +34,13 @@ class Numbers:
     def __init__(self, out):
         self.out, self.done, self.plan = out, [], {"seed": 1}
 
-    def jobs(self):
-        return [Job(f"job_{i}", (f"v{i}a", f"v{i}b"), 2 + i) for i in range(6)]
+    def tasks(self):
+        return [Task(f"job_{i}", (f"v{i}a", f"v{i}b"), 2 + i) for i in range(6)]
 
-    def measure(self, job):
-        self.done.append(job.name)
-        records = [{"key": key, "value": float(job.views)} for key in reversed(job.keys)]
-        return records, {"picture": np.full((2, 4, 4, 3), job.views, np.uint8)}
+    def measure(self, task):
+        self.done.append(task.name)
+        records = [{"key": key, "value": float(task.views)} for key in reversed(task.keys)]
+        return records, {"picture": np.full((2, 4, 4, 3), task.views, np.uint8)}
 
 
 class Alone:
@@ -53,13 +53,13 @@ class Main:
 
 def finish(*producers):
     pending = [prepare(producer) for producer in producers]
-    do_jobs(list(producers), pending, Alone())
+    do_tasks(list(producers), pending, Alone())
     return pending
 
 
 def test_every_job_is_done_once_and_merged_in_order_of_the_keys(tmp_path):
     numbers = Numbers(tmp_path)
-    assert finish(numbers) == [[job.name for job in numbers.jobs()]]
+    assert finish(numbers) == [[task.name for task in numbers.tasks()]]
     records, arrays = merge(numbers)
     assert [record["key"] for record in records] == [f"v{i}{letter}" for i in range(6) for letter in "ab"]
     assert sorted(arrays) == [f"job_{i}" for i in range(6)]
@@ -76,24 +76,24 @@ def test_the_dearest_jobs_come_first_once_a_cost_is_known(tmp_path):
 def test_the_dearest_jobs_are_told_by_their_effort_too(tmp_path):
     numbers = Numbers(tmp_path)
     efforts = (1.0, 8.0, 1.0, 1.0, 1.0, 1.0)  # job_1 looks at 3 views, job_5 at 7
-    jobs = [replace(job, effort=effort) for job, effort in zip(numbers.jobs(), efforts, strict=True)]
-    numbers.jobs = lambda: jobs
+    tasks = [replace(task, effort=effort) for task, effort in zip(numbers.tasks(), efforts, strict=True)]
+    numbers.tasks = lambda: tasks
     finish(numbers)
     assert numbers.done == ["job_0", "job_1", "job_5", "job_4", "job_3", "job_2"]
 
 
 def test_the_main_process_shows_views_a_second_and_the_time_left(tmp_path, capsys):
     numbers = Numbers(tmp_path)
-    do_jobs([numbers], [prepare(numbers)], Main())
+    do_tasks([numbers], [prepare(numbers)], Main())
     assert re.search(r"27/27 \[00:0\d<00:00, .*view/s\]", capsys.readouterr().err)
 
 
 def test_a_job_that_another_process_has_taken_is_left_to_it(tmp_path):
     numbers = Numbers(tmp_path)
     pending = prepare(numbers)
-    assert claim(tmp_path, numbers.jobs()[3])
-    assert not claim(tmp_path, numbers.jobs()[3])
-    do_jobs([numbers], [pending], Alone())
+    assert claim(tmp_path, numbers.tasks()[3])
+    assert not claim(tmp_path, numbers.tasks()[3])
+    do_tasks([numbers], [pending], Alone())
     assert "job_3" not in numbers.done
     with pytest.raises(DataError, match=r"job_3\.jsonl: cannot be read .*; start the evaluation again to measure it"):
         merge(numbers)
@@ -123,10 +123,10 @@ def test_a_write_that_was_cut_off_does_not_count(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), [1.0, float("inf")], "1", True, 1e300])
 def test_a_value_that_nobody_measures_stops_with_the_view_and_its_name(tmp_path, value):
     numbers = Numbers(tmp_path)
-    job = numbers.jobs()[0]
+    task = numbers.tasks()[0]
     with pytest.raises(DataError, match=r"view v0a: value.*the checkpoint has diverged"):
-        write_unit(numbers, job, [{"key": "v0a", "value": value}], {})
-    assert not unit_path(tmp_path, job).is_file()
+        write_unit(numbers, task, [{"key": "v0a", "value": value}], {})
+    assert not unit_path(tmp_path, task).is_file()
 
 
 # ---------------------------------------------------------------------------------------------------- units with damage
@@ -140,13 +140,13 @@ def write_lines(out, name, lines):
     (out / "units" / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
-def forged(records, arrays=None, plan=None, job=0):
+def forged(records, arrays=None, plan=None, task=0):
     """Write a unit as a stranger would who knows the format."""
 
     def damage(out):
         numbers = Numbers(out)
         numbers.plan, numbers.record = plan or numbers.plan, TypeAdapter(dict)
-        write_unit(numbers, numbers.jobs()[job], records, arrays or {})
+        write_unit(numbers, numbers.tasks()[task], records, arrays or {})
 
     return damage
 
@@ -186,7 +186,7 @@ def pickled(out):
     array = np.empty(1, object)
     array[0] = Program()
     numbers = Numbers(out)
-    write_unit(numbers, numbers.jobs()[0], of(2.0, 2.0), {"picture": array})
+    write_unit(numbers, numbers.tasks()[0], of(2.0, 2.0), {"picture": array})
 
 
 def copied(source, target):
@@ -255,7 +255,7 @@ def test_a_unit_that_is_not_whole_is_refused_and_measured_again(tmp_path, caplog
 def test_pictures_of_another_size_than_those_of_the_other_units_are_refused(tmp_path):
     numbers = Numbers(tmp_path)
     finish(numbers)
-    forged(of(7.0, 7.0, keys=("v5a", "v5b")), {"picture": np.zeros((2, 8, 8, 3), np.uint8)}, job=5)(tmp_path)
+    forged(of(7.0, 7.0, keys=("v5a", "v5b")), {"picture": np.zeros((2, 8, 8, 3), np.uint8)}, task=5)(tmp_path)
     with pytest.raises(DataError, match=r"job_5\.npz: pictures unlike those of the other units"):
         merge(numbers)
 
@@ -272,21 +272,21 @@ def other():
     started.wait()
 
 
-def claim_as(out, job, pid, monkeypatch):
+def claim_as(out, task, pid, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: pid)
-        assert claim(out, job)
+        assert claim(out, task)
 
 
 def test_a_claim_of_a_living_process_stays_and_its_job_is_waited_for(tmp_path, other, monkeypatch, caplog):
     numbers = Numbers(tmp_path)
     prepare(numbers)
-    job = numbers.jobs()[3]
-    claim_as(tmp_path, job, other.pid, monkeypatch)
+    task = numbers.tasks()[3]
+    claim_as(tmp_path, task, other.pid, monkeypatch)
     claimed = (tmp_path / "claims" / "job_3").read_bytes()
     pending = finish(numbers)
-    assert pending == [[each.name for each in numbers.jobs()]]
-    assert holder(tmp_path, job) == other.pid
+    assert pending == [[each.name for each in numbers.tasks()]]
+    assert holder(tmp_path, task) == other.pid
     assert (tmp_path / "claims" / "job_3").read_bytes() == claimed
     assert "job_3" not in numbers.done
     slept = []
@@ -307,18 +307,18 @@ def test_a_claim_of_a_living_process_stays_and_its_job_is_waited_for(tmp_path, o
 def test_a_claim_of_a_process_that_ended_or_of_another_one_by_its_number_is_cleared(tmp_path, other, monkeypatch):
     numbers = Numbers(tmp_path)
     prepare(numbers)
-    jobs = numbers.jobs()
-    claim_as(tmp_path, jobs[0], other.pid, monkeypatch)
+    tasks = numbers.tasks()
+    claim_as(tmp_path, tasks[0], other.pid, monkeypatch)
     values = json.loads((tmp_path / "claims" / "job_0").read_text())
-    for job, change in zip(
-        jobs[1:], ({"started": 1}, {"host": "elsewhere"}, {"pid": 1}, {"pid": -1}, {"pid": 10**30}), strict=True
+    for task, change in zip(
+        tasks[1:], ({"started": 1}, {"host": "elsewhere"}, {"pid": 1}, {"pid": -1}, {"pid": 10**30}), strict=True
     ):
-        (tmp_path / "claims" / job.name).write_text(json.dumps(values | change))
-    assert [holder(tmp_path, job) for job in jobs] == [other.pid, *[None] * 5]
+        (tmp_path / "claims" / task.name).write_text(json.dumps(values | change))
+    assert [holder(tmp_path, task) for task in tasks] == [other.pid, *[None] * 5]
     other.communicate(b"\n")
-    assert holder(tmp_path, jobs[0]) is None
+    assert holder(tmp_path, tasks[0]) is None
     (tmp_path / "claims" / "job_0").write_text("[")
-    assert finish(numbers) == [[job.name for job in jobs]]
+    assert finish(numbers) == [[task.name for task in tasks]]
     assert len(numbers.done) == 6
 
 

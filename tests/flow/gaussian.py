@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sitdist.flow.interpolant import Path, like
+from sitdist.flow.interpolant import Interpolant, like
 
 
 @dataclass
 class GaussianFlow:
     """Its velocity is that of conditional means of Gaussians; it is called like a model of the velocity."""
 
-    path: Path
+    path: Interpolant
     mean: float = 1.5
     deviation: float = 0.5
 

@@ -6,7 +6,7 @@ import torch
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint, pose_endpoint
 from sitdist.flow.estimate import EstimateOptions, estimate_pose
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg
@@ -30,7 +30,7 @@ def test_the_pose_is_read_with_the_gain_and_the_layout_that_it_was_packed_with(e
     for estimator in ("one_step", "euler"):
         estimate = estimate_pose(
             lambda x, t, y: NOISE - x0,
-            get_path("linear"),
+            get_interpolant("linear"),
             NOISE,
             y,
             STATISTICS,

@@ -20,12 +20,12 @@ from sitdist.flow.error_bars import (
     rendered_mean,
 )
 from sitdist.flow.estimate import estimate_pose
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
-LINEAR, ENDPOINT = get_path("linear"), Endpoint("pose", 0.1)
+LINEAR, ENDPOINT = get_interpolant("linear"), Endpoint("pose", 0.1)
 RANDOM = torch.Generator().manual_seed(0)
 MANY = shell_cameras(torch.rand(800, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0))
 STATISTICS = PoseStatistics.from_poses(MANY)

@@ -8,12 +8,12 @@ import torch
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint, pose_endpoint
 from sitdist.flow.estimate import ESTIMATORS, EstimateOptions, estimate_pose, read_pose
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
-LINEAR, Y = get_path("linear"), torch.zeros(2, dtype=torch.int64)
+LINEAR, Y = get_interpolant("linear"), torch.zeros(2, dtype=torch.int64)
 RANDOM = torch.Generator().manual_seed(0)
 MANY = shell_cameras(torch.rand(500, 3, dtype=torch.float64, generator=RANDOM), (3.0, 5.0))
 POSES, STATISTICS = MANY[:2], PoseStatistics.from_poses(MANY)

@@ -7,10 +7,10 @@ from test_solve import growth
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint
 from sitdist.flow.exact import invert_exactly
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.solve import FIXED_STEP, generate, invert
 
-LINEAR = get_path("linear")
+LINEAR = get_interpolant("linear")
 
 
 class Network(torch.nn.Module):

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import PATHS, PREDICTIONS, get_path
+from sitdist.flow.interpolant import INTERPOLANTS, PREDICTIONS, get_interpolant
 
 REFERENCE = load_file(FilePath(__file__).parents[1] / "reference" / "sit_tiny.safetensors")
 PUBLISHED_NAMES = {"linear": "Linear", "gvp": "GVP", "vp": "VP"}
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_points_and_conversions_equal_the_published_code(name: str) -> None:
-    path, t = get_path(name), REFERENCE["in.t_mid"]
+    path, t = get_interpolant(name), REFERENCE["in.t_mid"]
     sample = path.sample(REFERENCE["in.x0"], REFERENCE["in.x1"], t)
     score = path.score_from_velocity(sample.velocity, sample.x_t, t)
     ours = {
@@ -32,9 +32,9 @@ def test_points_and_conversions_equal_the_published_code(name: str) -> None:
         assert (value - expected).norm() / expected.norm() < 1e-5, key
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_conversions_give_the_endpoints_back_and_undo_each_other(name: str) -> None:
-    path = get_path(name)
+    path = get_interpolant(name)
     x0, x1 = torch.randn(2, 7, 4, 8, 8, dtype=torch.float64)
     t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     sample = path.sample(x0, x1, t)
@@ -47,9 +47,9 @@ def test_conversions_give_the_endpoints_back_and_undo_each_other(name: str) -> N
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_samplers_stay_where_the_velocity_that_follows_from_the_prediction_is_finite(name, prediction) -> None:
-    path = get_path(name, prediction)
+    path = get_interpolant(name, prediction)
     x_t, output = torch.randn(2, 2, 4, 8, 8)
     convert = {"velocity": path.posterior_x0, "x0": path.velocity_from_x0, "score": path.velocity_from_score}
     ends = torch.tensor([path.t_zero, path.t_one])
@@ -63,18 +63,18 @@ def test_samplers_stay_where_the_velocity_that_follows_from_the_prediction_is_fi
             assert not all((value.abs() < 1e6).all() for value in values)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_velocity_is_the_derivative_of_the_point(name: str) -> None:
-    path, h = get_path(name), 1e-6
+    path, h = get_interpolant(name), 1e-6
     x0, x1 = torch.randn(2, 7, 4, 8, 8, dtype=torch.float64)
     t = torch.linspace(0.1, 0.9, 7, dtype=torch.float64)
     difference = (path.sample(x0, x1, t + h).x_t - path.sample(x0, x1, t - h).x_t) / (2 * h)
     torch.testing.assert_close(path.sample(x0, x1, t).velocity, difference, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_paths_run_from_x0_to_x1(name: str) -> None:
-    path = get_path(name)
+    path = get_interpolant(name)
     x0, x1 = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
     start, end = (path.sample(x0, x1, torch.tensor([t], dtype=torch.float64)).x_t for t in (0.0, path.t_one))
     torch.testing.assert_close(end, x1, rtol=0, atol=0.05)
@@ -84,11 +84,11 @@ def test_paths_run_from_x0_to_x1(name: str) -> None:
 
 def test_posterior_at_t_one_on_the_linear_path_is_x1_less_the_velocity() -> None:
     x1, velocity = torch.randn(2, 3, 4, 8, 8)
-    torch.testing.assert_close(get_path("linear").posterior_x0(velocity, x1, torch.ones(3)), x1 - velocity)
+    torch.testing.assert_close(get_interpolant("linear").posterior_x0(velocity, x1, torch.ones(3)), x1 - velocity)
 
 
 def test_unknown_path_is_named_with_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"'cubic'.*linear, gvp, vp"):
-        get_path("cubic")
+        get_interpolant("cubic")
     with pytest.raises(ConfigError, match=r"'noise'.*velocity, x0, score"):
-        get_path("linear", "noise")
+        get_interpolant("linear", "noise")

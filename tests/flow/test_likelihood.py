@@ -8,7 +8,7 @@ from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint
-from sitdist.flow.interpolant import PATHS, get_path
+from sitdist.flow.interpolant import INTERPOLANTS, get_interpolant
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.geometry.packing import pack
 
@@ -22,9 +22,9 @@ def every_direction(batch: int, shape: torch.Size) -> torch.Tensor:
     return unit.reshape(-1, 1, *shape).expand(-1, batch, *shape)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_likelihood_of_a_gaussian_flow_is_the_known_one(name: str) -> None:
-    path = get_path(name)
+    path = get_interpolant(name)
     flow = GaussianFlow(path)
     x1 = 1.5 + 0.5 * torch.randn(6, *SHAPE, dtype=torch.float64)
     result = log_likelihood(flow, path, x1, Y, GaussianBase(), rademacher(0, torch.arange(6), 1, SHAPE), "rk4", 100)
@@ -41,7 +41,7 @@ def coupled(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def test_hutchinson_probes_average_to_the_trace() -> None:
-    path, x1 = get_path("linear"), torch.randn(6, *SHAPE, dtype=torch.float64)
+    path, x1 = get_interpolant("linear"), torch.randn(6, *SHAPE, dtype=torch.float64)
 
     def measured(probes: torch.Tensor) -> torch.Tensor:
         return log_likelihood(coupled, path, x1, Y, GaussianBase(), probes, "midpoint", 4).log_density
@@ -60,7 +60,7 @@ def test_hutchinson_probes_average_to_the_trace() -> None:
 
 
 def test_adaptive_solvers_measure_the_same() -> None:
-    path = get_path("linear")
+    path = get_interpolant("linear")
     flow = GaussianFlow(path)
     x1 = torch.randn(6, *SHAPE, dtype=torch.float64)
     result = log_likelihood(flow, path, x1, Y, GaussianBase(), rademacher(0, torch.arange(6), 1, SHAPE), "dopri5")
@@ -83,7 +83,7 @@ def test_density_of_the_pose_endpoint_is_the_mixture_over_the_training_poses(sha
 
 def test_likelihood_over_the_pose_endpoint_is_the_density_carried_along() -> None:
     """x1 = e^1.5 x0 on dx/dt = (1 + t) x, so the density is that of x0 less 1.5 for every number."""
-    path, poses = get_path("linear"), torch.randn(5, 4, 4, dtype=torch.float64)
+    path, poses = get_interpolant("linear"), torch.randn(5, 4, 4, dtype=torch.float64)
     x0 = pack(poses[:3], *SHAPE) + 0.1 * torch.randn(3, *SHAPE, dtype=torch.float64)
     base = PoseBase(pack(poses, *SHAPE), 0.1)
     probes = rademacher(0, torch.arange(3), 1, SHAPE)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import PATHS, PREDICTIONS, get_path
+from sitdist.flow.interpolant import INTERPOLANTS, PREDICTIONS, get_interpolant
 from sitdist.flow.loss import LOSS_WEIGHTS, flow_loss, loss_weight, training_interval, weigh_times
 from sitdist.flow.predict import VelocityModel
 from sitdist.flow.sde import diffusion
 
-LINEAR, Y = get_path("linear"), torch.zeros(2, dtype=torch.int64)
+LINEAR, Y = get_interpolant("linear"), torch.zeros(2, dtype=torch.int64)
 T = torch.tensor([0.2, 0.7], dtype=torch.float64)
 
 
@@ -31,10 +31,10 @@ def test_only_the_samples_at_one_are_weighed() -> None:
     assert weigh_times(loss, t, 10.0).tolist() == [2.0, 30.0, 5.0]
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 @pytest.mark.parametrize("prediction", ["x0", "score"])
 def test_velocity_weight_makes_the_loss_the_squared_error_of_the_velocity(name: str, prediction: str) -> None:
-    path = get_path(name, prediction)
+    path = get_interpolant(name, prediction)
     x0, x1, output = torch.randn(3, 2, 4, 4, 4)
 
     class Network(torch.nn.Module):
@@ -47,9 +47,9 @@ def test_velocity_weight_makes_the_loss_the_squared_error_of_the_velocity(name: 
     torch.testing.assert_close(loss, error.float(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_likelihood_weight_is_the_sbdm_diffusion_times_the_squared_error_of_the_score(name: str) -> None:
-    path = get_path(name, "score")
+    path = get_interpolant(name, "score")
     x0, x1, output = torch.randn(3, 2, 4, 4, 4)
     true = -x0 / path.coefficients(T)[1].reshape(-1, 1, 1, 1)
     expected = diffusion(path, "SBDM", T) * squares(output - true)
@@ -66,13 +66,13 @@ def test_without_a_weight_x0_and_score_have_the_same_loss_where_they_say_the_sam
     )
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_every_combination_is_finite_at_the_ends_of_its_times_and_none_gives_time_away(name: str) -> None:
     x0, x1, output = torch.randn(3, 2, 4, 4, 4)
     for prediction, weight in itertools.product(PREDICTIONS, LOSS_WEIGHTS):
         if prediction == "velocity" and weight != "none":
             continue
-        path = get_path(name, prediction)
+        path = get_interpolant(name, prediction)
         ends = training_interval(path, prediction, weight)
         arguments = (path, x0, x1, torch.tensor(ends), Y, None, prediction, weight)
         assert flow_loss(lambda *_: output, *arguments).isfinite().all(), (prediction, weight)

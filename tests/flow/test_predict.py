@@ -6,7 +6,7 @@ from gaussian import GaussianFlow
 from torch import nn
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import PATHS, get_path
+from sitdist.flow.interpolant import INTERPOLANTS, get_interpolant
 from sitdist.flow.predict import VelocityModel, guided, velocity_model
 from sitdist.flow.solve import generate, invert
 from sitdist.model.sit import SiT
@@ -24,9 +24,9 @@ class Predictor(nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["x0", "score"])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_a_prediction_of_a_gaussian_flow_becomes_its_velocity_and_runs_both_ways(name: str, prediction: str) -> None:
-    path = get_path(name, prediction)
+    path = get_interpolant(name, prediction)
     flow, y = GaussianFlow(path), torch.zeros(5, dtype=torch.int64)
     model = velocity_model(Predictor(getattr(flow, prediction)), path, prediction)
     x0 = torch.randn(5, 4, 2, 2, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_a_prediction_of_a_gaussian_flow_becomes_its_velocity_and_runs_both_ways
 
 def test_a_network_of_the_velocity_is_used_as_it_is() -> None:
     network = nn.Identity()
-    assert velocity_model(network, get_path("linear"), "velocity") is network
+    assert velocity_model(network, get_interpolant("linear"), "velocity") is network
 
 
 def test_a_wrapped_network_has_its_weights_and_passes_the_labels_to_drop() -> None:
@@ -49,7 +49,7 @@ def test_a_wrapped_network_has_its_weights_and_passes_the_labels_to_drop() -> No
     network = SiT(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)
-    path = get_path("linear", "x0")
+    path = get_interpolant("linear", "x0")
     model = VelocityModel(network, path, "x0")
     assert len(list(model.parameters())) == len(list(network.parameters()))
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([0.3, 0.8]), torch.zeros(2, dtype=torch.int64)
@@ -83,7 +83,7 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too() -> None:
 
 
 def test_guiding_a_prediction_is_guiding_its_velocity() -> None:
-    path = get_path("gvp", "x0")
+    path = get_interpolant("gvp", "x0")
     x, t, y = torch.randn(2, 4, 2, 2), torch.tensor([0.2, 0.9]), torch.tensor([0, 4])
     model = VelocityModel(Predictor(by_label), path, "x0")
     expected = path.velocity_from_x0(guided(by_label, 3.0)(x, t, y), x, t)

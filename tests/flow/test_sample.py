@@ -6,7 +6,7 @@ from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.sample import STOCHASTIC, SampleOptions, sample_latents
 
 SHAPE = torch.Size((4, 2, 2))
@@ -30,7 +30,7 @@ class Labelled:
 def sampled(model, options, count=4, endpoint=Endpoint(sigma=0.0), first=0):  # noqa: B008
     poses = torch.zeros(count, 4, 4)
     y, positions = torch.zeros(count, dtype=torch.int64), torch.arange(first, first + count)
-    return sample_latents(model, get_path("linear"), endpoint, poses, y, SHAPE, options, 0, "test", positions)
+    return sample_latents(model, get_interpolant("linear"), endpoint, poses, y, SHAPE, options, 0, "test", positions)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(None, 3.0), (1.0, 3.0), (0.0, 1.0), (2.5, 6.0)])
@@ -47,7 +47,7 @@ def test_published_guidance_leaves_the_fourth_channel_alone():
 
 @pytest.mark.parametrize("generator", [*STOCHASTIC, "heun"])
 def test_samples_of_a_gaussian_flow_have_its_mean_and_deviation(generator):
-    flow = Unconditional(get_path("linear"))
+    flow = Unconditional(get_interpolant("linear"))
     options = SampleOptions(generator, 100, diffusion="sigma", last_step_size=0.01)
     out = sampled(flow, options, count=2000, endpoint=Endpoint("gaussian", sigma=1.0))
     assert float(out.mean()) == pytest.approx(1.5, abs=0.02)
@@ -56,7 +56,7 @@ def test_samples_of_a_gaussian_flow_have_its_mean_and_deviation(generator):
 
 @pytest.mark.parametrize("generator", [*STOCHASTIC, "heun"])
 def test_a_sample_does_not_depend_on_the_batch_around_it(generator):
-    flow, endpoint = Unconditional(get_path("linear")), Endpoint("gaussian", sigma=1.0)
+    flow, endpoint = Unconditional(get_interpolant("linear")), Endpoint("gaussian", sigma=1.0)
     options = SampleOptions(generator, 5, diffusion="sigma")
     many = sampled(flow, options, count=6, endpoint=endpoint)
     few = sampled(flow, options, count=2, endpoint=endpoint, first=3)
@@ -64,7 +64,7 @@ def test_a_sample_does_not_depend_on_the_batch_around_it(generator):
 
 
 def test_diffusion_and_last_step_change_a_stochastic_sample():
-    flow, endpoint = Unconditional(get_path("linear")), Endpoint("gaussian", sigma=1.0)
+    flow, endpoint = Unconditional(get_interpolant("linear")), Endpoint("gaussian", sigma=1.0)
     outs = [
         sampled(flow, SampleOptions("euler_maruyama", 5, **changed), endpoint=endpoint)
         for changed in (

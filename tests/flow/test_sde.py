@@ -7,7 +7,7 @@ import torch
 from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
-from sitdist.flow.interpolant import PATHS, get_path
+from sitdist.flow.interpolant import INTERPOLANTS, get_interpolant
 from sitdist.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_METHODS, SdeOptions, diffusion, generate_sde, sde_interval
 
 Y = torch.zeros(500, dtype=torch.int64)
@@ -27,8 +27,8 @@ def sampled(path, options, flow=None, seed=0):
 @pytest.mark.parametrize("form", DIFFUSIONS)
 def test_marginals_are_those_of_the_ode(form: str, method: str) -> None:
     steps = 200 if form == "SBDM" else 60  # its diffusion is nearly infinite where it begins
-    for name in PATHS:
-        path = get_path(name)
+    for name in INTERPOLANTS:
+        path = get_interpolant(name)
         flow = GaussianFlow(path)
         x1 = sampled(path, SdeOptions(method, steps, form, 0.5, "Mean", 0.01), flow)
         # x0 to x1 by the ODE: mean + deviation * x0, up to the solver's error of O(1 / steps)
@@ -38,7 +38,7 @@ def test_marginals_are_those_of_the_ode(form: str, method: str) -> None:
 
 @pytest.mark.parametrize(("method", "coarse"), [("euler_maruyama", 8), ("heun", 2)])
 def test_the_bias_falls_with_the_number_of_steps(method: str, coarse: int) -> None:
-    path = get_path("linear")
+    path = get_interpolant("linear")
     bias = [
         abs(sampled(path, SdeOptions(method, steps, "sigma", 2.0, "Euler", 0.001)).var() - 0.25)
         for steps in (coarse, 64)
@@ -48,7 +48,7 @@ def test_the_bias_falls_with_the_number_of_steps(method: str, coarse: int) -> No
 
 def test_the_noise_is_in_the_samples_and_norm_scales_it() -> None:
     """x1 given x0 spreads; with the noise switched off the SDE would be another flow of wrong spread."""
-    path = get_path("linear")
+    path = get_interpolant("linear")
     x0 = torch.zeros(500, 4, 2, 2, dtype=torch.float64)
     spread = []
     for norm in (0.01, 1.0):
@@ -68,7 +68,7 @@ def test_the_noise_is_in_the_samples_and_norm_scales_it() -> None:
 
 
 def test_last_steps_are_what_they_are_called() -> None:
-    path, size = get_path("linear"), 0.04
+    path, size = get_interpolant("linear"), 0.04
     flow = GaussianFlow(path)
     t = torch.full((500,), 1 - size, dtype=torch.float64)
     before = sampled(path, SdeOptions(steps=20, diffusion="sigma", last_step=None), flow)
@@ -88,7 +88,7 @@ def test_last_steps_are_what_they_are_called() -> None:
 
 def test_diffusions_have_the_published_values() -> None:
     t = torch.tensor([0.25], dtype=torch.float64)
-    linear = {form: diffusion(get_path("linear"), form, t, 0.5).item() for form in DIFFUSIONS}
+    linear = {form: diffusion(get_interpolant("linear"), form, t, 0.5).item() for form in DIFFUSIONS}
     assert linear == pytest.approx(
         {
             "constant": 0.5,
@@ -99,22 +99,22 @@ def test_diffusions_have_the_published_values() -> None:
             "increasing-decreasing": 0.5 * 0.5,
         }
     )
-    assert diffusion(get_path("gvp"), "sigma", t).item() == pytest.approx(math.cos(math.pi / 8))
+    assert diffusion(get_interpolant("gvp"), "sigma", t).item() == pytest.approx(math.cos(math.pi / 8))
     # SBDM on the VP path is half the rate of its noise: 0.5 (0.1 + 0.75 * 19.9)
-    assert diffusion(get_path("vp"), "SBDM", t).item() == pytest.approx(0.5 * (0.1 + 0.75 * 19.9))
+    assert diffusion(get_interpolant("vp"), "SBDM", t).item() == pytest.approx(0.5 * (0.1 + 0.75 * 19.9))
 
 
 def test_the_published_misspelling_is_understood() -> None:
     t = torch.rand(5)
-    path = get_path("linear")
+    path = get_interpolant("linear")
     assert SdeOptions(diffusion="inccreasing-decreasing").diffusion == "inccreasing-decreasing"
     assert torch.equal(diffusion(path, "inccreasing-decreasing", t), diffusion(path, "increasing-decreasing", t))
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x0", "score"])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_drift_and_diffusion_are_finite_at_all_times_of_the_solvers(name: str, prediction: str) -> None:
-    path = get_path(name, prediction)
+    path = get_interpolant(name, prediction)
     for form in DIFFUSIONS:
         for last in (None, "Mean"):
             options = SdeOptions(diffusion=form, last_step=last)
@@ -123,13 +123,13 @@ def test_drift_and_diffusion_are_finite_at_all_times_of_the_solvers(name: str, p
             assert diffusion(path, form, ends).isfinite().all()
             assert path.score_from_velocity(velocity, x, ends).isfinite().all()
             assert ends[1] == pytest.approx(0.96 if last else 0.999)
-    assert sde_interval(get_path("linear"), SdeOptions(diffusion="sigma"))[0] == 0
-    assert sde_interval(get_path("linear"), SdeOptions(diffusion="SBDM"))[0] == 1e-3
-    assert sde_interval(get_path("vp"), SdeOptions(diffusion="SBDM"))[0] == 0
+    assert sde_interval(get_interpolant("linear"), SdeOptions(diffusion="sigma"))[0] == 0
+    assert sde_interval(get_interpolant("linear"), SdeOptions(diffusion="SBDM"))[0] == 1e-3
+    assert sde_interval(get_interpolant("vp"), SdeOptions(diffusion="SBDM"))[0] == 0
 
 
 def test_the_pose_endpoint_has_no_sde_and_the_error_says_why() -> None:
-    path = get_path("linear")
+    path = get_interpolant("linear")
     with pytest.raises(ConfigError, match=r"SDE sampling needs the gaussian endpoint, not 'pose': score = .*N\(0, I\)"):
         generate_sde(GaussianFlow(path), path, torch.zeros(1, 4, 2, 2), Y[:1], torch.zeros, SdeOptions(), "pose")
 

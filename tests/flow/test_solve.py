@@ -7,10 +7,10 @@ import torch
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint, sample_times
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.solve import ADAPTIVE, FIXED_STEP, SOLVERS, generate, invert, invert_at_arrival
 
-LINEAR, Y = get_path("linear"), torch.zeros(2, dtype=torch.int64)
+LINEAR, Y = get_interpolant("linear"), torch.zeros(2, dtype=torch.int64)
 
 
 def growth(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -425,22 +425,22 @@ def _scene_targets(folder: Path) -> list[Target]:
 class Numbers:
     """Two jobs of two records each, as the evaluation's producers have them."""
 
-    plan: dict[str, Any] = {"seed": 1}
+    plan = {"seed": 1}  # noqa: RUF012
 
     def __init__(self, out: Path) -> None:
         from pydantic import TypeAdapter
 
         self.out, self.record = out, TypeAdapter(dict[str, str | float])
 
-    def jobs(self) -> list[Any]:
-        from sitdist.evaluate.tasks import Job
+    def tasks(self) -> list[Any]:
+        from sitdist.evaluate.tasks import Task
 
-        return [Job(f"job_{number}", (f"v{number}a", f"v{number}b"), 2) for number in range(2)]
+        return [Task(f"job_{number}", (f"v{number}a", f"v{number}b"), 2) for number in range(2)]
 
-    def measure(self, job: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def measure(self, task: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         pictures = np.zeros((2, 2, 2, 3), np.uint8)
-        records = [{"key": key, "value": 1.0} for key in job.keys]
-        return records, {"key": np.array(job.keys), "true": pictures}
+        records = [{"key": key, "value": 1.0} for key in task.keys]
+        return records, {"key": np.array(task.keys), "true": pictures}
 
     def finish(self, records: Any, arrays: Any) -> None:
         """Nothing is made of them."""
@@ -452,12 +452,12 @@ class _Alone:
 
 def _evaluation_targets(folder: Path) -> list[Target]:
     """The records and the pictures of a unit, as they are merged."""
-    from sitdist.evaluate.tasks import do_jobs, merge, prepare
+    from sitdist.evaluate.tasks import do_tasks, merge, prepare
 
     made = []
     for name in ("job_0.jsonl", "job_0.npz"):
         producer = Numbers(folder / f"unit-{name}")
-        do_jobs([producer], [prepare(producer)], _Alone())  # type: ignore[arg-type, list-item]
+        do_tasks([producer], [prepare(producer)], _Alone())  # type: ignore[arg-type, list-item]
         path = producer.out / "units" / name
         change = _index if path.suffix == ".npz" else spoil.lines
         read = lambda producer=producer: merge(producer)  # noqa: E731

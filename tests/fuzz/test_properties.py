@@ -21,7 +21,7 @@ from sitdist.errors import SitdistError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.similarity import Similarity
-from sitdist.inference.preprocess import Framing
+from sitdist.inference.preprocess import Preprocess
 from sitdist.io.colmap import read_model
 from sitdist.io.pose_files import PosedPicture, quaternions, read_poses, write_poses
 
@@ -294,8 +294,8 @@ def test_framings_and_similarities_come_back_from_json(inputs):
     )
     def framings(size, numbers, colours):
         camera = None if numbers is None else Intrinsics(*(size * each for each in numbers), size, size)
-        once = Framing.from_dict(json.loads(json.dumps(Framing(size, camera, colours).to_dict())))
-        assert Framing.from_dict(json.loads(json.dumps(once.to_dict()))).backgrounds == once.backgrounds == colours
+        once = Preprocess.from_dict(json.loads(json.dumps(Preprocess(size, camera, colours).to_dict())))
+        assert Preprocess.from_dict(json.loads(json.dumps(once.to_dict()))).backgrounds == once.backgrounds == colours
         assert once.size == size
         assert (once.camera is None) == (camera is None)
         if camera is not None:

@@ -231,7 +231,7 @@ BIAS = "x_embedder.proj.bias"
         lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
         *(set_to("step", step) for step in (-1, "6", 6.0, True, None)),
         *(set_to("weights_sha256", sha) for sha in ("", None, "x" * 64, ["0" * 64])),
-        *(set_to("framing", framing) for framing in ({}, [], None, 16)),
+        *(set_to("framing", preprocess) for preprocess in ({}, [], None, 16)),
         *(set_to("framing.size", size) for size in (0, -16, 10**9, 32, "16", 16.0, True, None)),
         set_to("framing.camera", [0.0, 0.0, 0.5, 0.5]),
         set_to("framing.camera", [-1.0, 1.0, 0.5, 0.5]),

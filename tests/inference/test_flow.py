@@ -127,7 +127,7 @@ def test_poses_are_those_of_the_evaluation(flow, pictures, tiny_run):
     run = load_run(tiny_run)
     latents = latent_mean(run.codec.encode_moments(pictures))
     labels, statistics = torch.zeros(8, dtype=torch.int64), PoseStatistics.from_dict(run.manifest.statistics)
-    expected = estimate_pose(run.model, run.path, latents, labels, statistics)
+    expected = estimate_pose(run.model, run.interpolant, latents, labels, statistics)
     estimate = flow.estimate(pictures)
     assert torch.equal(estimate.camera_to_world, expected.camera_to_world)
     assert torch.equal(estimate.so3_residual, expected.so3_residual)
@@ -396,7 +396,7 @@ def test_a_run_an_export_and_one_of_its_steps_are_loaded(tiny_run, exported, flo
     assert sitdist.load(tiny_run, step=6).run.step == flow.run.step == 6
     assert flow.to("cpu").device.type == "cpu"
     white = sitdist.load(exported, background=(1.0, 1.0, 1.0))
-    assert white.framing.background(0).tolist() == [1.0, 1.0, 1.0]
+    assert white.preprocess.background(0).tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(ConfigError, match=r"step 6: .* is an export, which holds one step"):
         sitdist.load(exported, step=6)
     with pytest.raises(CheckpointError, match="step_00000005"):

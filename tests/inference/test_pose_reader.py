@@ -81,7 +81,7 @@ def test_every_key_changes_the_poses(loaded, views, one, other):
 
 def test_the_exact_estimator_undoes_the_generator_of_the_settings(loaded, views):
     found = estimate(loaded, views, estimator="exact", generator="midpoint", generator_steps=3)
-    x0 = invert_exactly(loaded.model, loaded.path, latent_mean(views[1]), views[2], "midpoint", 3).x0
+    x0 = invert_exactly(loaded.model, loaded.interpolant, latent_mean(views[1]), views[2], "midpoint", 3).x0
     torch.testing.assert_close(found.packed_pose, loaded.endpoint.packed_pose(x0.double()))
     guided = estimate(loaded, views, estimator="exact", generator="midpoint", generator_steps=3, guidance=3.0)
     assert (guided.packed_pose - found.packed_pose).abs().max() > 1e-6

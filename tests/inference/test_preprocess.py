@@ -8,13 +8,13 @@ from PIL import Image
 from sitdist.dataset.manifest import load_manifest
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics, look_at
-from sitdist.inference.preprocess import Framing, centred, framed, framing_of, resampled
+from sitdist.inference.preprocess import Preprocess, centred, framed, preprocess_of, resampled
 from sitdist.io.images import to_pixels
 from sitdist.scene.views import open_scene, render
 
 GREY = (0.5, 0.5, 0.5)
 CAMERA = Intrinsics.from_fov(40.0, 32, 32)
-FRAMING = Framing(32, CAMERA, {0: GREY})
+FRAMING = Preprocess(32, CAMERA, {0: GREY})
 POSE = look_at(torch.tensor([3.0, 1.5, 1.2]))
 
 
@@ -71,7 +71,7 @@ def test_without_intrinsics_the_centred_square_is_used_and_its_camera_is_told():
     assert told.to_list() == pytest.approx([CAMERA.fx * 3, CAMERA.fy * 3, 70.0, 48.0])
     assert (told.width, told.height) == (140, 96)
     assert difference(frame(wide, intrinsics=told), frame(wide)) < 1e-6
-    assert centred(Framing(32, None, {}), 140, 96) is None
+    assert centred(Preprocess(32, None, {}), 140, 96) is None
 
 
 def test_resampling_keeps_a_constant_picture_and_a_ramp():
@@ -185,21 +185,21 @@ def test_what_does_not_fit_a_picture_is_named(options, message):
 
 
 def test_the_recipe_tells_the_camera_and_the_background(tiny_dataset, tmp_path):
-    framing = framing_of(load_manifest(tiny_dataset), tmp_path)
-    assert framing == Framing(16, Intrinsics.from_fov(40.0, 16, 16), {0: GREY})
-    assert Framing.from_dict(framing.to_dict()) == framing
+    preprocess = preprocess_of(load_manifest(tiny_dataset), tmp_path)
+    assert preprocess == Preprocess(16, Intrinsics.from_fov(40.0, 16, 16), {0: GREY})
+    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
 
 
 def test_what_the_recipe_does_not_tell_is_read_from_the_dataset(tiny_dataset, tmp_path, monkeypatch):
     manifest = load_manifest(tiny_dataset)
     manifest.recipe["splits"]["train"] = {"kind": "npz", "paths": ["views.npz"], "label": 0}
     monkeypatch.setattr("sitdist.inference.preprocess.load_manifest", lambda _: manifest)
-    measured = framing_of(manifest, tiny_dataset)
+    measured = preprocess_of(manifest, tiny_dataset)
     assert measured.camera.to_list() == pytest.approx(Intrinsics.from_fov(40.0, 16, 16).to_list())
     assert measured.backgrounds[0] == pytest.approx(GREY, abs=0.51 / 255)
     monkeypatch.undo()
-    unknown = framing_of(manifest, tmp_path)  # the dataset is not at hand
-    assert unknown == Framing(16, None, {})
+    unknown = preprocess_of(manifest, tmp_path)  # the dataset is not at hand
+    assert unknown == Preprocess(16, None, {})
     with pytest.raises(DataError, match="label 0: the colour behind the object is not known here"):
         unknown.background(0)
     with pytest.raises(DataError, match="the training pictures' intrinsics are not known here"):
@@ -222,5 +222,5 @@ def test_a_recipe_that_tells_no_camera_or_colour_is_refused_in_one_line(tiny_dat
     manifest = load_manifest(tiny_dataset)
     recipe = manifest.recipe | {"splits": {"train": manifest.recipe["splits"]["train"] | source}}
     with pytest.raises(DataError, match=r"dataset tiny|framing") as refused:
-        framing_of(manifest.model_copy(update={"recipe": recipe}), tmp_path)
+        preprocess_of(manifest.model_copy(update={"recipe": recipe}), tmp_path)
     assert "\n" not in str(refused.value)

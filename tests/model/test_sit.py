@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.solve import generate, invert
 from sitdist.model.sit import SiT
 
@@ -40,7 +40,7 @@ def test_forward_pass_equals_the_published_code(model: SiT) -> None:
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun3", "dopri5"])
 @torch.no_grad()
 def test_ode_results_equal_the_published_code(model: SiT, method: str) -> None:
-    path, z, y = get_path("linear"), REFERENCE["in.z"], REFERENCE["in.y"]
+    path, z, y = get_interpolant("linear"), REFERENCE["in.z"], REFERENCE["in.y"]
     assert relative(generate(model, path, z, y, method, steps=8), REFERENCE[f"ode.{method}"]) < 1e-5
     assert relative(invert(model, path, z, y, method, steps=8), REFERENCE[f"ode_reverse.{method}"]) < 1e-5
 

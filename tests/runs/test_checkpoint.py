@@ -25,7 +25,7 @@ from sitdist.dataset.reader import ShardReader
 from sitdist.distributed.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
 from sitdist.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from sitdist.flow.estimate import EstimateOptions, estimate_pose
-from sitdist.flow.interpolant import get_path
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.inference.run import load_run
 from sitdist.model.codec import latent_mean
@@ -634,7 +634,7 @@ def edit_config(run, **changes):
 def test_poses_are_those_of_the_weights_the_config_and_the_card_read_by_hand(run, tiny_dataset):
     """As the first versions loaded a run: config.yaml, dataset.json and ema.safetensors, with nothing checked."""
     config, manifest = load_yaml(Config, run / "config.yaml"), read_manifest(run / "dataset.json")
-    endpoint, flow_path = build_endpoint(config.flow), get_path(config.flow.path, config.flow.prediction)
+    endpoint, flow_path = build_endpoint(config.flow), get_interpolant(config.flow.path, config.flow.prediction)
     model = build_model(config.model, manifest, endpoint)
     model.load_state_dict(load_file(folder_of(run, 2) / "ema.safetensors"))
     loaded, reader = load_run(run), ShardReader(tiny_dataset, "test")
@@ -644,7 +644,7 @@ def test_poses_are_those_of_the_weights_the_config_and_the_card_read_by_hand(run
         estimate_pose(network, path, latents, labels, statistics, options, end)
         for network, path, end in (
             (model.eval().requires_grad_(False), flow_path, endpoint),
-            (loaded.model, loaded.path, loaded.endpoint),
+            (loaded.model, loaded.interpolant, loaded.endpoint),
         )
     )
     assert torch.equal(ours.camera_to_world, theirs.camera_to_world)

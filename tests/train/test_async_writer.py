@@ -15,7 +15,7 @@ from sitdist.config.load import load_yaml
 from sitdist.errors import CheckpointError, DataError
 from sitdist.runs import checkpoint as checkpoints
 from sitdist.runs.checkpoint import TENSOR_FILES, folder_of, list_checkpoints
-from sitdist.train.async_writer import HostCopy, Writer
+from sitdist.train.async_writer import AsyncWriter, HostCopy
 from sitdist.train.trainer import Trainer, train
 
 
@@ -40,7 +40,7 @@ def test_a_copy_stays_what_it_was_and_its_memory_is_used_again():
 
 
 def test_a_job_runs_beside_the_caller_who_waits_before_the_next_one():
-    writer, may_end, done = Writer(asynchronous=True), threading.Event(), []
+    writer, may_end, done = AsyncWriter(asynchronous=True), threading.Event(), []
     writer.begin(lambda: (may_end.wait(30), done.append(1)))
     writer.check()
     assert done == []
@@ -57,7 +57,7 @@ def test_what_a_job_meets_is_raised_once(asynchronous):
     def fail():
         raise CheckpointError("no")
 
-    writer = Writer(asynchronous)
+    writer = AsyncWriter(asynchronous)
     with pytest.raises(CheckpointError, match="no"):  # noqa: PT012 - the first of them, or the second
         writer.begin(fail)
         writer.wait()

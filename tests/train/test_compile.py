@@ -16,7 +16,7 @@ from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
 from sitdist.distributed.accelerator import make_accelerator
 from sitdist.distributed.backend import sum_of_squares
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.errors import ConfigError
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
@@ -240,7 +240,7 @@ def test_a_profile_covers_the_steps_asked_for(config, tmp_path):
 def test_the_settings_are_on_the_page_of_hyperparameters(config, tmp_path):
     accelerator = make_accelerator()
     settings = config("train.steps=7")
-    Monitor(tmp_path, accelerator, Agreement(accelerator), 0, 7, 4, None, settings).close()
+    Monitor(tmp_path, accelerator, Ranks(accelerator), 0, 7, 4, None, settings).close()
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     content = read.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     assert b"train.optimizer.lr" in content

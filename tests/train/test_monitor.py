@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
 from sitdist.distributed.accelerator import make_accelerator
-from sitdist.distributed.ranks import Agreement
+from sitdist.distributed.ranks import Ranks
 from sitdist.train import monitor as monitoring
 from sitdist.train.monitor import BIN_NAMES, Monitor, keep_lines_until, time_bin
 
@@ -19,7 +19,7 @@ from sitdist.train.monitor import BIN_NAMES, Monitor, keep_lines_until, time_bin
 def open_monitor(tmp_path):
     def open_at(start: int) -> Monitor:
         accelerator = make_accelerator()
-        return Monitor(tmp_path, accelerator, Agreement(accelerator), start, steps=100, global_batch=4)
+        return Monitor(tmp_path, accelerator, Ranks(accelerator), start, steps=100, global_batch=4)
 
     return open_at
 
@@ -133,7 +133,7 @@ def test_a_loss_far_above_the_lines_before_is_told_and_counted(tmp_path, tiny_ya
     said = []
     monkeypatch.setattr(monitoring.log, "warning", lambda message, *values: said.append(message % values))
     accelerator = make_accelerator()
-    monitor = Monitor(tmp_path, accelerator, Agreement(accelerator), 0, 100, 4, None, load_yaml(Config, tiny_yaml))
+    monitor = Monitor(tmp_path, accelerator, Ranks(accelerator), 0, 100, 4, None, load_yaml(Config, tiny_yaml))
     for step, loss in enumerate((8.0, 1.0, 1.1, 0.9, 4.0, 4.0, 1.0), 1):
         monitor.observe_losses(torch.full((4,), loss), torch.full((4,), 0.5))
         monitor.observe_step(0.0, torch.tensor(1.0))

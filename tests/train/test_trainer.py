@@ -152,7 +152,7 @@ def test_a_loss_weight_changes_the_weights_and_a_run_that_predicts_x0_is_loaded_
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([1e-3, 1.0]), torch.zeros(2, dtype=torch.int64)
     velocity = (x - network(x, t, y)) / t.reshape(-1, 1, 1, 1)  # on the linear path
     torch.testing.assert_close(loaded.model(x, t, y), velocity)
-    assert (loaded.path.t_zero, loaded.path.t_one) == (1e-3, 1.0)
+    assert (loaded.interpolant.t_zero, loaded.interpolant.t_one) == (1e-3, 1.0)
 
 
 def test_times_of_a_weighted_loss_keep_away_from_where_it_is_infinite(config, tiny_dataset):
@@ -251,8 +251,8 @@ def test_validation_changes_nothing_in_the_training(config, tmp_path):
 
 
 def test_the_picture_shows_the_true_views_below_the_generated_ones(config, tmp_path, tiny_dataset):
-    with processes() as (accelerator, agreement):
-        opened = Trainer(config("train.validate_every=1"), tmp_path, accelerator, agreement)
+    with processes() as (accelerator, ranks):
+        opened = Trainer(config("train.validate_every=1"), tmp_path, accelerator, ranks)
         picture = opened.validation.measure(opened.ema.model).picture  # [3, 2 + 18 + 18, 2 + 18 + 18]
         opened.close()
     true = ShardReader(tiny_dataset, "val").images([0, 1])

@@ -74,7 +74,9 @@ class Tools:
         """Poses [B, 4, 4] read off latents [B, C, h, w]."""
         loaded, settings = self.loaded, self.settings
         chosen = options or build_estimate(settings)
-        estimate = estimate_pose(loaded.model, loaded.path, latents, labels, self.statistics, chosen, loaded.endpoint)
+        estimate = estimate_pose(
+            loaded.model, loaded.interpolant, latents, labels, self.statistics, chosen, loaded.endpoint
+        )
         return estimate.camera_to_world
 
     @torch.no_grad()
@@ -90,7 +92,7 @@ class Tools:
         loaded = self.loaded
         latents = sample_latents(
             loaded.model,
-            loaded.path,
+            loaded.interpolant,
             loaded.endpoint,
             standardize(poses.to(self.device), self.statistics, intrinsics),
             labels,
@@ -111,7 +113,7 @@ class Tools:
     def follow(self, x0: Tensor, labels: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] that the ODE makes of x0 [B, C, h, w] with a pose in it."""
         loaded, settings = self.loaded, self.settings
-        latents = generate(loaded.model, loaded.path, x0, labels, settings.generator, settings.generator_steps)
+        latents = generate(loaded.model, loaded.interpolant, x0, labels, settings.generator, settings.generator_steps)
         return loaded.codec.decode(latents)
 
     def look(self, poses: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from sitdist.evaluate.experiments.common import Tools, row_major, summaries, wri
 from sitdist.evaluate.experiments.interpolation import spread
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
-from sitdist.evaluate.tasks import Job
+from sitdist.evaluate.tasks import Task
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 
 VIEWS, TURNS = 32, 4
@@ -37,10 +37,10 @@ class Cycle:
         self._batch = max(1, min(tools.settings.batch, 16))
         self.plan = plan | {"experiment": self.name, "views": len(self._views), "turns": TURNS}
 
-    def jobs(self) -> list[Job]:
+    def tasks(self) -> list[Task]:
         chunks = range(0, len(self._views), self._batch)
         return [
-            Job(
+            Task(
                 f"cycle_{start:05d}",
                 tuple(f"{view.key}_turn{turn}" for view in self._chunk(start) for turn in range(1, TURNS + 1)),
                 TURNS * len(self._chunk(start)),
@@ -51,9 +51,9 @@ class Cycle:
     def _chunk(self, start: int) -> list[Any]:
         return self._views[start : start + self._batch]
 
-    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """Views are loaded one by one, as their bins may differ."""
-        tools, views = self._tools, self._chunk(int(job.name[6:]))
+        tools, views = self._tools, self._chunk(int(task.name[6:]))
         loaded = [tools.views.load((view,)) for view in views]
         true, images, labels, intrinsics = (
             torch.cat([getattr(view, name) for view in loaded]).to(tools.device)

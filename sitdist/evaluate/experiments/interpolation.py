@@ -13,7 +13,7 @@ from torch import Tensor
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
-from sitdist.evaluate.tasks import Job
+from sitdist.evaluate.tasks import Task
 from sitdist.evaluate.views import to_uint8
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize
@@ -41,16 +41,16 @@ class Interpolation:
         self._pairs = max(1, min(PAIRS, most, len(tools.references) // 2))
         self.plan = plan | {"experiment": self.name, "pairs": self._pairs, "steps": STEPS}
 
-    def jobs(self) -> list[Job]:
+    def tasks(self) -> list[Task]:
         return [
-            Job(name, tuple(f"{name}_{step:02d}" for step in range(STEPS)), STEPS)
+            Task(name, tuple(f"{name}_{step:02d}" for step in range(STEPS)), STEPS)
             for pair in range(self._pairs)
             for name in (f"pair{pair:03d}_{method}" for method in self.methods)
         ]
 
-    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools = self._tools
-        pair, method = int(job.name[4:7]), job.name[8:]
+        pair, method = int(task.name[4:7]), task.name[8:]
         chosen = spread(tools.references, 2 * self._pairs)
         ends = tuple(chosen[i] for i in (pair, pair + self._pairs))
         views = [tools.views.load((end,)) for end in ends]
@@ -67,10 +67,10 @@ class Interpolation:
             start, stop = tools.loaded.endpoint.x0(packed, noise)
             share = torch.linspace(0.0, 1.0, STEPS, device=tools.device)[:, None, None, None]
             pictures = tools.follow((1.0 - share) * start + share * stop, labels)  # [STEPS, 3, H, W]
-        records = self._records(job, method, pictures, labels, way)
+        records = self._records(task, method, pictures, labels, way)
         return records, {"rendered": to_uint8(pictures)}
 
-    def _records(self, job: Job, method: str, pictures: Tensor, labels: Tensor, way: Tensor) -> list[dict[str, Any]]:
+    def _records(self, task: Task, method: str, pictures: Tensor, labels: Tensor, way: Tensor) -> list[dict[str, Any]]:
         tools = self._tools
         last: list[float | None] = [None, *psnr(pictures[1:], pictures[:-1]).tolist()]
         lpips: list[float | None] = [None] * STEPS
@@ -80,7 +80,7 @@ class Interpolation:
         if tools.loaded.config.flow.why_no_pose() is None:
             read = tools.read(tools.encode(pictures), labels)
             off = rotation_error_deg(read[:, :3, :3], way[:, :3, :3]).tolist()
-        columns = zip(job.keys, last, lpips, off, row_major(way), strict=True)
+        columns = zip(task.keys, last, lpips, off, row_major(way), strict=True)
         return [
             {"key": key, "method": method, "psnr_to_last": a, "lpips_to_last": b, "off_the_way_deg": c, "true": pose}
             for key, a, b, c, pose in columns
@@ -94,7 +94,7 @@ class Interpolation:
             rows.append({"method": method, "worst_psnr_to_last": min(ends), **summaries(inside, MEASURES)})
         result = {"experiment": self.name, "pairs": self._pairs, "steps": STEPS, "rows": rows}
         write_results(self.out, result, records)
-        strips = {job.name: np.concatenate(list(arrays[job.name]["rendered"]), axis=1) for job in self.jobs()}
+        strips = {task.name: np.concatenate(list(arrays[task.name]["rendered"]), axis=1) for task in self.tasks()}
         save_arrays(self.out / "strips.npz", strips)
 
 

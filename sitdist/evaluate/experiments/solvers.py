@@ -14,7 +14,7 @@ from sitdist.evaluate.experiments.common import Tools, summaries, write_results
 from sitdist.evaluate.experiments.interpolation import spread
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
-from sitdist.evaluate.tasks import Job
+from sitdist.evaluate.tasks import Task
 from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.solve import function_evaluations
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -42,17 +42,17 @@ class Solvers:
         self._settings += [("picture", *each) for each in steps] if renders else []
         self.plan = plan | {"experiment": self.name, "views": len(self._views), "of": len(self._settings)}
 
-    def jobs(self) -> list[Job]:
-        jobs = []
+    def tasks(self) -> list[Task]:
+        tasks = []
         for task, solver, steps in self._settings:
             name = f"{task}_{solver}_{steps:03d}"
             keys = tuple(f"{name}_{view.key}" for view in self._views)
-            jobs.append(Job(name, keys, len(self._views), _evaluations(solver, steps)))
-        return jobs
+            tasks.append(Task(name, keys, len(self._views), _evaluations(solver, steps)))
+        return tasks
 
-    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools = self._tools
-        task, solver, steps = next(each for each in self._settings if job.name == f"{each[0]}_{each[1]}_{each[2]:03d}")
+        task, solver, steps = next(each for each in self._settings if task.name == f"{each[0]}_{each[1]}_{each[2]:03d}")
         loaded = [tools.views.load((view,)) for view in self._views]
         true, latents, images, labels, intrinsics = (
             torch.cat([getattr(view, name) for view in loaded]).to(tools.device)
@@ -77,7 +77,7 @@ class Solvers:
         blank = dict.fromkeys(MEASURES[:-1]) | {"ms": 1000.0 * spent / len(self._views)}
         records = [
             {"key": key, **same, **blank, **{name: column[i] for name, column in columns.items()}}
-            for i, key in enumerate(job.keys)
+            for i, key in enumerate(task.keys)
         ]
         return records, {}
 

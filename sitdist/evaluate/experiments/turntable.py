@@ -14,7 +14,7 @@ from torch import Tensor
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
 from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
-from sitdist.evaluate.tasks import Job
+from sitdist.evaluate.tasks import Task
 from sitdist.evaluate.views import to_uint8
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg, translation_error
@@ -41,12 +41,12 @@ class Turntable:
         self._frames = min(FRAMES, max_views or FRAMES)
         self.plan = plan | {"experiment": self.name, "frames": self._frames}
 
-    def _job(self, start: int) -> Job:
+    def _task(self, start: int) -> Task:
         stop = min(start + self._tools.settings.batch, self._frames)
-        return Job(f"turntable_{start:05d}", tuple(f"t{i:04d}" for i in range(start, stop)), stop - start)
+        return Task(f"turntable_{start:05d}", tuple(f"t{i:04d}" for i in range(start, stop)), stop - start)
 
-    def jobs(self) -> list[Job]:
-        return [self._job(start) for start in range(0, self._frames, self._tools.settings.batch)]
+    def tasks(self) -> list[Task]:
+        return [self._task(start) for start in range(0, self._frames, self._tools.settings.batch)]
 
     def cameras(self) -> Tensor:
         """camera_to_world [frames, 4, 4] of the circle."""
@@ -57,12 +57,12 @@ class Turntable:
         level, height = radius * math.cos(elevation), radius * math.sin(elevation)
         return look_at(torch.stack([level * angle.cos(), level * angle.sin(), torch.full_like(angle, height)], -1))
 
-    def measure(self, job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools, flow = self._tools, self._tools.loaded.config.flow
-        poses = self.cameras()[[int(key[1:]) for key in job.keys]].to(tools.device)
+        poses = self.cameras()[[int(key[1:]) for key in task.keys]].to(tools.device)
         labels = torch.full((len(poses),), tools.label, dtype=torch.int64, device=tools.device)
         records = [
-            {"key": key, **dict.fromkeys((*MEASURES, "psnr", "estimated", "rendered_estimated"))} for key in job.keys
+            {"key": key, **dict.fromkeys((*MEASURES, "psnr", "estimated", "rendered_estimated"))} for key in task.keys
         ]
         pictures: dict[str, np.ndarray] = {}
         true = tools.look(poses)
@@ -85,7 +85,7 @@ class Turntable:
         result = {"experiment": self.name, "n": len(records), **summaries(records, [*MEASURES, "psnr"])}
         names = [name for name in ("true", "rendered") if all(name in part for part in arrays.values())]
         if names:
-            parts = [np.concatenate([arrays[job.name][name] for job in self.jobs()]) for name in names]
+            parts = [np.concatenate([arrays[task.name][name] for task in self.tasks()]) for name in names]
             frames = [Image.fromarray(frame) for frame in np.concatenate(parts, axis=2)]
             write_atomically(self.out / "turntable.gif", lambda path: save_gif(frames, path, FRAMES_PER_SECOND))
             result["gif"] = " | ".join(names)
