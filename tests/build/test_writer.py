@@ -246,7 +246,7 @@ def test_a_build_stopped_between_the_manifest_and_its_plans_removal_is_finished(
 KILLED_BUILD = """
 import json, os, signal, sys
 from sitdist.config import Recipe, parse
-from sitdist.data import shard, writer
+from sitdist.build import shard, writer
 from pathlib import Path
 
 whole, calls = shard._write_tar, []

@@ -141,8 +141,8 @@ def test_a_file_that_is_there_is_refused_before_any_work_is_done(
     places = {"RUN": tiny_run, "FILE": tmp_path / "file", "RECIPE": tmp_path / "recipe.yaml", "OTHER": tmp_path / "o"}
     words = [str(places.get(word, word)) for word in FILES[name]]
     with monkeypatch.context() as patch:
-        for work in ("likelihood.load_run", "bench_pose.load_run"):
-            patch.setattr(f"sitdist.evaluate.{work}", None)
+        for work in ("sitdist.evaluate.likelihood.load_run", "benchmarks.pose.load_run"):
+            patch.setattr(work, None)
         patch.setattr("sitdist.runs.averages.reconstruct", None)
         patch.setattr("sitdist.build.camera_path.open_splits", None)
         (tmp_path / "file").write_text("mine")
