@@ -1,7 +1,7 @@
-"""What goes wrong in this method, each mistake alone beside the same run without it, in both directions.
+"""Known mistakes of the method, one by one, beside the same run without them, in both directions.
 
-OUT/ablation.json                 dataset, steps, split: what a later start has to agree with
-OUT/VARIANT/data  run  eval       the changed dataset where it is one, the trained run, its evaluation
+OUT/ablation.json                 dataset, steps, split: a later start must have the same
+OUT/VARIANT/data  run  eval       the changed dataset, if any, the trained run, its evaluation
 OUT/table.md  table.html  strip.png
 """
 
@@ -49,7 +49,7 @@ STRIP_VIEWS = 8
 
 @dataclass(frozen=True)
 class Change:
-    """How a dataset is written again; None: as it was."""
+    """What to change in a dataset; None: nothing."""
 
     statistics: PoseStatistics | None = None
     moments: NewMoments | None = None
@@ -69,7 +69,7 @@ class Variant:
 
 
 def _flips(dataset: Path, _: str) -> Change:
-    """Half of the training views mirrored left to right, under the poses that they had."""
+    """Half of the training views mirrored left to right, with unchanged poses."""
     codec = load_codec(dataset / "codec")
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ def _flips(dataset: Path, _: str) -> Change:
 
 
 def _half_range(dataset: Path, _: str) -> Change:
-    """Pictures of [0, 1] in the place of [-1, 1] at the codec's entrance, which is x -> (x + 1) / 2 in [0, 1]."""
+    """Pictures in [0, 1] fed to a codec that expects [-1, 1], which is x -> (x + 1) / 2 in [0, 1]."""
     codec = load_codec(dataset / "codec")
 
     @torch.no_grad()
@@ -97,14 +97,14 @@ def _half_range(dataset: Path, _: str) -> Change:
 
 
 def _pictures(codec: Codec, reader: ShardReader, indices: list[int]) -> Tensor:
-    """Pictures [B, 3, H, W] of samples; of training views, which keep none, those that their latents give."""
+    """Pictures [B, 3, H, W] of samples; training views store none, so theirs are decoded from the latents."""
     if reader.split == "train":
         return codec.decode(latent_mean(reader.moments(indices).float()))
     return reader.images(indices)
 
 
 def _test_statistics(dataset: Path, split: str) -> Change:
-    """Mean and deviation of the poses that are evaluated, in the place of the training poses'."""
+    """Mean and deviation of the evaluated poses instead of the training poses."""
     reader = ShardReader(dataset, split)
     has_intrinsics = PoseStatistics.from_dict(load_manifest(dataset).statistics).has_intrinsics
     intrinsics = reader.intrinsics(range(len(reader))) if has_intrinsics else None
@@ -140,8 +140,8 @@ def ablate(
 ) -> str:
     """Train and evaluate every variant that `out` does not hold yet, then write the table; returns it as markdown.
 
-    `split`: the views evaluated, by default the first split that is neither train nor val. `model`: another size than
-    that of configs/chair.yaml. ConfigError for an `out` that was begun otherwise.
+    `split`: the evaluated views, by default the first split other than train and val. `model`: by default that of
+    configs/chair.yaml. ConfigError if `out` was begun with other settings.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("python -m benchmarks ablate: runs in one process; start it without a launcher")
@@ -177,7 +177,7 @@ def _model(manifest: DatasetManifest) -> ModelConfig:
 
 
 def _run(variant: Variant, dataset: Path, folder: Path, steps: int, split: str, model: ModelConfig) -> None:
-    """Whatever of a variant is not there yet; every part can be interrupted."""
+    """Do what is missing of a variant; every part can be interrupted."""
     if (folder / "eval" / "report.html").is_file():
         return
     data = dataset

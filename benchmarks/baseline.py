@@ -1,7 +1,6 @@
-"""The plain loop that `python -m benchmarks train` asks for its times: here, or on a CPU in a process of its own.
+"""The plain loop that `python -m benchmarks train` times: in this process, or on a CPU in a process of its own.
 
-There it takes memory and gives it back as it would alone. What the trainer sets in its process, and what either side
-has just freed, would otherwise change the other's times.
+Settings of the trainer's process, and memory that either side has just freed, would otherwise change the other's times.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks.measure import seconds_of
 from benchmarks.plain_loop import PlainLoop, random_vae
 from sitdist.config.experiment import Config
 from sitdist.dataset.manifest import load_manifest
@@ -23,13 +23,13 @@ from sitdist.errors import ProcessError
 from sitdist.flow.interpolant import get_interpolant
 from sitdist.model.codec import latent_mean
 from sitdist.runs.build import build_endpoint, build_model
-from sitdist.train.timing import bytes_held, memory_of_step, seconds_of
+from sitdist.train.memory import bytes_held, memory_of_step
 
 PIXELS_A_LATENT = 8  # on a side, of the autoencoder inside the slower baseline
 
 
 class LocalBaseline:
-    """The plain loop on the data and the model of `config`, with an autoencoder of these channels in it, or none."""
+    """The plain loop on the data and the model of `config`, with an autoencoder of these channels, or none."""
 
     def __init__(self, config: Config, vae_channels: tuple[int, ...] | None, device: torch.device) -> None:
         data, batch = Path(config.data), config.train.global_batch
@@ -44,17 +44,17 @@ class LocalBaseline:
         self._loop = PlainLoop(model, get_interpolant(config.flow.path), samples.to(device), packed_pose, batch, vae)
 
     def memory(self) -> int | None:
-        """Bytes of weights, state and the peak of a step; None where the system does not tell."""
+        """Bytes of weights, state and the peak of a step; None if the system does not tell."""
         return memory_of_step(self._loop.step, bytes_held(self._loop.model), self._loop.device)
 
     def seconds(self, steps: int) -> float:
-        """Of a step, over `steps` of them, after one that does not count."""
+        """Seconds per step, over `steps` of them, after a warm-up step."""
         self._loop.step()
         return seconds_of(lambda: [self._loop.step() for _ in range(steps)], self._loop.device) / steps
 
 
 class RemoteBaseline:
-    """A `LocalBaseline`, made of what is given, in another process, which waits while it is not asked."""
+    """A `LocalBaseline` with these arguments in another process, which is idle between calls."""
 
     def __init__(self, *given: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -91,7 +91,7 @@ class RemoteBaseline:
 
 
 def _serve(connection: Connection, threads: int, *given: Any) -> None:
-    """Answer what `RemoteBaseline` asks until it closes the connection."""
+    """Answer the calls of `RemoteBaseline` until it closes the connection."""
     torch.set_num_threads(threads)
     try:
         baseline = LocalBaseline(*given)
@@ -107,7 +107,7 @@ Baseline = LocalBaseline | RemoteBaseline
 
 @contextmanager
 def open_baseline(config: Config, vae_channels: tuple[int, ...] | None, device: torch.device) -> Iterator[Baseline]:
-    """The plain loop on `device`; a GPU's in this process, because there both sides share what memory there is."""
+    """The plain loop on `device`: on a GPU in this process, because both sides share its memory."""
     if device.type == "cuda":
         yield LocalBaseline(config, vae_channels, device)
         return

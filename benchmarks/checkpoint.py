@@ -1,6 +1,6 @@
-"""What saving costs a run: the stall of a save that is written beside the training, and of one written at once.
+"""The cost of saving: how long a save in the background pauses the training, and a save at once.
 
-Both write, hash and flush the same files, in turn, in one process; so other work on the machine meets both.
+Both write, hash and flush the same files, in turn, in one process, so that other work on the machine affects both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, seconds_of
 from benchmarks.step import BenchOptions, make_config, make_recipe
 from sitdist.build.writer import build
 from sitdist.config.load import parse
@@ -18,14 +18,13 @@ from sitdist.config.recipe import Recipe
 from sitdist.distributed.accelerator import processes
 from sitdist.distributed.signals import StopSignal
 from sitdist.train.async_writer import AsyncWriter
-from sitdist.train.timing import seconds_of
 from sitdist.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class SaveCost:
-    """Seconds, one entry a pair: how long both kinds of saving keep the training thread, a step that nothing disturbs,
-    and what the steps after a save took longer, all together, until it was on disk.
+    """Seconds, one entry per pair: the pause of both kinds of saving, an undisturbed step, and by how much the steps
+    after a background save were slower, in total, until it was on disk.
     """
 
     at_once: list[float]
@@ -36,12 +35,12 @@ class SaveCost:
 
     @property
     def stall(self) -> float:
-        """The stall beside the training over that at once: the median over the pairs."""
+        """The pause of a background save relative to a save at once: the median over the pairs."""
         return statistics.median(ours / theirs for ours, theirs in zip(self.beside, self.at_once, strict=True))
 
 
 def bench_checkpoint(options: BenchOptions) -> str:
-    """The report of `measure_saves`: one process, the first of the options' backends."""
+    """The report of `measure_saves`, in one process, with the first of the options' backends."""
     with tempfile.TemporaryDirectory() as folder:
         cost = measure_saves(options, Path(folder))
     once, beside, step, slower = (
@@ -63,7 +62,7 @@ def bench_checkpoint(options: BenchOptions) -> str:
 
 
 def measure_saves(options: BenchOptions, place: Path) -> SaveCost:
-    """Train in the folder `place` and save, `pairs` times in both ways; the first save of each is not counted."""
+    """Train in the folder `place` and save in both ways `pairs` times; the first save of each does not count."""
     config = make_config(options, options.backends[0], place)
     build(parse(Recipe, make_recipe(options), "bench"), place / "data")
     settings = config.train
@@ -76,8 +75,8 @@ def measure_saves(options: BenchOptions, place: Path) -> SaveCost:
             return seconds_of(lambda: trainer.run_steps(stop, until=trainer.step + 1), device)
 
         def save(how: str) -> float:
-            trainer.writer = writers[how]
-            return seconds_of(trainer.save, device)
+            trainer.saver.writer = writers[how]
+            return seconds_of(trainer.saver.save, device)
 
         step()
         times: dict[str, list[float]] = {"at once": [], "beside": [], "step": [], "slowdown": []}

@@ -1,6 +1,6 @@
-"""How fast the data side is, beside named baselines in the same run.
+"""Rates and times beside named baselines in the same run, and the table that shows them.
 
-Every rate is the best of ROUNDS, taken in turn, so that other work on the machine meets all of them alike.
+Every rate is the best of ROUNDS, taken in turn, so that other work on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +22,9 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do a thing, by how many processes; `rate` does it once and tells how much of it in a second.
+    """One way to do a task, with the number of processes it uses; `rate` does it once and returns the rate per second.
 
-    Baselines are what others offer, or what was there before.
+    Baselines are other libraries' ways, or earlier ones.
     """
 
     name: str
@@ -49,7 +51,7 @@ def measure(ways: Sequence[Way]) -> list[Measure]:
 
 
 def format_table(title: str, unit: str, measures: Sequence[Measure]) -> list[str]:
-    """A line a measure, with its ratios to the fastest baseline of one process and, if it is another, of any number."""
+    """One line per measurement, with ratios to the fastest baseline of one process and of any number of processes."""
     baselines = sorted((each for each in measures if each.is_baseline), key=lambda each: each.rate)
     references = [[each for each in baselines if each.processes == 1][-1]]
     if baselines[-1] != references[0]:
@@ -63,6 +65,16 @@ def format_table(title: str, unit: str, measures: Sequence[Measure]) -> list[str
     return lines + [f"  ({n}) to '{references[n - 1].name}', {of[n - 1]}" for n in numbers]
 
 
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, with the work that it leaves to the device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    begun = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - begun
+
+
 def machine() -> str:
     """Hardware, load, versions and command."""
     processor = platform.processor() or platform.machine()
@@ -73,5 +85,5 @@ def machine() -> str:
     return (
         f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} torch threads\n"
         f"Python {platform.python_version()}, {packages}\n"
-        f"command: {' '.join(['sitdist', *sys.argv[1:]])}"
+        f"command: {' '.join(['python -m benchmarks', *sys.argv[1:]])}"
     )

@@ -1,7 +1,7 @@
 """The baselines of `python -m benchmarks train`: a training loop as tutorials and research code usually write it.
 
-Eager, float32, AdamW as torch makes it by default, the average of the weights one parameter after the other, and the
-loss read back at every step. The pictures are encoded inside the step, or the latents were computed before.
+Eager, float32, torch's default AdamW, an EMA that loops over the parameters, and the loss read back at every step.
+Pictures are encoded inside the step, or latents are precomputed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EMA_DECAY = 0.9999
 
 
 class PlainLoop:
-    """Trains `model` on samples and their poses: pictures [N, 3, H, W] with a `vae` of diffusers, else latents."""
+    """Trains `model` on samples and their poses: pictures [N, 3, H, W] with a `vae` of diffusers, or else latents."""
 
     def __init__(
         self, model: nn.Module, path: Interpolant, samples: Tensor, packed_pose: Tensor, batch: int, vae: Any

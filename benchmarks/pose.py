@@ -1,4 +1,4 @@
-"""How well and how fast every estimator reads poses over a split, and one step beside the source's protocol."""
+"""Errors and speed of every pose estimator over a split, and of one step beside the source's protocol."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BEST_OF = 3  # rounds of the fast way
 
 @dataclass(frozen=True)
 class Errors:
-    """Of some views: rotation in degrees, translation in the dataset's units."""
+    """Errors over some views: rotation in degrees, translation in the dataset's units."""
 
     rotation_mean_deg: float
     rotation_median_deg: float
@@ -56,7 +56,7 @@ class Errors:
 
     @classmethod
     def of(cls, estimated: Tensor, true: Tensor) -> Errors:
-        """Of estimated and true camera_to_world [N, 4, 4]; DataError if one is not finite."""
+        """The errors of estimated camera_to_world [N, 4, 4]; DataError if one is not finite."""
         if not estimated.isfinite().all():
             raise DataError("a pose that was read is not finite; the checkpoint has diverged, use an earlier one")
         rotation = rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3])
@@ -80,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Protocols:
-    """Pictures a second of one step on a batch, and of the source's protocol, and the errors over the same views."""
+    """Pictures per second of one step on a batch and of the source's protocol, and errors over the same views."""
 
     run: str
     views: int
@@ -98,7 +98,7 @@ class Protocols:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that was measured; `skipped` says which estimators a run cannot have, and why."""
+    """All results; `skipped` says which estimators a run does not support, and why."""
 
     split: str
     views: int
@@ -171,7 +171,7 @@ def _row(
     count = len(views.labels)
     positions = torch.arange(count, device=views.labels.device)
     columns = (views.images, views.moments, views.labels, positions, views.intrinsics)
-    reader.estimate(*(column[:2] for column in columns))  # whatever happens only once
+    reader.estimate(*(column[:2] for column in columns))  # warm up
 
     def read() -> list[PoseEstimate]:
         chunks = zip(*(column.split(batch) for column in columns), strict=True)

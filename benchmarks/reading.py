@@ -1,4 +1,4 @@
-"""How fast samples are read: beside stock webdataset pipelines, the first batch, and the order of very many."""
+"""How fast samples are read, beside stock webdataset; the first batch; and the order of very many samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import webdataset
 from torch import Tensor
 
 from benchmarks.measure import ROUNDS, Measure, Way, measure
-from benchmarks.streaming import MEMBERS, collate, decode, stream_batches
 from sitdist.dataset.batches import BatchReader
 from sitdist.dataset.manifest import MANIFEST, ShardEntry
 from sitdist.dataset.order import BlockShuffle
@@ -30,11 +29,12 @@ from sitdist.dataset.resident import ResidentSamples
 SAMPLES_PER_SHARD = 10_000  # of the synthetic dataset
 LATE_STEP = 10**6
 LARGEST_RESIDENT = 10**6  # samples
+MEMBERS = ("moments.npy", "packed_pose.npy", "meta.json")
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # moments float32, packed poses, labels
 
 
 def bench_reading(dataset: str, split: str, batch: int, samples: int) -> list[Measure]:
-    """Samples a second of stock pipelines and of the reader, all in shuffled order unless named otherwise."""
+    """Samples per second of stock pipelines and of the reader, in shuffled order unless the name says otherwise."""
     reader = ShardReader(dataset, split)
     tars = [str(reader.folder / split / name) for name in reader.shard_names]
     steps = max(1, samples // batch)
@@ -48,7 +48,6 @@ def bench_reading(dataset: str, split: str, batch: int, samples: int) -> list[Me
         way("webdataset, by batch, in order", lambda: _stock_by_batch(tars, batch, shuffle=0), True),
         way("webdataset, by batch, 1 worker", lambda: _workers(_stock_by_batch(tars, batch), 1), True, 2),
         way("webdataset, by batch, 2 workers", lambda: _workers(_stock_by_batch(tars, batch), 2), True, 3),
-        way("sitdist streaming", lambda: stream_batches(tars, batch, seed=0)),
         way("sitdist reader, in order", lambda: _in_order(reader, batch)),
         way("sitdist reader", lambda: _shuffled(BatchReader(reader, 0, batch))),
         way("sitdist reader, 1 thread ahead", lambda: _ahead(BatchReader(reader, 0, batch), 1, steps)),
@@ -61,7 +60,7 @@ def bench_reading(dataset: str, split: str, batch: int, samples: int) -> list[Me
 
 
 def _rate(begin: Callable[[], Batches], steps: int) -> float:
-    """Samples a second over `steps` batches, from the second on; shorter where the stream ends."""
+    """Samples per second over `steps` batches, from the second on."""
     batches = iter(begin())
     next(batches)  # opens the files and starts the workers
     started, count = time.perf_counter(), 0
@@ -71,7 +70,7 @@ def _rate(begin: Callable[[], Batches], steps: int) -> float:
 
 
 def _stock_samples(tars: list[str], shuffle: int) -> webdataset.WebDataset:
-    """Raw samples by webdataset's own means, of the needed members only, again and again."""
+    """Raw samples as webdataset reads them, the needed members only, repeated without end."""
     dataset = webdataset.WebDataset(
         tars, shardshuffle=False, select_files=lambda name: name.partition(".")[2] in MEMBERS
     )
@@ -80,7 +79,17 @@ def _stock_samples(tars: list[str], shuffle: int) -> webdataset.WebDataset:
 
 
 def _stock(tars: list[str], batch: int) -> webdataset.WebDataset:
-    return _stock_samples(tars, 1000).map(decode).batched(batch, collation_fn=collate)
+    return _stock_samples(tars, 1000).map(_decode).batched(batch, collation_fn=_collate)
+
+
+def _decode(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
+    moments, pose = (np.load(io.BytesIO(sample[name]), allow_pickle=False) for name in MEMBERS[:2])
+    return moments, pose, json.loads(sample["meta.json"])["label"]
+
+
+def _collate(samples: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    moments, poses, labels = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(moments)).float(), torch.from_numpy(np.stack(poses)), torch.tensor(labels)
 
 
 def _stock_by_batch(tars: list[str], batch: int, shuffle: int = 1000) -> webdataset.WebDataset:
@@ -88,8 +97,8 @@ def _stock_by_batch(tars: list[str], batch: int, shuffle: int = 1000) -> webdata
 
 
 def _decode_batch(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode a batch at once: all .npy of a kind have one header, so their bytes are the rows of one array."""
-    moments, poses = (_stack([sample[name] for sample in samples]) for name in ("moments.npy", "packed_pose.npy"))
+    """Decode a batch at once: all .npy files of a kind have the same header, so their bytes are rows of one array."""
+    moments, poses = (_stack([sample[name] for sample in samples]) for name in MEMBERS[:2])
     labels = torch.tensor([json.loads(sample["meta.json"])["label"] for sample in samples])
     return torch.from_numpy(moments).float(), torch.from_numpy(poses), labels
 
@@ -142,7 +151,7 @@ def _first_batch(dataset: str, split: str, batch: int, step: int) -> float:
 
 
 def bench_synthetic(dataset: str, split: str, batch: int, samples: int) -> list[str]:
-    """Time and memory of opening a manifest of so many samples, and of their order at any step; no sample is read."""
+    """Time and memory to open a manifest of that many samples, and to compute their order; no sample is read."""
     shards = max(1, samples // SAMPLES_PER_SHARD)
     with tempfile.TemporaryDirectory() as folder:
         _write_synthetic(ShardReader(dataset, split), shards, Path(folder))
@@ -168,7 +177,7 @@ def _order_from_nothing(reader: ShardReader, batch: int, step: int) -> float:
 
 
 def _write_synthetic(reader: ShardReader, shards: int, folder: Path) -> None:
-    """A manifest like the reader's, of so many shards that are not there."""
+    """Write a manifest like the reader's that lists that many shards, none of which exists."""
     manifest, count = reader.manifest, shards * SAMPLES_PER_SHARD
     size = SAMPLES_PER_SHARD * manifest.sample_bytes()[1]
     entries = [

@@ -1,4 +1,4 @@
-"""A finished dataset again with other latents or another standardization of the poses, from what is in it alone."""
+"""Copies a dataset with other latents or another standardization of the poses, without its sources."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def rewrite(
     """Write the dataset `out`, called `name`: every sample of `dataset`, its pose standardized by `statistics` and its
     latent replaced by `moments`, where they are given.
 
-    The samples keep their places, so that only hashes and checksums change. With other latents no codec's round trip is
-    stated. The manifest is written last.
+    The samples keep their places, so that only hashes and checksums change. With other latents, codec_psnr is removed.
+    The manifest is written last.
     """
     store = open_store(dataset)
     manifest = load_manifest(store.folder)

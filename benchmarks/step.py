@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.baseline import Baseline, open_baseline
-from benchmarks.measure import machine
+from benchmarks.measure import machine, seconds_of
 from benchmarks.plain_loop import SD_CHANNELS
 from sitdist.build.writer import build
 from sitdist.config.experiment import Config
@@ -27,8 +27,7 @@ from sitdist.distributed.signals import StopSignal
 from sitdist.errors import ConfigError
 from sitdist.model.flops import listed_peak, training_flops
 from sitdist.runs.build import build_endpoint, build_model
-from sitdist.train.memory import parameters
-from sitdist.train.timing import bytes_held, memory_of_step, seconds_of
+from sitdist.train.memory import bytes_held, memory_of_step, parameters
 from sitdist.train.trainer import Trainer
 
 ENDLESS = 10**6  # steps: no last one, which would save
@@ -66,7 +65,7 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the baseline: the median over the pairs."""
+        """Speed relative to the baseline: the median over the pairs."""
         return statistics.median(slow / fast for slow, fast in zip(self.baseline, self.ours, strict=True))
 
 
@@ -114,14 +113,14 @@ def _precisions(options: BenchOptions) -> list[str]:
 
 
 def _line(name: str, seconds: list[float], batch: int, ideal: float, memory: int | None) -> str:
-    """`ideal`: the seconds of a step that does nothing but its matrix products, at the device's peak."""
+    """`ideal`: the seconds of a step of matrix products alone, at the device's peak."""
     median = statistics.median(seconds)
     shown = "-" if memory is None else f"{memory / 1e9:.2f}"
     return f"{name:<40}{1 / median:>9.3f}{batch / median:>11.1f}{ideal / median:>8.1%}{shown:>11}"
 
 
 def make_config(options: BenchOptions, backend: str, place: Path) -> Config:
-    """The experiment of a backend: a precision, and what is compiled, such as bf16-blocks."""
+    """The experiment of a backend: a precision and optionally a compile mode, such as bf16-blocks."""
     precision, _, compiled = backend.partition("-")
     train = {"steps": ENDLESS, "global_batch": options.batch, "log_every": ENDLESS, **LEARNING}
     train |= {"precision": precision, "compile": compiled or "off"}
@@ -136,7 +135,7 @@ def make_config(options: BenchOptions, backend: str, place: Path) -> Config:
 
 
 def make_recipe(options: BenchOptions) -> dict[str, Any]:
-    """Views of the built-in object, whose latents have the size asked for; what is on them does not matter."""
+    """Views of the built-in object with latents of the given size; their content does not matter."""
     return {
         "name": "bench",
         "image_size": 4 * options.latent,
@@ -158,15 +157,15 @@ def _time_backend(name: str, config: Config, options: BenchOptions, plain: Basel
         def step(count: int = 1) -> None:
             trainer.run_steps(stop, until=trainer.step + count)
 
-        step()  # what is done once is done
-        memory = memory_of_step(step, bytes_held(trainer.raw_model), accelerator.device)
+        step()  # warm up
+        memory = memory_of_step(step, bytes_held(trainer.state.model), accelerator.device)
         pairs = [_pair(step, plain, options.steps, accelerator.device) for _ in range(options.pairs)]
         trainer.close()
     return Speed(name, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], memory)
 
 
 def _pair(step: Callable[[int], None], plain: Baseline, steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds a step of ours, then of the baseline; a step of each before that finds the other's data in the caches."""
+    """Seconds per step of ours, then of the baseline, each after a step that refills the caches."""
     step(1)
     ours = seconds_of(lambda: step(steps), device) / steps
     return ours, plain.seconds(steps)
@@ -180,7 +179,7 @@ def _name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations a second: the data sheet's of a known GPU, else what large matrix products reach here."""
+    """Operations per second: from the data sheet of a listed GPU, else measured with large matrix products."""
     listed = listed_peak(_name(device), precision)
     if listed is not None:
         return listed

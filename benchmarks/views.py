@@ -1,6 +1,6 @@
-"""How fast views are rendered, encoded and built into shards, at the size and by the codec of a dataset.
+"""How fast views are rendered, encoded and built into shards, at the size and with the codec of a dataset.
 
-A thread is one of torch's: views and batches are made by as many threads as a build would use.
+Threads are torch's: as many as a build would use.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bench_views(dataset: str, views: int, scene: str | None) -> list[str]:
 
 
 def _scene_of(recipe: Recipe, views: int) -> SceneSource | None:
-    """The first fitted scene among the training views, with so many of its views."""
+    """The first fitted scene among the training sources, with that many views."""
     for source in recipe.sources("train"):
         if isinstance(source, SceneSource) and source.scene is not None:
             return source.model_copy(update={"views": views, "radius_bins": None})
@@ -66,7 +66,7 @@ def _scene_of(recipe: Recipe, views: int) -> SceneSource | None:
 
 
 def bench_rendering(config: SceneSource, size: int) -> list[str]:
-    """Views a second of one thread and of all; of a fitted scene also without skipping its empty space."""
+    """Views per second with one thread and with all; for a fitted scene, also without skipping empty space."""
     source, views = open_source(config, size), list(range(config.views))
     few = views[: max(1, len(views) // 8)]  # for what is slow
     with one_thread_each() as (pool, depth):
@@ -84,7 +84,7 @@ def bench_rendering(config: SceneSource, size: int) -> list[str]:
 
 
 def _without_skipping(config: SceneSource, size: int) -> Callable[[list[int]], list[Tensor]]:
-    """What renders views of a fitted scene as if it were not known which cells are empty."""
+    """A function that renders views of a fitted scene without skipping empty cells."""
     assert config.scene is not None
     source, scene = open_source(config, size), load_scene(Path(config.scene))
     scene = dataclasses.replace(scene, field=dataclasses.replace(scene.field, cells=None))
@@ -99,7 +99,7 @@ def _without_skipping(config: SceneSource, size: int) -> Callable[[list[int]], l
 
 
 def _rate(count: float, do: Callable[[], object]) -> float:
-    """How many of `count` things a second are done."""
+    """`count` divided by the seconds that `do` takes."""
     started = time.perf_counter()
     do()
     return count / (time.perf_counter() - started)
@@ -144,7 +144,7 @@ def _encoding_rate(codec: Codec, images: Tensor, batches: int) -> float:
 
 
 def bench_building(folder: Path, manifest: DatasetManifest, recipe: Recipe, config: SceneSource) -> list[str]:
-    """MB of tars a second of a whole build, and of stock webdataset that only writes the samples of it."""
+    """MB of tars per second of a whole build, and of stock webdataset that only writes finished samples."""
     small = Recipe(
         name="bench",
         image_size=recipe.image_size,
@@ -182,7 +182,7 @@ def bench_building(folder: Path, manifest: DatasetManifest, recipe: Recipe, conf
 
 
 def _codec_config(folder: Path, recipe: Recipe) -> PcaCodecConfig | DatasetCodecConfig:
-    """What fits the recipe's codec again where it is closed-form; else the one that lies in the dataset."""
+    """The recipe's codec if it is closed-form, to be fitted again; else the one in the dataset."""
     if isinstance(recipe.codec, PcaCodecConfig):
         return recipe.codec
     return DatasetCodecConfig(kind="dataset", path=str(folder.resolve()))

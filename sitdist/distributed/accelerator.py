@@ -1,4 +1,4 @@
-"""Processes, devices, logging and signals: how a command finds out where it runs and when it is asked to stop."""
+"""Processes, devices, backends and logging: where a command runs, as its launcher says."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from sitdist.distributed.ranks import OF_A_COLLECTIVE, Ranks
+from sitdist.distributed.ranks import COLLECTIVE_ERROR, Ranks
 from sitdist.errors import ConfigError, ProcessError, RunInterrupted, SitdistError, one_line
+
+if TYPE_CHECKING:
+    from sitdist.distributed.ddp import DDP
 
 log = logging.getLogger("sitdist")
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -27,12 +30,11 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Accelerator:
     """The accelerator of this process; starts the process group where a launcher started several processes.
 
-    `precision`: auto, fp32, bf16 or fp16; `accelerator.mixed_precision` tells what it came to (no for fp32).
+    `precision`: auto, fp32, bf16 or fp16; `accelerator.mixed_precision` holds the choice (no for fp32).
 
-    Without a GPU, or with ACCELERATE_USE_CPU=true, everything runs on the CPU over gloo. ConfigError where the
-    launcher's settings cannot be honoured: fp16 on a CPU, a backend that there is not (see `backend_of_launcher`), or
-    processes that do not see each other. Accelerate is not told of the backend: the trainer shares out what is to be
-    shared, and on a CPU too, where Accelerate would silently leave it.
+    Without a GPU, or with ACCELERATE_USE_CPU=true, everything runs on the CPU over gloo. ConfigError if the launcher's
+    settings cannot be met: fp16 on a CPU, an unknown backend (see `backend_of_launcher`), or processes that do not see
+    each other. The backend is hidden from Accelerate, which would silently ignore it on a CPU: see `make_backend`.
     """
     use_cpu = _use_cpu()
     if precision == "auto":
@@ -71,7 +73,7 @@ def make_accelerator(precision: str = "fp32", deterministic: bool = False) -> Ac
 
 
 def backend_of_launcher(variables: Mapping[str, str]) -> str:
-    """ddp, fsdp2, zero1 or zero2, as `accelerate launch` says it in the environment; ConfigError for all else."""
+    """ddp, fsdp2, zero1 or zero2, as `accelerate launch` sets it in the environment; ConfigError for others."""
 
     def says(name: str) -> str:
         return variables.get(name, "").lower()
@@ -107,6 +109,30 @@ def backend_of_launcher(variables: Mapping[str, str]) -> str:
             )
         return f"zero{stage}"
     return "ddp"
+
+
+def make_backend(name: str, accelerator: Accelerator) -> DDP:
+    """The backend called `name`; a single process shards nothing.
+
+        ddp      every process holds weights, gradients and optimizer state (DDP)
+        fsdp2    every process holds its shard of each (torch's fully_shard)
+        zero1    weights and gradients are full everywhere, the optimizer's state is sharded (DeepSpeed)
+        zero2    the gradients too
+
+    ConfigError if it does not support the precision, or DeepSpeed is not installed.
+    """
+    from sitdist.distributed.ddp import DDP
+    from sitdist.distributed.fsdp2 import FSDP2
+    from sitdist.distributed.zero import Zero
+
+    if name == "ddp" or accelerator.num_processes == 1:
+        return DDP(accelerator)
+    if accelerator.scaler is not None:
+        raise ConfigError(
+            f"train.precision = 'fp16': not together with {name}, which does not scale gradients; use bf16, or "
+            "start plain data parallelism (launch/ddp.yaml)"
+        )
+    return FSDP2(accelerator) if name == "fsdp2" else Zero(accelerator, int(name.removeprefix("zero")))
 
 
 @contextmanager
@@ -147,7 +173,7 @@ def count_nodes(world: int) -> int:
 def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[tuple[Accelerator, Ranks]]:
     """Within `with`: this process is one of those that the launcher started; afterwards it has left their group.
 
-    A process that fails alone leaves without a word to the others, who may never come to where it would wait for them.
+    A process that fails alone does not wait for the others, which may never arrive.
     """
     accelerator = make_accelerator(precision, deterministic)
     log_on_main(accelerator)
@@ -161,8 +187,8 @@ def processes(precision: str = "fp32", deterministic: bool = False) -> Iterator[
             _leave(accelerator, ranks)
         raise
     except RuntimeError as error:
-        if OF_A_COLLECTIVE.search(str(error)):
-            ranks.blame_the_dead(error)
+        if COLLECTIVE_ERROR.search(str(error)):
+            ranks.raise_if_dead(error)
         raise
     _leave(accelerator, ranks)
 
@@ -174,7 +200,7 @@ def _leave(accelerator: Accelerator, ranks: Ranks) -> None:
 
 
 class _StderrLines(logging.Handler):
-    """Messages on stderr, above a progress bar that may be there."""
+    """Messages on stderr, above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(one_line(self.format(record)), file=sys.stderr)

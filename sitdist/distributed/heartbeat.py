@@ -1,4 +1,4 @@
-"""Who of the processes still lives: each counts up in the launcher's store, where the others see it."""
+"""Which processes are alive: each one increments a counter in the launcher's store, where the others see it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 import torch.distributed as dist
 
-EVERY = 1.0  # seconds between two beats
-PATIENCE = 6.0  # seconds without one, after which a process is taken to have ended
+INTERVAL = 1.0  # seconds between two beats
+TIMEOUT = 6.0  # seconds without a beat, after which a process counts as dead
 
 
 class Heartbeat:
-    """The beats of this process, from a thread of its own, and what can be told of the others'.
+    """The heartbeat of this process, on a thread of its own, and those of the others.
 
-    A process that computes or waits goes on beating; one that was killed, or whose machine is gone, does not.
+    A process that computes or waits keeps beating; one that was killed, or whose machine is gone, does not.
     """
 
     def __init__(self, rank: int, world: int) -> None:
-        """Begin to beat; the process group has been set up."""
+        """Start beating; the process group must be initialized."""
         self._others = [other for other in range(world) if other != rank]
         self._own, self._stop = str(rank), threading.Event()
         store = dist.distributed_c10d._get_default_store()
         self._store: Any = dist.PrefixStore("sitdist heartbeat", store)
         self._store.set(f"name {rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        thread_store = dist.PrefixStore("sitdist heartbeat", store.clone())  # a wait on the other does not hold it up
+        thread_store = dist.PrefixStore("sitdist heartbeat", store.clone())  # a connection of its own
         self._thread = threading.Thread(target=self._beat, args=(thread_store,), name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -35,18 +35,18 @@ class Heartbeat:
         try:
             while True:
                 store.add(self._own, 1)
-                if self._stop.wait(EVERY):
+                if self._stop.wait(INTERVAL):
                     return
-        except RuntimeError:  # the store is gone, and with it the process that keeps it
+        except RuntimeError:  # the store's process has ended
             return
 
     def silent(self) -> list[str]:
-        """The other processes that have not beaten for PATIENCE seconds, such as "rank 1 (process 7 on node4)".
+        """The other processes without a beat for TIMEOUT seconds, such as "rank 1 (process 7 on node4)".
 
-        Where the store itself is gone, that is all that is known.
+        If the store itself is gone, nothing more is known.
         """
         try:
-            before, deadline = self._counts(self._others), time.monotonic() + PATIENCE
+            before, deadline = self._counts(self._others), time.monotonic() + TIMEOUT
             waiting = list(self._others)
             while waiting and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -64,6 +64,6 @@ class Heartbeat:
         return self._store.get(f"name {rank}").decode() if known else "it has not begun"
 
     def close(self) -> None:
-        """Beat no more."""
+        """Stop beating."""
         self._stop.set()
-        self._thread.join(EVERY)
+        self._thread.join(INTERVAL)

@@ -1,4 +1,4 @@
-"""Optimizer states by parameter name, whatever holds them."""
+"""Optimizer state by parameter name, as checkpoints hold it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.O
 
 
 def check_optimizer(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> OptimizerState:
-    """What `optimizer_tensors` gave, by name; CheckpointError naming a state that fits none of the parameters."""
+    """The tensors of `optimizer_tensors` by parameter name; CheckpointError naming one that fits no parameter."""
     state: OptimizerState = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
@@ -34,15 +34,15 @@ def check_optimizer(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tens
         if theirs not in (ours, ()):  # a scalar counts steps
             raise CheckpointError(f"{where}: optimizer state {key} is {theirs} but the parameter is {ours}")
         state.setdefault(name, {})[kind] = tensor
-    kinds = {kind for of_one in state.values() for kind in of_one}
-    for name, of_one in state.items():
-        for kind in sorted(kinds - of_one.keys()):
+    kinds = {kind for each in state.values() for kind in each}
+    for name, each in state.items():
+        for kind in sorted(kinds - each.keys()):
             raise CheckpointError(f"{where}: no {name}/{kind}, which other parameters have; use an earlier checkpoint")
     return state
 
 
 def load_optimizer(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
-    """Give the optimizer of named parameters its state, which fits them."""
+    """Load a state, checked by `check_optimizer`, into the optimizer of these parameters."""
     names = {parameter: name for name, parameter in parameters.items()}
     trained = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     places = {place: state[name] for place, name in enumerate(trained) if name in state}

@@ -1,4 +1,4 @@
-"""What the processes of a launch agree on: broadcast, gather, and raise together."""
+"""Decisions that all processes of a launch take together: broadcast, gather, raise together."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from accelerate import Accelerator
 from sitdist.distributed.heartbeat import Heartbeat
 from sitdist.errors import ProcessError, as_told, shortened
 
-OF_A_COLLECTIVE = re.compile(r"gloo|NCCL|c10d|[Cc]onnection (closed|reset)|Broken pipe|[Tt]imed out")
+COLLECTIVE_ERROR = re.compile(r"gloo|NCCL|c10d|[Cc]onnection (closed|reset)|Broken pipe|[Tt]imed out")
 
 
 class Ranks:
-    """Small decisions that all processes take together, over gloo, so that no GPU has to wait for them.
+    """Small collectives over gloo, so that no GPU has to wait for them.
 
-    Every process calls every method. ProcessError where another one has ended, or does not come within the process
-    group's timeout (half an hour).
+    Every process calls every method. ProcessError if another process has ended, or does not call the method within the
+    process group's timeout (half an hour).
     """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
-        """Of the accelerator's processes; None: this one is alone."""
+        """The ranks of the accelerator's processes; None: a single process."""
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world = 1 if accelerator is None else accelerator.num_processes
         self._group: Any = dist.new_group(backend="gloo") if self.world > 1 else None
@@ -34,7 +34,7 @@ class Ranks:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Wait for every process at the end of the block; an error that one of them met there is raised on all.
+        """Wait for every process at the end of the block; if one raised an error there, all raise it.
 
         The block itself must not wait for other processes.
         """
@@ -50,12 +50,12 @@ class Ranks:
             self.raise_first(failure)
 
     def raise_first(self, failure: Exception | None) -> NoReturn:
-        """Raise on every process what one of them met; `failure` is what this one has met, if anything."""
-        told = None if failure is None else as_told(failure)
-        bug = failure is not None and told is None
+        """Raise one process's error on every process; `failure` is the error of this one, if any."""
+        error = None if failure is None else as_told(failure)
+        bug = failure is not None and error is None
         if bug:
-            told = ProcessError(f"{type(failure).__name__}: {shortened(str(failure))}; it says where its traceback is")
-        errors = [(rank, error) for rank, error in enumerate(self.gather(told)) if error is not None]
+            error = ProcessError(f"{type(failure).__name__}: {shortened(str(failure))}; it says where its traceback is")
+        errors = [(rank, each) for rank, each in enumerate(self.gather(error)) if each is not None]
         rank, first = min(errors, key=lambda entry: not isinstance(entry[1], ProcessError))  # bugs before the rest
         if failure is not None and bug:
             raise failure  # the process that met it shows where
@@ -67,14 +67,14 @@ class Ranks:
         return self.begin_any(*flags)()
 
     def begin_any(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
-        """Begin to ask what `any` asks; what is returned gives the answer, and waits for it if it has to."""
+        """Begin `any`; call the result for the answer."""
         if self.world == 1:
             return lambda: flags
         raised = torch.tensor(flags, dtype=torch.int32)
-        work = self._meet(dist.all_reduce, raised, op=dist.ReduceOp.MAX, async_op=True)
+        work = self._collective(dist.all_reduce, raised, op=dist.ReduceOp.MAX, async_op=True)
 
         def answer() -> tuple[bool, ...]:
-            self._guarded(work.wait)
+            self._wait(work.wait)
             return tuple(bool(flag) for flag in raised.tolist())
 
         return answer
@@ -83,42 +83,42 @@ class Ranks:
         """The sum over processes of a small tensor, on the CPU."""
         total = values.detach().to("cpu", copy=True)
         if self.world > 1:
-            self._meet(dist.all_reduce, total)
+            self._collective(dist.all_reduce, total)
         return total
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, in rank order."""
         values = [value] * self.world
         if self.world > 1:
-            self._meet(dist.all_gather_object, values, value)
+            self._collective(dist.all_gather_object, values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value."""
         values = [value]
         if self.world > 1:
-            self._meet(dist.broadcast_object_list, values, src=0)
+            self._collective(dist.broadcast_object_list, values, src=0)
         return values[0]
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
-            self._meet(dist.barrier)
+            self._collective(dist.barrier)
 
-    def _meet(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return self._guarded(partial(collective, *arguments, group=self._group, **options))
+    def _collective(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self._wait(partial(function, *arguments, group=self._group, **options))
 
-    def _guarded(self, wait: Callable[[], Any]) -> Any:
+    def _wait(self, wait: Callable[[], Any]) -> Any:
         try:
             return wait()
         except RuntimeError as error:
-            self.blame_the_dead(error)
+            self.raise_if_dead(error)
             raise ProcessError(
                 f"another process does not answer ({_first_line(error)}); what it printed says why"
             ) from None
 
-    def blame_the_dead(self, error: RuntimeError) -> None:
-        """ProcessError that names the processes that have ended, if there are such; `error` is what came of it."""
+    def raise_if_dead(self, error: RuntimeError) -> None:
+        """ProcessError that names the processes that have ended, if any; `error` is the collective's."""
         dead = self._heartbeat.silent() if self._heartbeat is not None else []
         if dead:
             raise ProcessError(
@@ -127,7 +127,7 @@ class Ranks:
             ) from None
 
     def close(self) -> None:
-        """No process waits for another any more."""
+        """After the last collective: stop the heartbeat."""
         if self._heartbeat is not None:
             self._heartbeat.close()
 

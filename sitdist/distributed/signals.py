@@ -10,7 +10,7 @@ from typing import Any
 class StopSignal:
     """Within `with`: SIGTERM, SIGINT and SIGUSR1 set `requested` instead of ending the process.
 
-    Launchers pass on what a terminal has already sent, so a signal often comes twice: the later ones change nothing.
+    A launcher forwards what the terminal has already sent, so a signal often comes twice; only the first counts.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

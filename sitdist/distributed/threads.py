@@ -1,4 +1,4 @@
-"""Threads beside the computing ones."""
+"""Threads beside the main one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 
 
 def helper_threads(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads that work beside the main one, each of which computes alone.
+    """A pool of `count` threads beside the main one, each with a single torch thread.
 
-    More OpenMP threads than cores do not wait awake for their next piece of work, and then all that is computed on the
-    CPU is slower.
+    With more OpenMP threads than cores, idle ones sleep instead of spinning, and everything on the CPU gets slower.
     """
     return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sitdist.distributed.local_shards import local_shards, part_of, whole_of
+from sitdist.distributed.local_shards import full_tensor, local_shards, shard_like
 from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.flow.predict import VelocityModel
 from sitdist.io.atomic import check_free, write_atomically
@@ -134,7 +134,7 @@ class Averages:
         """All of them by NAME/PARAMETER, whole, one by one; every process goes through it."""
         for average, tensors in self.averages.items():
             for name, tensor, like in zip(self._names, tensors, self._shared_like, strict=True):
-                yield f"{average}/{name}", whole_of(tensor, like)
+                yield f"{average}/{name}", full_tensor(tensor, like)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -148,7 +148,7 @@ class Averages:
             )
         for average, tensors in self.averages.items():
             for name, tensor, like in zip(self._names, tensors, self._shared_like, strict=True):
-                tensor.copy_(part_of(stored[f"{average}/{name}"], like))
+                tensor.copy_(shard_like(stored[f"{average}/{name}"], like))
 
 
 # -------------------------------------------------------------------------------------------------------------- on disk

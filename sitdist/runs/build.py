@@ -1,4 +1,4 @@
-"""From a config and a dataset's manifest to the endpoint, the model and the codec."""
+"""Builds the endpoint, the model and the codec from a config and a dataset's manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sitdist.model.sit import SiT
 
 
 def build_endpoint(config: FlowConfig) -> Endpoint:
-    """What x0 is."""
+    """The endpoint x0 of a config."""
     return Endpoint(config.endpoint, config.sigma, config.gain, config.layout)
 
 
@@ -52,9 +52,7 @@ def build_model(config: ModelConfig, manifest: DatasetManifest, endpoint: Endpoi
 
 
 def load_matching_codec(folder: Path, manifest: DatasetManifest, device: torch.device | str) -> Codec:
-    """The codec in `folder`; CodecError with both values if it is not the one that encoded the manifest's dataset, or
-    if its latents can hold no pose.
-    """
+    """The codec in `folder`; CodecError if it did not encode the manifest's dataset, or can hold no pose."""
     codec = load_codec(folder, device)
     ours, theirs = codec.identity(), manifest.codec
     for name in [*theirs, *(name for name in ours if name not in theirs)]:

@@ -65,7 +65,7 @@ class _Manifest(Schema):
 
 
 class _State(Schema):
-    """What must be right in state.json; there may be more."""
+    """The required contents of state.json; there may be more."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,7 +81,7 @@ class _State(Schema):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is read from one checkpoint: its state, and the tensors of the files that were asked for."""
+    """The contents of a checkpoint: its state, and the tensors of the files that were read."""
 
     folder: Path
     state: dict[str, Any]
@@ -112,9 +112,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state["step"]` and then remove all but the newest `keep`; one process calls it.
 
-    Milestones, whose step is a multiple of `keep_every`, are never removed.
-
-    Until the last rename the checkpoint does not exist; a crash at any moment leaves the earlier ones as they were.
+    Steps that are multiples of `keep_every` are never removed. Until the last rename the checkpoint does not exist; a
+    crash at any moment leaves the earlier ones as they were.
     """
     folder = folder_of(run, state["step"])
 
@@ -140,12 +139,12 @@ def save_checkpoint(
 
 
 def _foreign(folder: Path) -> set[str]:
-    """Names in a checkpoint's folder that are not a checkpoint's, which are never removed."""
+    """Names in a checkpoint's folder that sitdist did not write; such a folder is never removed."""
     return {path.name for path in folder.iterdir()} - FILES - {"manifest.json"}
 
 
 def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> None:
-    """Hide, then remove all checkpoints but the newest `keep` and the milestones, and what was left half-removed."""
+    """Hide, then remove all checkpoints but the newest `keep` and the milestones; also clean up unfinished ones."""
     try:
         for old in [other for other in list_checkpoints(run) if step_of(other) <= step_of(newest)][:-keep]:
             if keep_every is not None and step_of(old) % keep_every == 0:
@@ -160,20 +159,20 @@ def _remove_old(run: Path, newest: Path, keep: int, keep_every: int | None) -> N
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what earlier processes left half-written or half-removed; one process calls it, while none is writing."""
+    """Remove what killed processes left half-written or half-removed; one process calls it, while none writes."""
     for left in [*(run / "checkpoints").glob(".s*"), *(run / "averages").glob(".s*")]:
         if LEFT_BEHIND.fullmatch(left.name):
             remove(left)
 
 
 def _folders(run: Path) -> list[Path]:
-    """The folders that are named as checkpoints are, oldest first."""
+    """The folders that have the name of a checkpoint, oldest first."""
     named = [folder for folder in (run / "checkpoints").glob("step_*") if NAME.fullmatch(folder.name)]
     return sorted((folder for folder in named if folder.is_dir()), key=step_of)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run whose manifest is readable and whose files have its sizes, oldest first."""
+    """The checkpoints of a run with a readable manifest and files of the right sizes, oldest first."""
     return [folder for folder in _folders(run) if _is_whole(folder)]
 
 
@@ -186,7 +185,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint:
-    """Read the tensors of `files` and the state; CheckpointError if a file read is not what the manifest says."""
+    """Read the state and the tensors of `files`; CheckpointError if a hash differs from the manifest."""
     known, path = _files(folder), folder / "state.json"
     content = read_hashed(path, known[path.name].sha256, REMEDY, CheckpointError)
     state = parse_json(content, str(path), REMEDY, CheckpointError)
@@ -200,7 +199,7 @@ def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkp
 
 
 def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | None:
-    """The newest checkpoint that reads back whole, or None; says which damaged ones it passed over."""
+    """The newest undamaged checkpoint, or None; logs the damaged ones that it passed over."""
     for folder in reversed(_folders(run)):
         try:
             return read_checkpoint(folder, files)
@@ -210,9 +209,9 @@ def read_newest(run: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint | 
 
 
 def describe_checkpoints(run: Path, verify: bool = False) -> tuple[str, bool]:
-    """A line for every checkpoint of `run`, oldest first, and whether all are whole; with `verify` all is read again.
+    """A line for every checkpoint of `run`, oldest first, and whether all are whole; `verify` reads every file.
 
-    CheckpointError where there are none.
+    CheckpointError if there are none.
     """
     folders = _folders(run)
     if not folders:
@@ -237,7 +236,7 @@ def _size_and_versions(checkpoint: Checkpoint, verified: bool) -> str:
 
 
 def _files(folder: Path) -> dict[str, _File]:
-    """What manifest.json says of every file; CheckpointError if one is not there, or not of its size."""
+    """The files that manifest.json lists; CheckpointError if one is missing or has another size."""
     path = folder / "manifest.json"
     try:
         if not path.is_file():
@@ -264,7 +263,7 @@ def _files(folder: Path) -> dict[str, _File]:
 
 
 def checked(schema: type[S], values: dict[str, Any], path: Path, remedy: str = REMEDY) -> S:
-    """What was read from `path`, as `schema`; CheckpointError if it is something else."""
+    """Values read from `path`, validated by `schema`; CheckpointError if they do not fit."""
     try:
         return parse(schema, values, str(path))
     except ConfigError as error:
@@ -282,7 +281,7 @@ def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
 
 def _check_same(stored: Config, config: Config, where: str, folder: Path) -> None:
     """What MAY_CHANGE is not compared."""
-    before, now = _flatten(stored.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
+    before, now = flatten(stored.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
         if before.get(key) != now.get(key) and not MAY_CHANGE.fullmatch(key):
             raise ConfigError(
@@ -292,10 +291,10 @@ def _check_same(stored: Config, config: Config, where: str, folder: Path) -> Non
 
 
 def stored_config(values: dict[str, Any], where: Path) -> Config:
-    """The config that a checkpoint or an export carries; ConfigError if it is not one.
+    """The config of a checkpoint or an export; ConfigError if it is none.
 
-    A key of `train`, `reader` or `evaluate` that this version does not know is left out, and said: the weights do not
-    depend on it. One of the model or the flow is refused.
+    An unknown key of `train`, `reader` or `evaluate`, on which the weights do not depend, is dropped with a warning. An
+    unknown key of the model or the flow is an error.
     """
     try:
         return Config.model_validate(values)
@@ -325,14 +324,8 @@ def check_same_dataset(checkpoint: Checkpoint, dataset: Path, fingerprint: str) 
         )
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Copy `tensors` into `model`; CheckpointError naming the first tensor that does not fit."""
-    check_tensors(model, tensors, where)
-    model.load_state_dict(dict(tensors))
-
-
 def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """CheckpointError naming the first of `tensors` that is not as `model` has it."""
+    """CheckpointError naming the first tensor that `model` does not have, or has in another shape."""
     expected = model.state_dict()
     for name in [*expected, *tensors]:
         ours = tuple(expected[name].shape) if name in expected else "absent"
@@ -349,8 +342,9 @@ def dataset_fingerprint(dataset: Path) -> str:
     return file_sha256(dataset / "manifest.json")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

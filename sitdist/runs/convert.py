@@ -19,11 +19,11 @@ SUFFIXES = (".safetensors", ".pt")
 
 
 def convert(source: Path, out: Path, step: int | None = None, weights: Weights = "ema") -> str:
-    """Write the weights of `source` to `out`, in safetensors or, for a `.pt`, by torch.save; returns what was done.
+    """Write the weights of `source` to `out`, as safetensors or, for a `.pt`, with torch.save; returns a summary line.
 
-    source: a run (of `step`, by default its newest whole checkpoint; the average of its weights or the weights
-    themselves), or a file that `model.init_from` takes. Names are those of the published SiT code, so that `init_from`
-    and that code load what is written. ConfigError, CheckpointError; `out` is written whole or not at all.
+    source: a run (at `step`, by default its newest whole checkpoint; its EMA or its model), or a file that
+    `model.init_from` takes. The tensors have the names of the published SiT code, which can load the file. ConfigError,
+    CheckpointError; `out` is written whole or not at all.
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"{out}: what is to be written shows in the name; end it with {' or '.join(SUFFIXES)}")

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on: a copy is taken on the host, and one thread writes it."""
+"""Writing while training goes on: tensors are copied to the host, and one thread writes the copies."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sitdist.distributed.threads import helper_threads
 
 
 class HostCopy:
-    """Tensors copied to the host, into buffers that are used again; pinned ones where they come from a GPU."""
+    """Copies tensors to the host, into reused buffers, which are pinned for tensors of a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, place: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Named tensors as they are now; the copies of the call before with this `place` are overwritten."""
+        """Copy named tensors; this overwrites the copies of the last call with the same `place`."""
         copies, waits = {}, False
         for name, tensor in tensors:
             buffer = self._buffers.get((place, name))
@@ -33,9 +33,9 @@ class HostCopy:
 
 
 class AsyncWriter:
-    """Does one job after the other on a thread of its own, or at once where `asynchronous` is false.
+    """Runs one job after the other on a thread of its own, or at once if `asynchronous` is false.
 
-    What a job raises is raised by the next call of any method.
+    An error of a job is raised by the next call of any method.
     """
 
     def __init__(self, asynchronous: bool) -> None:
@@ -44,22 +44,22 @@ class AsyncWriter:
 
     @property
     def runs(self) -> bool:
-        """Whether a job runs."""
+        """Whether a job is running."""
         return self._running is not None and not self._running.done()
 
     def wait(self) -> None:
-        """Until the job that runs is done."""
+        """Wait for the running job."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
     def check(self) -> None:
-        """Raise what a job has met that is done by now; waits for nothing."""
+        """Raise the error of a job that has finished; waits for nothing."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def begin(self, job: Callable[[], None]) -> None:
-        """Wait for the job before, and begin this one."""
+        """Wait for the running job, and begin this one."""
         self.wait()
         if self._pool is None:
             job()
@@ -67,6 +67,6 @@ class AsyncWriter:
             self._running = self._pool.submit(job)
 
     def close(self) -> None:
-        """Let the job that runs end; what it raises was not asked for."""
+        """Let the running job finish; its error is dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)

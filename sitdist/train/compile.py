@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller without changing what it computes: compilation, recomputation, garbage."""
+"""Makes a step faster or smaller without changing its results: compilation, recomputation, memory, garbage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sitdist.model.sit import SiT
+from sitdist.train.hooks import Hook, StepResult
 
 BACKEND = "inductor"
 CUDA_GRAPHS = {"triton.cudagraphs": True}
 _ATEN = torch.ops.aten
-KEPT = [  # results of matrix products: dear to compute, and a small part of what a block keeps
+KEPT = [  # results of matrix products: expensive to compute, and a small part of the activations
     _ATEN.mm.default,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
@@ -31,10 +32,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_... of malloc.h
 
 
 def recompute_activations(model: SiT, which: str) -> None:
-    """Let the blocks of `model` keep less for the backward pass, and compute it again there.
+    """Let the blocks of `model` keep fewer activations, and compute the others again in the backward pass.
 
     all: a block keeps its inputs only. selective: it also keeps the results of its matrix products, so that only
-    what is cheap is computed twice. off: nothing changes. The gradients are the same, bit for bit.
+    cheap operations run twice. off: nothing changes. The gradients are the same, bit for bit.
     """
     if which == "off":
         return
@@ -57,15 +58,15 @@ def compile_model(model: SiT, which: str) -> None:
 
 
 def begin_forward() -> None:
-    """Say that nothing of the pass before is needed any more, so that a CUDA graph may write over it."""
+    """Allow a CUDA graph to overwrite the results of the pass before."""
     torch.compiler.cudagraph_mark_step_begin()
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, on a CPU under glibc; elsewhere nothing changes.
+    """Let this process keep the memory that it frees (with glibc; elsewhere nothing changes).
 
-    Otherwise glibc gives gradients and activations back to the system after every step, which clears them page by page
-    when the next step asks for them again.
+    Otherwise glibc returns gradients and activations to the system after every step, and the system clears the pages
+    again when the next step asks for them.
     """
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -74,22 +75,21 @@ def keep_freed_memory() -> None:
             mallopt(_MMAP_THRESHOLD, 2**25)  # the most that glibc before 2.35 takes
 
 
-class ScheduledCollection:
-    """Python's garbage is collected every COLLECT_EVERY steps and at no other time, until `close`.
+class ScheduledCollection(Hook):
+    """Collects Python's garbage every COLLECT_EVERY steps and at no other time, until `close`.
 
-    Otherwise each process pauses when it happens to, and all others wait for it.
+    Otherwise each process pauses at a time of its own, and all others wait for it.
     """
 
     def __init__(self) -> None:
         self._was_enabled = gc.isenabled()
         gc.disable()
 
-    def after(self, step: int) -> None:
-        """Collect, if `step` is one of those at which it is done."""
-        if step % COLLECT_EVERY == 0:
+    def after_step(self, done: StepResult) -> None:
+        if done.step % COLLECT_EVERY == 0:
             gc.collect()
 
     def close(self) -> None:
-        """Leave it to Python again."""
+        """Let Python decide again."""
         if self._was_enabled:
             gc.enable()

@@ -1,6 +1,6 @@
-"""What a run will do and what would stop it, before it is started: `sitdist doctor CONFIG`.
+"""What a run will do and what would stop it: `sitdist doctor CONFIG`.
 
-What a long run would only find out late is looked at first, then a few steps are taken in a temporary folder.
+Problems that would appear late in a long run are checked first, then a few steps are timed in a temporary folder.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,73 +32,96 @@ from sitdist.errors import ConfigError, SitdistError, one_line, shown
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
 from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
-from sitdist.train.memory import checkpoint_bytes, memory_estimate, more_averages, parameters
-from sitdist.train.profiling import check_tracker
-from sitdist.train.timing import bytes_held, memory_of_step
-from sitdist.train.trainer import Trainer, split_batch
+from sitdist.train.inputs import split_batch
+from sitdist.train.memory import (
+    bytes_held,
+    checkpoint_bytes,
+    memory_estimate,
+    memory_of_step,
+    more_averages,
+    parameters,
+)
+from sitdist.train.monitor import check_tracker
+from sitdist.train.trainer import Trainer
 
 TIMED_STEPS = 3
 
 
 @dataclass
 class Diagnosis:
-    """What will happen, and what is wrong; each line says what was looked at and what it is."""
+    """What was found out, a line each: facts about the run, and problems that would stop it."""
 
     facts: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def fact(self, what: str, text: str) -> None:
-        """Something that is as it should be."""
+        """Add something that is as it should be."""
         self.facts.append(one_line(f"{what:<14}{text}"))
 
     def problem(self, what: str, text: str) -> None:
-        """Something that would stop the run, with its remedy."""
+        """Add something that would stop the run, with its remedy."""
         self.wrong.append(one_line(f"{what:<14}{text}"))
 
+    @contextmanager
+    def checking(self, what: str, prefix: str = "") -> Iterator[None]:
+        """Within `with`: an error of sitdist is a problem of `what`; `prefix` says where, if the error does not."""
+        try:
+            yield
+        except SitdistError as error:
+            self.problem(what, f"{prefix}{str(error).removeprefix(prefix)}")
+
     def report(self) -> str:
-        """All lines, what is wrong last."""
-        verdict = f"{len(self.wrong)} wrong:" if self.wrong else "nothing wrong was found"
+        """All lines, problems last."""
+        verdict = f"{len(self.wrong)} wrong:" if self.wrong else "No problems found."
         return "\n".join([*self.facts, verdict, *self.wrong])
 
 
 def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> Diagnosis:
-    """Look at a config, its dataset and this machine; `out`: where the run would be. Every process calls it."""
+    """Check a config, its dataset and this machine; `out`: where the run would be. Every process calls it."""
     found = Diagnosis()
-    try:
+    with found.checking("config"):
         config = load_yaml(Config, path, overrides)
-    except SitdistError as error:
-        found.problem("config", str(error))
+    if found.wrong:
         return found
     settings = config.train
+    manifest: DatasetManifest | None = None
+    model: SiT | None = None
     found.fact("config", f"{path}: {config.name}, {settings.steps:,} steps of {settings.global_batch} samples")
-    manifest = _check_dataset(config, found)
-    model = None if manifest is None else _check_model(config, manifest, found)
-    try:
-        with processes(settings.precision, settings.deterministic) as (accelerator, ranks):
-            world, backend = _check_launch(launch, accelerator, found)
-            _check_split(config, world, found)
-            _check_software(config, accelerator.device, found)
-            if model is not None:
-                _check_disk(config, model, out, found)
-                _check_memory(config, model, backend, world, accelerator, found)
-            wrong = ranks.any(bool(found.wrong))[0]
-            if accelerator.num_processes > 1:
-                _measure_bandwidth(accelerator, found)
-            if model is not None and manifest is not None and not wrong:
-                _measure_steps(config, manifest, accelerator, ranks, found)
-    except SitdistError as error:
-        found.problem("start", str(error))
+    with found.checking("dataset"):
+        manifest = _check_dataset(config, found)
+    if manifest is not None:
+        with found.checking("model"), torch.device("meta"):
+            model = build_model(config.model, manifest, build_endpoint(config.flow))
+            flops = training_flops(model) * settings.global_batch
+            found.fact("model", f"{parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP a step")
+    with found.checking("start"), processes(settings.precision, settings.deterministic) as (accelerator, ranks):
+        world, backend = accelerator.num_processes, backend_of_launcher(os.environ)
+        if launch is not None:
+            with found.checking("launch", f"{launch}: "):
+                world, backend = _read_launch(launch, accelerator, found)
+        count = "1 process" if world == 1 else f"{world} processes"
+        found.fact("processes", f"{count} ({accelerator.device.type.upper()}, {backend.upper()})")
+        split = None
+        with found.checking("batch"):
+            split = split_batch(settings.global_batch, world, settings.max_batch_per_device)
+            found.fact("batch", f"{split.local} samples a process, {split.micro} at a time")
+        _check_software(config, accelerator.device, found)
+        if model is not None:
+            _check_disk(config, model, out, found)
+            if split is not None:
+                _check_memory(memory_estimate(config, model, split.micro, backend, world), accelerator.device, found)
+        wrong = ranks.any(bool(found.wrong))[0]
+        if accelerator.num_processes > 1:
+            _measure_bandwidth(accelerator, found)
+        if manifest is not None and model is not None and not wrong:
+            _measure_steps(config, manifest, accelerator, ranks, found)
     return found
 
 
-def _check_dataset(config: Config, found: Diagnosis) -> DatasetManifest | None:
-    try:
-        store = store_of(config)
-        manifest = load_manifest(store.folder)
-        load_matching_codec(store.folder / "codec", manifest, "cpu")
-    except SitdistError as error:
-        found.problem("dataset", str(error))
-        return None
+def _check_dataset(config: Config, found: Diagnosis) -> DatasetManifest:
+    store = store_of(config)
+    manifest = load_manifest(store.folder)
+    load_matching_codec(store.folder / "codec", manifest, "cpu")
     count, latent = manifest.splits["train"].count, manifest.latent
     epochs = config.train.steps * config.train.global_batch / count
     shape = f"{latent.channels}x{latent.height}x{latent.width}"
@@ -109,40 +134,19 @@ def _check_dataset(config: Config, found: Diagnosis) -> DatasetManifest | None:
     return manifest
 
 
-def _check_model(config: Config, manifest: DatasetManifest, found: Diagnosis) -> SiT | None:
-    try:
-        with torch.device("meta"):
-            model = build_model(config.model, manifest, build_endpoint(config.flow))
-    except SitdistError as error:
-        found.problem("model", str(error))
-        return None
-    flops = training_flops(model) * config.train.global_batch
-    found.fact("model", f"{parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP a step")
-    return model
-
-
-def _check_launch(launch: Path | None, accelerator: Accelerator, found: Diagnosis) -> tuple[int, str]:
-    """How many processes the run will have and their backend: as the launch file says, else as those that run now."""
-    world, backend = accelerator.num_processes, backend_of_launcher(os.environ)
-    if launch is not None:
-        try:
-            values = read_yaml(launch, "accelerate config, such as one of launch/")
-            given, machines = whole("num_processes", values.get("num_processes"), 1), values.get("num_machines", 1)
-            machines = whole("num_machines", machines, 1)
-            world, backend = given, backend_of_file(values)
-        except SitdistError as error:
-            found.problem("launch", f"{launch}: {str(error).removeprefix(f'{launch}: ')}")
-            return world, backend
-        gpus = torch.cuda.device_count()
-        if accelerator.device.type == "cuda" and world > gpus * machines:
-            found.problem("launch", f"{launch}: {world} processes on {machines} machines with {gpus} GPUs; start fewer")
-    looking = accelerator.num_processes
-    found.fact("processes", f"{world} on {accelerator.device.type} by {backend}, {looking} of them looking now")
+def _read_launch(launch: Path, accelerator: Accelerator, found: Diagnosis) -> tuple[int, str]:
+    """How many processes a launch file starts, and their backend."""
+    values = read_yaml(launch, "accelerate config, such as one of launch/")
+    world = whole("num_processes", values.get("num_processes"), 1)
+    machines = whole("num_machines", values.get("num_machines", 1), 1)
+    backend, gpus = backend_of_file(values), torch.cuda.device_count()
+    if accelerator.device.type == "cuda" and world > gpus * machines:
+        found.problem("launch", f"{launch}: {world} processes on {machines} machines with {gpus} GPUs; start fewer")
     return world, backend
 
 
 def backend_of_file(values: dict[str, Any]) -> str:
-    """The backend that `accelerate launch` asks for with a config file of these values; ConfigError as at the start."""
+    """The backend that `accelerate launch` sets for a config file of these values; ConfigError if not supported."""
     variables: dict[str, str] = {}
     kind = str(values.get("distributed_type", "NO"))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -154,15 +158,6 @@ def backend_of_file(values: dict[str, Any]) -> str:
         for name, value in given.items():
             variables[prefix + str(name).removeprefix("deepspeed_").upper()] = str(value)
     return backend_of_launcher(variables)
-
-
-def _check_split(config: Config, world: int, found: Diagnosis) -> None:
-    try:
-        split = split_batch(config.train.global_batch, world, config.train.max_batch_per_device)
-    except SitdistError as error:
-        found.problem("batch", str(error))
-        return
-    found.fact("batch", f"{split.local} samples a process, {split.micro} at a time")
 
 
 def _check_software(config: Config, device: torch.device, found: Diagnosis) -> None:
@@ -185,10 +180,8 @@ def _check_software(config: Config, device: torch.device, found: Diagnosis) -> N
                 "compile", f"{config.train.compile}, by {'triton' if device.type == 'cuda' else 'a C++ compiler'}"
             )
     if config.train.tracker is not None:
-        try:
+        with found.checking("tracker"):
             check_tracker(config.train.tracker)
-        except SitdistError as error:
-            found.problem("tracker", str(error))
 
 
 def _check_disk(config: Config, model: SiT, out: Path, found: Diagnosis) -> None:
@@ -206,15 +199,7 @@ def _check_disk(config: Config, model: SiT, out: Path, found: Diagnosis) -> None
         found.fact("disk", text)
 
 
-def _check_memory(
-    config: Config, model: SiT, backend: str, world: int, accelerator: Accelerator, found: Diagnosis
-) -> None:
-    device = accelerator.device
-    try:
-        micro = split_batch(config.train.global_batch, world, config.train.max_batch_per_device).micro
-    except SitdistError:
-        return  # told already
-    need = memory_estimate(config, model, micro, backend, world)
+def _check_memory(need: int, device: torch.device, found: Diagnosis) -> None:
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -243,7 +228,7 @@ def _measure_bandwidth(accelerator: Accelerator, found: Diagnosis) -> None:
 def _measure_steps(
     config: Config, manifest: DatasetManifest, accelerator: Accelerator, ranks: Ranks, found: Diagnosis
 ) -> None:
-    """A few steps of the run itself, in a temporary folder."""
+    """Time a few steps of the run itself, in a temporary folder."""
     quiet = {"validate_every": None, "checkpoint_every": None, "tracker": None, "profile": None, "averages": None}
     train = config.train.model_copy(update={**quiet, "steps": 10**9, "log_every": 10**9})
     with tempfile.TemporaryDirectory() as folder:
@@ -252,7 +237,7 @@ def _measure_steps(
         stop = StopSignal()
         try:
             trainer.run_steps(stop, until=1)
-            held = bytes_held(trainer.raw_model)
+            held = bytes_held(trainer.state.model)
             memory = memory_of_step(lambda: trainer.run_steps(stop, until=2), held, accelerator.device)
             begun = time.perf_counter()
             trainer.run_steps(stop, until=2 + TIMED_STEPS)

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, kept in float32: what is validated, evaluated and published."""
+"""The exponential moving average of the weights, in float32, which is validated, evaluated and published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sitdist.distributed.local_shards import local_part, local_shards
+from sitdist.distributed.local_shards import local_shard, local_shards
 from sitdist.runs.averages import lerp_unless_masked
 
 
@@ -23,9 +23,9 @@ class Ema:
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
-        """Follow `model`, which may by now be shared out over processes, as this one's then is."""
+        """Follow `model` from now on; both may have been sharded over processes."""
         self._followed = local_shards(model)
-        averaged = {name: local_part(parameter) for name, parameter in self.model.named_parameters()}
+        averaged = {name: local_shard(parameter) for name, parameter in self.model.named_parameters()}
         self._averaged: list[Tensor] = [averaged[name] for name in self._followed]
 
     @torch.no_grad()

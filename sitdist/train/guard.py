@@ -1,9 +1,9 @@
-"""Steps that are not finite: left out on the device, told and counted at the logging step, given up at some point."""
+"""Steps that are not finite: skipped on the device, reported and counted at the logging step, fatal if too many."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from sitdist.config.experiment import NonFiniteConfig
 from sitdist.distributed.ranks import Ranks
 from sitdist.errors import NonFiniteError
+from sitdist.train.hooks import Hook, StepResult
 
 log = logging.getLogger(__name__)
 SMALLEST_LOSS_SCALE = 2.0**-10  # an fp16 scale below it means that every gradient overflows
@@ -21,47 +22,36 @@ KEYS_TOLD = 8
 def nan_if_not_finite(losses: Tensor) -> Tensor:
     """Factors [B] for losses [B]: 1, but NaN where a loss is not finite.
 
-    It makes the whole gradient NaN, so that every process sees it in the summed gradient's norm and needs no word from
-    the others.
+    A NaN makes the whole gradient NaN, so every process sees it in the norm of the summed gradient.
     """
     return torch.where(losses.isfinite(), 1.0, torch.nan)
 
 
-@dataclass(frozen=True)
-class SeenStep:
-    """What is kept of a step until the logging step: nothing of it has been waited for."""
+class Guard(Hook):
+    """Counts the steps that were left out, and says when there are too many; every process calls every method.
 
-    step: int
-    keys: list[str]
-    losses: Tensor  # [local batch], on the device
-    ok: Tensor  # bool, 0-d, on the device, the same on every process
-
-
-class Guard:
-    """Counts the steps that were left out and says when it is too much; every process calls every method.
-
-    Under fp16 a gradient that overflows while its scale adapts is no fault: there only the losses count.
+    In fp16 gradients overflow while the loss scale adapts, so there only the losses count.
     """
 
     def __init__(self, ranks: Ranks, limits: NonFiniteConfig, fp16: bool) -> None:
         self._ranks, self._limits, self._fp16 = ranks, limits, fp16
-        self._seen: list[SeenStep] = []
+        self._seen: list[StepResult] = []
         self.total = self.in_a_row = self.rollbacks = 0
 
     def state(self) -> dict[str, int]:
-        """What a run that goes on has to know, after `read`."""
+        """The counts, for a checkpoint; call `read` before."""
         return {"total": self.total, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
 
     def load(self, state: dict[str, int]) -> None:
         """The inverse of `state`."""
         self.total, self.in_a_row, self.rollbacks = (state[name] for name in ("total", "in_a_row", "rollbacks"))
 
-    def observe(self, step: int, keys: list[str], losses: Tensor, ok: Tensor) -> None:
-        """Keep what step number `step` (from 0) came to; waits for nothing."""
-        self._seen.append(SeenStep(step, keys, losses.detach(), ok))
+    def after_step(self, done: StepResult) -> None:
+        """Keep the step's result for `read`; waits for nothing."""
+        self._seen.append(done)
 
     def read(self) -> None:
-        """Count what was seen since the last call, and name the samples; waits for the device."""
+        """Count the steps since the last call, and name the samples that were not finite; waits for the device."""
         seen, self._seen = self._seen, []
         if not seen:
             return
@@ -73,20 +63,20 @@ class Guard:
             self.in_a_row = self.in_a_row + 1 if bad else 0
             self.total += bad
             if bad:
-                self._tell(each)
+                self._warn(each)
 
-    def _tell(self, seen: SeenStep) -> None:
+    def _warn(self, seen: StepResult) -> None:
         own = [key for key, fine in zip(seen.keys, seen.losses.isfinite().tolist(), strict=True) if not fine]
         keys = [key for of_process in self._ranks.gather(own) for key in of_process]
         if self._ranks.rank == 0:
-            log.warning("step %d left out: the %s", seen.step, _where(keys))
+            log.warning("step %d left out: the %s", seen.step - 1, _where(keys))
 
     def too_many_in_a_row(self) -> bool:
         """Whether the weights themselves must be at fault."""
         return self.in_a_row >= self._limits.in_a_row
 
     def rolled_back(self) -> None:
-        """Begin to count anew: the weights are earlier ones."""
+        """Start counting again, with the weights of an earlier checkpoint."""
         self.in_a_row = 0
         self.rollbacks += 1
 
@@ -99,7 +89,7 @@ class Guard:
         if loss_scale is not None and loss_scale < SMALLEST_LOSS_SCALE:
             self.give_up(step, f"fp16 gradients overflow at any loss scale ({loss_scale:g})")
 
-    def give_up(self, step: int, reason: str) -> None:
+    def give_up(self, step: int, reason: str) -> NoReturn:
         """Raise NonFiniteError on every process."""
         with self._ranks.raise_together():
             raise NonFiniteError(

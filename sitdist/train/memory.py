@@ -1,26 +1,32 @@
-"""How much memory a run needs on each device, and its checkpoints on disk, counted from the sizes before it starts.
+"""How much memory a run needs on each device, and its checkpoints on disk: estimated beforehand, and measured.
 
-What is counted: weights, gradients, the optimizer's state and averages in float32, and the activations that the
-backward pass needs. What is not: the codec, workspaces, what the allocator cannot use (leave a fifth).
+Estimates count weights, gradients, the optimizer's state and averages in float32, and the activations that the backward
+pass needs; not the codec, workspaces, or what the allocator cannot use (leave a fifth).
 """
 
 from __future__ import annotations
 
-import torch
+import ctypes
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from sitdist.config.experiment import SIT_SIZES, Config
+import torch
+from torch import nn
+
+from sitdist.config.experiment import Config
 from sitdist.io.memory import require_memory
 from sitdist.model.sit import SiT
 
 ACTIVATION_BYTES = 34  # a token, channel and block in 16 bits (Korthikanti et al. 2022, eq. 2, without the scores)
 KEPT = {"off": 1.0, "selective": 0.7, "all": 0.06}  # of the activations; roughly
 FLOAT = 4  # bytes
-TABLE_WORLDS = (1, 8, 64)
-TABLE_BATCH, TABLE_LATENT = 32, 32  # samples a device; latents of 4x32x32, which are 256 px with an SD-sized codec
 
 
 def parameters(model: SiT) -> int:
-    """Numbers in the weights."""
+    """The number of weights."""
     return sum(each.numel() for each in model.parameters())
 
 
@@ -82,16 +88,30 @@ def more_averages(config: Config) -> int:
     return 0 if averages is None else len(averages.decays) + len(averages.sigma_rels)
 
 
-def memory_table() -> str:
-    """GB a device by model, backend and number of devices, as in launch/README.md (Markdown)."""
-    heads = [f"{backend}, {world}" for backend in ("ddp", "zero1", "zero2", "fsdp2") for world in TABLE_WORLDS[1:]]
-    rows = ["| model | parameters | one device | " + " | ".join(heads) + " | activations |"]
-    rows.append("|" + "---|" * (len(heads) + 4))
-    for size, (depth, width, num_heads) in SIT_SIZES.items():
-        with torch.device("meta"):
-            model = SiT(TABLE_LATENT, 2, 4, width, depth, num_heads)
-        cells = [state_bytes(model, head.split(", ")[0], int(head.split(", ")[1])) for head in heads]
-        cells = [state_bytes(model, "ddp", 1), *cells, activation_bytes(model, TABLE_BATCH, fp32=False)]
-        told = " | ".join(f"{cell / 1e9:.2f}" for cell in cells)
-        rows.append(f"| SiT-{size}/2 | {parameters(model) / 1e6:.0f} M | {told} |")
-    return "\n".join(rows)
+def bytes_held(model: nn.Module) -> int:
+    """Bytes that stay between the steps: weights, their average, and AdamW's two moments."""
+    return 4 * sum(each.numel() * each.element_size() for each in model.parameters())
+
+
+def memory_of_step(step: Callable[[], Any], state: int, device: torch.device) -> int | None:
+    """`state` and the peak of a step above the memory held before it, in bytes; None if the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return state + torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux, proc(5))
+        before = _resident("VmRSS")
+        step()
+        return state + _resident("VmHWM") - before
+    except (OSError, LookupError):
+        return None
+
+
+def _resident(field: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(fields[field].split()[0]) * 1024

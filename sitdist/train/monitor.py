@@ -1,4 +1,4 @@
-"""What a run tells while it trains: TensorBoard, metrics.jsonl and a progress bar, all from the main process."""
+"""The logs of a run: TensorBoard, metrics.jsonl, a tracker and a progress bar, all from the main process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from sitdist.config.experiment import Config
 from sitdist.distributed.ranks import Ranks
+from sitdist.errors import ConfigError
 from sitdist.io.atomic import write_atomically
 from sitdist.model.flops import listed_peak
-from sitdist.train.profiling import open_tracker
+from sitdist.runs.checkpoint import flatten
+from sitdist.train.hooks import Hook, StepResult
 
 log = logging.getLogger(__name__)
 INTERIOR_BINS = 4
@@ -41,11 +43,11 @@ def time_bin(t: Tensor) -> Tensor:
     return torch.where(t == 0.0, torch.zeros_like(interior), ends)
 
 
-class Monitor:
-    """Sums what is seen since the last line over samples and processes, and writes it out at every `log_every` steps.
+class Monitor(Hook):
+    """Averages over samples, processes and the steps since the last line; one line every `log_every` steps.
 
-    Averages after a resume start at the resumed step. Every process calls every method. `flops`: of training on one
-    sample, for the utilization of the devices; `config`: shown beside the run, and what its tracker is told.
+    Averages after a resume start at the resumed step, `start`. Every process calls every method. `flops`: of training
+    on one sample, for the utilization of the devices.
     """
 
     def __init__(
@@ -53,15 +55,14 @@ class Monitor:
         run: Path,
         accelerator: Accelerator,
         ranks: Ranks,
-        start: int,
-        steps: int,
-        global_batch: int,
+        config: Config,
+        start: int = 0,
         flops: int | None = None,
-        config: Config | None = None,
     ) -> None:
-        self._ranks, self._global_batch, self._flops = ranks, global_batch, flops
+        settings = config.train
+        self._ranks, self._global_batch, self._flops = ranks, settings.global_batch, flops
         self._device, self._tracker = accelerator.device, None
-        self._spike = None if config is None else config.train.loss_spike
+        self._spike = settings.loss_spike
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._spikes = 0
         self._peak = None
@@ -82,12 +83,13 @@ class Monitor:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
             keep_lines_until(run / "metrics.jsonl", start)
             self._lines = (run / "metrics.jsonl").open("a")
-            if config is not None:
-                settings = flatten(config.model_dump(mode="json"))
-                self._tracker = open_tracker(config.train.tracker, run, config.name, settings)
-                if start == 0:
-                    self._write_settings(settings)
-            self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=None, dynamic_ncols=True)
+            values = flatten(config.model_dump(mode="json"))
+            self._tracker = open_tracker(settings.tracker, run, config.name, values)
+            if start == 0:
+                self._write_settings(values)
+            self._bar = tqdm(
+                total=settings.steps, initial=start, desc="train", unit="step", disable=None, dynamic_ncols=True
+            )
 
     def _reset(self) -> None:
         self._loss_sums.zero_()
@@ -99,42 +101,38 @@ class Monitor:
         self._steps = 0
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
-        """For TensorBoard's page of hyperparameters, with the numbers by which it compares runs."""
+        """Fill TensorBoard's page of hyperparameters, with the metrics by which it compares runs."""
         from torch.utils.tensorboard.summary import hparams
 
-        told = {
+        plain = {
             name: value if isinstance(value, int | float | bool) else str(value) for name, value in settings.items()
         }
         compared = ("train/loss", "validation/rotation_error_deg", "validation/psnr")
-        for summary in hparams(told, dict.fromkeys(compared, 0.0)):
+        for summary in hparams(plain, dict.fromkeys(compared, 0.0)):
             self._board.file_writer.add_summary(summary)
 
-    def observe_losses(self, losses: Tensor, t: Tensor) -> None:
-        """Add the losses [B] of this process's samples at times `t` [B]; those that are not finite do not count."""
-        bins, finite = time_bin(t), losses.isfinite()
-        self._loss_sums.index_add_(0, bins, torch.where(finite, losses.detach(), 0.0).double())
+    def after_step(self, done: StepResult) -> None:
+        """Add a step. Losses and gradient norms that are not finite do not count."""
+        bins, finite = time_bin(done.t), done.losses.isfinite()
+        self._loss_sums.index_add_(0, bins, torch.where(finite, done.losses, 0.0).double())
         self._loss_counts.index_add_(0, bins, finite.double())
-
-    def observe_step(self, waited: float, gradient_norm: Tensor) -> None:
-        """Add one step: the seconds spent waiting for data, and its gradient norm (0-d) before clipping."""
-        self._waited += waited
+        self._norm_sum += torch.where(done.ok, done.gradient_norm, 0.0)
+        self._norm_count += done.ok
+        self._waited += done.waited
         self._steps += 1
-        finite = gradient_norm.isfinite()  # other steps are left out
-        self._norm_sum += torch.where(finite, gradient_norm, 0.0)
-        self._norm_count += finite
         if self._bar is not None:
             self._bar.update()
 
     def observe_checkpoint(self, seconds: float) -> None:
-        """Add what saving a checkpoint has taken off the training."""
+        """Add the time for which saving a checkpoint has paused the training."""
         self._saving += seconds
 
     def observe_validation(self, seconds: float) -> None:
-        """Add what a validation has taken off the training."""
+        """Add the time for which a validation has paused the training."""
         self._validating += seconds
 
     def write_line(self, step: int, lr: float, loss_scale: float | None, left_out: int = 0) -> None:
-        """Write the averages since the last line as those of `step` updates, and how many of all were left out."""
+        """Write the averages since the last line; `left_out`: of all `step` steps, how many changed nothing."""
         sums, counts = self._ranks.sum(torch.stack([self._loss_sums, self._loss_counts]))
         norm_sum, norm_count = self._norm_sum.item(), self._norm_count.item()
         own_seconds = time.perf_counter() - self._begun - self._saving - self._validating
@@ -161,7 +159,7 @@ class Monitor:
         self._reset()
 
     def _watch_loss(self, step: int, loss: float) -> None:
-        """Tell of a loss far above those of the lines before; such a one does not count as usual afterwards."""
+        """Warn of a loss far above those of the lines before; it does not count as usual afterwards."""
         usual = median(self._recent) if len(self._recent) >= FEWEST else math.inf
         if self._spike is None or loss <= self._spike * usual:
             self._recent.append(loss)
@@ -175,7 +173,7 @@ class Monitor:
             )
 
     def _speed(self, samples_per_second: float, seconds: float) -> dict[str, float]:
-        """How well this machine is used; memory is the peak so far, and MFU is known for known GPUs only."""
+        """How well this machine is used. Memory is the peak so far; MFU is there for listed GPUs only."""
         if self._device.type == "cuda":
             memory = float(torch.cuda.max_memory_allocated(self._device))
         else:
@@ -187,7 +185,7 @@ class Monitor:
         return {f"train_speed/{name}": value for name, value in speed.items()}
 
     def write_scalars(self, step: int, scalars: dict[str, float], group: str) -> None:
-        """One line of metrics.jsonl, in which what is not finite is null, and a TensorBoard scalar for each value."""
+        """Write a line of metrics.jsonl and TensorBoard scalars. A value that is not finite is null in the line."""
         self._write(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
@@ -201,7 +199,7 @@ class Monitor:
             self._tracker.log(scalars, step=step)
 
     def write_error_curve(self, step: int, name: str, errors: Tensor) -> None:
-        """For TensorBoard: the share of views whose error [views], in degrees, is below what the abscissa says."""
+        """Plot in TensorBoard the share of views whose error [views], in degrees, is below the abscissa."""
         if self._board is None:
             return
         from matplotlib.figure import Figure
@@ -233,16 +231,8 @@ class Monitor:
             self._tracker.finish()
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of a metrics.jsonl after `step`, and those that are damaged, such as a last one that was cut."""
+    """Drop the lines of a metrics.jsonl after `step`, and damaged ones, such as a last line that was cut."""
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     kept = "".join(line for line in lines if line.endswith("\n") and _step_of(line) <= step)
     write_atomically(path, lambda temporary: temporary.write_text(kept))
@@ -253,3 +243,26 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def check_tracker(name: str) -> None:
+    """ConfigError if the tracker called `name` is not installed; Accelerate would ignore it silently."""
+    from accelerate.tracking import get_available_trackers
+
+    if name not in [str(each.value) if hasattr(each, "value") else str(each) for each in get_available_trackers()]:
+        raise ConfigError(f"train.tracker = '{name}': the package is not installed; pip install it, or remove the key")
+
+
+def open_tracker(name: str | None, run: Path, run_name: str, settings: dict[str, Any]) -> Any:
+    """Accelerate's tracker called `name`, with the settings; None for none. ConfigError if it is not installed."""
+    if name is None:
+        return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    check_tracker(name)
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    tracker = tracker_class(run_name, **({"logging_dir": run} if tracker_class.requires_logging_directory else {}))
+    if hasattr(tracker, "start"):
+        tracker.start()
+    tracker.store_init_configuration(settings)
+    return tracker

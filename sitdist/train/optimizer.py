@@ -11,8 +11,8 @@ from sitdist.config.experiment import OptimizerConfig
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of these parameters; its rate is set anew at every step, and so is `found_inf`, a number on
-    the device: where it is 1, a fused optimizer leaves parameters and state as they are.
+    """The optimizer of these parameters. Every step sets its rate and `found_inf`, a number on the device: if it is 1,
+    a fused optimizer leaves parameters and state unchanged.
     """
     if config.kind == "sgd":
         sgd = torch.optim.SGD(

@@ -1,7 +1,9 @@
-"""How good the averaged weights are on the validation views, while training goes on."""
+"""How good the averaged weights are on the validation views, measured while training goes on."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from sitdist.config.experiment import Config
 from sitdist.dataset.manifest import DatasetManifest
 from sitdist.dataset.reader import ShardReader
+from sitdist.distributed.ranks import Ranks
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.interpolant import get_interpolant
@@ -21,12 +24,15 @@ from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference.options import build_sampling
 from sitdist.model.codec import Codec, latent_mean
 from sitdist.runs.build import build_endpoint
+from sitdist.train.hooks import Hook, StepResult
+from sitdist.train.monitor import Monitor
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What the model can do: pose errors over the views; the mean PSNR in dB of generated views, and a picture
-    [3, H, W] with rows of these above the true ones.
+    """What could be measured: pose errors over the views, and the mean PSNR in dB of generated views.
+
+    `picture` [3, H, W] shows rows of generated views above the true ones.
     """
 
     scalars: dict[str, float]
@@ -35,7 +41,7 @@ class ValidationResult:
 
 
 class Validation:
-    """The first views of the `val` split, held in memory: their latents, poses and pictures."""
+    """The first views of the `val` split in memory: their latents, poses and pictures; the main process has them."""
 
     def __init__(self, config: Config, dataset: Path, manifest: DatasetManifest, codec: Codec, device: torch.device):
         views = manifest.splits["val"].count if "val" in manifest.splits else 0
@@ -60,7 +66,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> ValidationResult:
-        """One-step pose errors and generated views of `model`; one process is enough."""
+        """One-step pose errors and generated views of `model`."""
         flow = self._config.flow
         model = velocity_model(model, self.interpolant, flow.prediction)
         scalars, rotation = self._pose_errors(model) if flow.why_no_pose() is None else ({}, None)
@@ -107,3 +113,38 @@ class Validation:
             torch.arange(count, device=self._device),
         )
         return self._codec.decode(latents).float().cpu()
+
+
+class PeriodicValidation(Hook):
+    """Validates and logs every `every` steps, and after the last; `validation` is None but on the main process.
+
+    `averaged_model` gives the full averaged model; every process calls it.
+    """
+
+    def __init__(
+        self,
+        every: int | None,
+        validation: Validation | None,
+        averaged_model: Callable[[], nn.Module],
+        ranks: Ranks,
+        monitor: Monitor,
+    ) -> None:
+        self._every, self.validation, self._averaged_model = every, validation, averaged_model
+        self._ranks, self._monitor = ranks, monitor
+
+    def after_step(self, done: StepResult) -> None:
+        if not done.due(self._every):
+            return
+        begun = time.perf_counter()
+        model = self._averaged_model()
+        with self._ranks.raise_together():
+            if self.validation is not None:
+                self._log(done.step, self.validation.measure(model))
+        self._monitor.observe_validation(time.perf_counter() - begun)
+
+    def _log(self, step: int, result: ValidationResult) -> None:
+        self._monitor.write_scalars(step, result.scalars, "validation")
+        if result.picture is not None:
+            self._monitor.write_picture(step, "validation/generated_above_true", result.picture)
+        if result.rotation_errors_deg is not None:
+            self._monitor.write_error_curve(step, "validation/rotation_errors", result.rotation_errors_deg)

@@ -19,7 +19,7 @@ from sitdist.errors import ConfigError, ProcessError
 from sitdist.flow.interpolant import get_interpolant
 from sitdist.model.flops import training_flops
 from sitdist.model.sit import SiT
-from sitdist.train.timing import memory_of_step
+from sitdist.train.memory import memory_of_step
 
 
 def small_model():

@@ -22,7 +22,7 @@ from sitdist.cli import main as cli
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.distributed.accelerator import make_accelerator, processes
-from sitdist.distributed.backend import Replicas
+from sitdist.distributed.ddp import DDP
 from sitdist.evaluate import evaluator
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at
@@ -42,8 +42,8 @@ def train_and_record(folder: Path, *arguments: str) -> None:
     """Train, and leave what each step of this rank saw in `folder`."""
     make = trainer_module.make_inputs
 
-    def make_and_record(batch, config, device):
-        inputs = make(batch, config, device)
+    def make_and_record(batch, config, *given):
+        inputs = make(batch, config, *given)
         seen = {"keys": batch.keys, "positions": batch.positions, "x0": inputs.x0, "x1": inputs.x1, "t": inputs.t}
         step = int(batch.positions[0]) // config.train.global_batch
         torch.save(seen | {"drop_labels": inputs.drop_labels}, folder / f"step_{step}_rank_{rank()}.pt")
@@ -55,8 +55,8 @@ def train_and_record(folder: Path, *arguments: str) -> None:
 
 def train_without_sync(*arguments: str) -> None:
     """Train while no process tells the others its gradients."""
-    accumulating = Replicas.accumulating
-    Replicas.accumulating = lambda self, is_last: accumulating(self, is_last=False)
+    accumulate = DDP.accumulate
+    DDP.accumulate = lambda self, is_last: accumulate(self, is_last=False)
     cli.main(arguments)
 
 
@@ -138,8 +138,8 @@ def train_with_nan_on(own: int, *arguments: str) -> None:
     """Train, and see a latent that is not a number in step 2, on one rank alone."""
     make = trainer_module.make_inputs
 
-    def make_poisoned(batch, config, device):
-        inputs = make(batch, config, device)
+    def make_poisoned(batch, config, *given):
+        inputs = make(batch, config, *given)
         if rank() == own and int(batch.positions[0]) // config.train.global_batch == 2:
             inputs.x1[3] = torch.nan
             print(batch.keys[3], flush=True)
@@ -166,15 +166,15 @@ def train_failing_on(own: int, where: str, error: Exception, *arguments: str) ->
 
 def train_leaving_out(step: int, *arguments: str) -> None:
     """Train, and call nothing that changes weights, optimizer and their average in one step."""
-    clip, update, average = Trainer._clip_gradients, torch.optim.AdamW.step, Ema.update
+    accumulate, update, average = Trainer._accumulate_gradients, torch.optim.AdamW.step, Ema.update
     now = -1
 
-    def clip_and_remember(self):
+    def accumulate_and_remember(self, inputs):
         nonlocal now
         now = self.step
-        return clip(self)
+        return accumulate(self, inputs)
 
-    Trainer._clip_gradients = clip_and_remember
+    Trainer._accumulate_gradients = accumulate_and_remember
     torch.optim.AdamW.step = lambda *given, **named: None if now == step else update(*given, **named)
     Ema.update = lambda *given: None if now == step else average(*given)
     cli.main(arguments)

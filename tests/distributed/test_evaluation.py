@@ -135,10 +135,10 @@ def claims(folder):
     return {path.name: path.read_bytes() for path in (folder / "claims").glob("*")}
 
 
-def assert_one_works_and_the_other_names_it(run, on_one, folder):
-    out = folder / "out"
+def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_path):
+    out = tmp_path / "out"
     arguments = ("eval", run, "--split", "test", "--batch", 1, "--out", out)
-    both = [ranks.sitdist(folder / name, 1, *arguments) for name in ("a", "b")]
+    both = [ranks.sitdist(tmp_path / name, 1, *arguments) for name in ("a", "b")]
     codes = [started.wait(120)[0] for started in both]
     assert sorted(codes) == [0, 2], [started.errors() for started in both]
     stopped, worked = both[codes.index(2)], both[codes.index(0)]
@@ -149,16 +149,6 @@ def assert_one_works_and_the_other_names_it(run, on_one, folder):
     )
     assert "12 of 12 work units to evaluate" in worked.errors()
     assert_same(out, on_one)
-
-
-def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_path):
-    assert_one_works_and_the_other_names_it(run, on_one, tmp_path)
-
-
-@pytest.mark.slow
-def test_twenty_starts_of_two_evaluators(run, on_one, tmp_path):
-    for number in range(20):
-        assert_one_works_and_the_other_names_it(run, on_one, tmp_path / f"{number}")
 
 
 @pytest.mark.slow

@@ -172,8 +172,3 @@ def test_every_launch_file_that_is_named_exists():
     named = {name for path in texts for name in re.findall(r"launch/([\w.]+\.(?:yaml|sh|md))", path.read_text())}
     assert named
     assert {name for name in named if not (LAUNCH / name).is_file()} == set()
-
-
-def test_every_launch_file_is_explained():
-    readme = (LAUNCH / "README.md").read_text()
-    assert [path.name for path in LAUNCH.iterdir() if f"`{path.name}`" not in readme and path.name != "README.md"] == []

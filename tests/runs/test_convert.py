@@ -59,7 +59,7 @@ def test_what_cannot_be_written_is_said_and_nothing_is_lost(tiny_run, tmp_path):
 FULL = """
 import resource, sys
 from pathlib import Path
-from sitdist import cli
+from sitdist.cli import main as cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a disk that gets full: a write fails in its middle
 for suffix in ("pt", "safetensors"):
     code = cli.run(["checkpoint", "convert", sys.argv[1], f"{sys.argv[2]}/weights.{suffix}"])

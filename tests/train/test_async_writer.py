@@ -7,21 +7,12 @@ import threading
 import pytest
 import torch
 
-from benchmarks import checkpoint as bench_module
-from benchmarks.checkpoint import SaveCost, bench_checkpoint, measure_saves
-from benchmarks.step import BenchOptions
-from sitdist.config.experiment import Config
-from sitdist.config.load import load_yaml
 from sitdist.errors import CheckpointError, DataError
 from sitdist.runs import checkpoint as checkpoints
 from sitdist.runs.checkpoint import TENSOR_FILES, folder_of, list_checkpoints
+from sitdist.train import trainer as trainer_module
 from sitdist.train.async_writer import AsyncWriter, HostCopy
-from sitdist.train.trainer import Trainer, train
-
-
-@pytest.fixture
-def config(tiny_yaml):
-    return lambda *overrides: load_yaml(Config, tiny_yaml, list(overrides))
+from sitdist.train.trainer import train
 
 
 def tensor_bytes(run, step):
@@ -83,21 +74,21 @@ def test_checkpoints_written_beside_the_training_are_those_written_at_once(confi
 
 def test_steps_go_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
     write, may_write, seen = checkpoints.save_file, threading.Event(), []
-    update = Trainer._learning_rate
+    rate = trainer_module.learning_rate
 
     def slow(tensors, path):
         assert may_write.wait(30)
         write(tensors, path)
 
-    def watch(self, step):
+    def watch(step, **options):
         if not may_write.is_set():
             seen.append(step)
         if step == 3:
             may_write.set()
-        return update(self, step)
+        return rate(step, **options)
 
     monkeypatch.setattr(checkpoints, "save_file", slow)
-    monkeypatch.setattr(Trainer, "_learning_rate", watch)
+    monkeypatch.setattr(trainer_module, "learning_rate", watch)
     train(config("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=6"), tmp_path / "slow")
     assert seen == [0, 1, 2, 3]  # steps 2 and 3, counted from 0, came after the save of two steps had begun
     monkeypatch.undo()
@@ -119,16 +110,3 @@ def test_a_disk_that_is_full_stops_the_run_at_one_of_the_next_steps(config, tmp_
         train(config(*settings), tmp_path)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000002"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) <= 6
-
-
-@pytest.mark.distributed
-def test_the_benchmark_tells_what_it_measured(tmp_path, monkeypatch):
-    cost = measure_saves(BenchOptions("SiT-S/8", batch=2, pairs=2, backends=("fp32",)), tmp_path)
-    assert [len(values) for values in (cost.at_once, cost.beside, cost.step, cost.slowdown)] == [2, 2, 2, 2]
-    newest = list_checkpoints(tmp_path / "run")[-1]
-    assert cost.bytes == sum(path.stat().st_size for path in newest.iterdir())
-    monkeypatch.setattr(bench_module, "measure_saves", lambda *_: SaveCost([2.0], [0.5], [1.0], [0.75], 10**9))
-    said = bench_checkpoint(BenchOptions("SiT-S/8", backends=("fp32",)))
-    assert "checkpoints of 1,000 MB" in said
-    assert "0.500 s stall, 25.0% of it" in said
-    assert "0.750 s in all, 62.5% with the stall" in said

@@ -6,16 +6,15 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sitdist.config.experiment import Config
-from sitdist.config.load import load_yaml
 from sitdist.distributed.accelerator import make_accelerator
-from sitdist.distributed.backend import sum_of_squares
+from sitdist.distributed.ddp import sum_of_squares
 from sitdist.distributed.ranks import Ranks
 from sitdist.errors import ConfigError
 from sitdist.model.flops import training_flops
@@ -26,14 +25,6 @@ from sitdist.train.compile import ScheduledCollection, compile_model, recompute_
 from sitdist.train.monitor import Monitor
 from sitdist.train.profiling import LayerNorms, layer_of
 from sitdist.train.trainer import train
-
-
-@pytest.fixture
-def config(tiny_yaml):
-    def load(*overrides: str) -> Config:
-        return load_yaml(Config, tiny_yaml, list(overrides))
-
-    return load
 
 
 def model(seed=0):
@@ -53,7 +44,7 @@ def run(made):
 
 FAULTS = """
 import resource, torch
-from sitdist.train.speed import keep_freed_memory
+from sitdist.train.compile import keep_freed_memory
 def work(times):
     for _ in range(times):
         blocks = [torch.ones(10_000_000) for _ in range(4)]  # 40 MB each
@@ -179,7 +170,7 @@ def test_garbage_is_collected_on_schedule_and_by_python_afterwards(monkeypatch):
     collection = ScheduledCollection()
     assert not gc.isenabled()
     for step in (1, speed.COLLECT_EVERY - 1, speed.COLLECT_EVERY, speed.COLLECT_EVERY + 1):
-        collection.after(step)
+        collection.after_step(SimpleNamespace(step=step))
     assert collected == [True]
     collection.close()
     assert gc.isenabled()
@@ -190,16 +181,18 @@ def test_garbage_is_collected_on_schedule_and_by_python_afterwards(monkeypatch):
 
 def test_layer_norms_are_those_of_the_gradients_and_of_what_blocks_give():
     made = model()
-    norms = LayerNorms(made, every=2)
-    norms.begin(0)
+    norms = LayerNorms(made, every=2, monitor=None, scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    norms.before_step(0)
     run(made)
-    assert norms.end() == {}
+    norms.after_backward()
+    assert norms.norms == {}
     made.zero_grad()
     seen = []
     made.blocks[1].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
-    norms.begin(1)
+    norms.before_step(1)
     gradients = run(made)
-    found = norms.end(torch.amp.GradScaler("cpu", init_scale=4.0))
+    norms.after_backward()
+    found = norms.norms
     of_block = [gradient.flatten() for name, gradient in gradients.items() if name.startswith("blocks.1.")]
     assert found["gradient/block_01"] == pytest.approx(float(torch.cat(of_block).norm()) / 4.0, rel=1e-5)
     assert found["activation/block_01"] == pytest.approx(float(seen[0].square().mean().sqrt()), rel=1e-5)
@@ -240,7 +233,7 @@ def test_a_profile_covers_the_steps_asked_for(config, tmp_path):
 def test_the_settings_are_on_the_page_of_hyperparameters(config, tmp_path):
     accelerator = make_accelerator()
     settings = config("train.steps=7")
-    Monitor(tmp_path, accelerator, Ranks(accelerator), 0, 7, 4, None, settings).close()
+    Monitor(tmp_path, accelerator, Ranks(accelerator), settings).close()
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     content = read.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     assert b"train.optimizer.lr" in content

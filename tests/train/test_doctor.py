@@ -21,7 +21,7 @@ from sitdist.train.trainer import train
 def test_a_sound_run_is_told_with_its_measured_speed(tiny_yaml, tmp_path, capsys):
     assert cli.run(["doctor", str(tiny_yaml), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert "nothing wrong was found" in said
+    assert "No problems found." in said
     assert re.search(r"dataset +tiny: 48 training samples of 4x4x4, each seen 1\.5 times", said)
     seconds = float(re.search(r"a step +([0-9.]+) s", said)[1])
     assert 0.0 < seconds < 60.0

@@ -19,14 +19,6 @@ def test_the_average_follows_the_recurrence_with_a_warmed_up_decay():
         assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_decay_of_zero_is_the_model_itself():
-    model = nn.Linear(3, 2)
-    ema = Ema(model, decay=0.0)
-    nn.init.normal_(model.weight)
-    ema.update(1000)
-    torch.testing.assert_close(ema.model.weight, model.weight.detach(), rtol=0, atol=0)
-
-
 def test_the_average_is_kept_in_float32_in_eval_mode_and_apart_from_the_model():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).to(torch.bfloat16).train()
     ema = Ema(model, decay=0.999)

@@ -6,23 +6,15 @@ import threading
 import pytest
 import torch
 
-from sitdist.config.experiment import Config
-from sitdist.config.load import load_yaml
 from sitdist.distributed.signals import StopSignal
 from sitdist.errors import NonFiniteError, RunInterrupted
 from sitdist.runs.averages import Averages, path_of
 from sitdist.runs.checkpoint import folder_of, read_newest
 from sitdist.train import trainer as trainer_module
 from sitdist.train.ema import Ema
+from sitdist.train.review import Review
+from sitdist.train.saving import Saver
 from sitdist.train.trainer import Trainer, train
-
-
-@pytest.fixture
-def config(tiny_yaml):
-    def load(*overrides: str) -> Config:
-        return load_yaml(Config, tiny_yaml, list(overrides))
-
-    return load
 
 
 @pytest.fixture
@@ -32,8 +24,8 @@ def poisoned(monkeypatch):
     keys = {}
 
     def arm(*steps, batch_size=12):
-        def make_poisoned(batch, config, device):
-            inputs = make(batch, config, device)
+        def make_poisoned(batch, *given):
+            inputs = make(batch, *given)
             step = int(batch.positions[0]) // batch_size
             if step in steps:
                 inputs.x1[[1, 4]] = torch.nan
@@ -52,16 +44,16 @@ def skipping(monkeypatch):
 
     def arm(*steps):
         now = {}
-        clip = Trainer._clip_gradients
+        accumulate = Trainer._accumulate_gradients
 
-        def clip_and_remember(self):
+        def accumulate_and_remember(self, inputs):
             now["step"] = self.step
-            return clip(self)
+            return accumulate(self, inputs)
 
         def unless_skipped(function):
             return lambda *given, **named: None if now["step"] in steps else function(*given, **named)
 
-        monkeypatch.setattr(Trainer, "_clip_gradients", clip_and_remember)
+        monkeypatch.setattr(Trainer, "_accumulate_gradients", accumulate_and_remember)
         for owner, name in (
             (torch.optim.AdamW, "step"),
             (torch.optim.SGD, "step"),
@@ -116,7 +108,7 @@ def test_a_gradient_that_is_not_finite_is_told_without_samples(config, tmp_path,
     def overflow(self, inputs):
         losses = accumulate(self, inputs)
         if self.step == 1:
-            next(each.grad for each in self.raw_model.parameters() if each.grad is not None).fill_(torch.inf)
+            next(each.grad for each in self.state.model.parameters() if each.grad is not None).fill_(torch.inf)
         return losses
 
     monkeypatch.setattr(Trainer, "_accumulate_gradients", overflow)
@@ -175,7 +167,7 @@ def test_a_run_that_cannot_be_helped_stops_and_says_what_was_left_out(config, tm
 def test_no_step_waits_for_the_device_but_at_the_logging_steps(config, tmp_path, monkeypatch, poisoned):
     poisoned(3, batch_size=12)
     train_thread, waits, reviewing = threading.get_ident(), [], []
-    review, make = Trainer._review, trainer_module.make_inputs
+    review, make = Review.after_step, trainer_module.make_inputs
 
     def counted(name, function):
         def call(tensor, *given, **named):
@@ -185,20 +177,20 @@ def test_no_step_waits_for_the_device_but_at_the_logging_steps(config, tmp_path,
 
         return call
 
-    def mark_review(self, lr):
+    def mark_review(self, done):
         reviewing.append(True)
-        review(self, lr)
+        review(self, done)
         reviewing.clear()
 
-    def begin_to_count(batch, config, device):
+    def begin_to_count(batch, *given):
         if int(batch.positions[0]) == 12:  # what is done once is done
             for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu"):
                 monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-        return make(batch, config, device)
+        return make(batch, *given)
 
     monkeypatch.setattr(trainer_module, "make_inputs", begin_to_count)
-    monkeypatch.setattr(Trainer, "_review", mark_review)
-    monkeypatch.setattr(Trainer, "save", lambda self: None)
+    monkeypatch.setattr(Review, "after_step", mark_review)
+    monkeypatch.setattr(Saver, "save", lambda self: None)
     settings = ("train.steps=9", "train.log_every=4", "train.optimizer.clip_norm=0.1", *ADAMW)
     train(config(*settings), tmp_path)
     assert [name for name, in_review in waits if not in_review] == []

@@ -12,16 +12,24 @@ from sitdist.config.load import load_yaml
 from sitdist.distributed.accelerator import make_accelerator
 from sitdist.distributed.ranks import Ranks
 from sitdist.train import monitor as monitoring
+from sitdist.train.hooks import StepResult
 from sitdist.train.monitor import BIN_NAMES, Monitor, keep_lines_until, time_bin
 
 
 @pytest.fixture
-def open_monitor(tmp_path):
+def open_monitor(tmp_path, tiny_yaml):
     def open_at(start: int) -> Monitor:
         accelerator = make_accelerator()
-        return Monitor(tmp_path, accelerator, Ranks(accelerator), start, steps=100, global_batch=4)
+        config = load_yaml(Config, tiny_yaml, ["train.steps=100", "train.global_batch=4"])
+        return Monitor(tmp_path, accelerator, Ranks(accelerator), config, start)
 
     return open_at
+
+
+def seen(losses, t, norm=1.0, waited=0.0):
+    """A step with these losses at times `t`; its number and rate are told by `write_line`."""
+    norm = torch.tensor(norm)
+    return StepResult(0, False, [], torch.tensor(losses), torch.tensor(t), norm, norm.isfinite(), 0.0, waited)
 
 
 def lines(path):
@@ -61,17 +69,13 @@ def test_numbers_that_are_not_finite_are_null(open_monitor, tmp_path):
 
 def test_a_line_holds_means_over_all_samples_since_the_last_one(open_monitor, tmp_path, clock):
     monitor = open_monitor(0)
-    monitor.observe_losses(torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0.0, 0.1, 0.2, 1.0]))
-    monitor.observe_step(waited=0.5, gradient_norm=torch.tensor(2.0))
-    monitor.observe_losses(torch.tensor([3.0, 3.0, 3.0, 3.0]), torch.tensor([0.0, 0.9, 0.9, 0.9]))
+    monitor.after_step(seen([1.0, 2.0, 3.0, 6.0], [0.0, 0.1, 0.2, 1.0], norm=2.0, waited=0.5))
     clock.now += 8.0
-    monitor.observe_step(waited=0.5, gradient_norm=torch.tensor(4.0))
+    monitor.after_step(seen([3.0, 3.0, 3.0, 3.0], [0.0, 0.9, 0.9, 0.9], norm=4.0, waited=0.5))
     monitor.observe_checkpoint(seconds=3.0)
     monitor.observe_validation(seconds=1.0)
     monitor.write_line(2, lr=0.1, loss_scale=None)
-    monitor.observe_losses(torch.full((4,), 7.0), torch.full((4,), 0.3))
-    monitor.observe_losses(torch.tensor([torch.nan, torch.inf]), torch.full((2,), 0.3))
-    monitor.observe_step(waited=0.0, gradient_norm=torch.tensor(torch.inf))  # a step that is left out
+    monitor.after_step(seen([7.0, 7.0, torch.nan, torch.inf], [0.3] * 4, norm=torch.inf))  # a step that is left out
     clock.now += 1.0
     monitor.write_line(3, lr=0.2, loss_scale=1024.0, left_out=1)
     monitor.close()
@@ -133,10 +137,9 @@ def test_a_loss_far_above_the_lines_before_is_told_and_counted(tmp_path, tiny_ya
     said = []
     monkeypatch.setattr(monitoring.log, "warning", lambda message, *values: said.append(message % values))
     accelerator = make_accelerator()
-    monitor = Monitor(tmp_path, accelerator, Ranks(accelerator), 0, 100, 4, None, load_yaml(Config, tiny_yaml))
+    monitor = Monitor(tmp_path, accelerator, Ranks(accelerator), load_yaml(Config, tiny_yaml))
     for step, loss in enumerate((8.0, 1.0, 1.1, 0.9, 4.0, 4.0, 1.0), 1):
-        monitor.observe_losses(torch.full((4,), loss), torch.full((4,), 0.5))
-        monitor.observe_step(0.0, torch.tensor(1.0))
+        monitor.after_step(seen([loss] * 4, [0.5] * 4))
         monitor.write_line(step, 0.1, None)
     monitor.close()
     assert [line["train/loss_spikes"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 0, 0, 0, 1, 2, 2]

@@ -11,28 +11,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sitdist.build.writer import build
 from sitdist.cli import main as cli
-from sitdist.config.experiment import Config
-from sitdist.config.load import load_yaml, parse
+from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.dataset.batches import BatchReader
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.distributed.accelerator import processes
 from sitdist.errors import CheckpointError, CodecError, ConfigError, DataError, RunInterrupted
+from sitdist.flow.interpolant import get_interpolant
 from sitdist.inference.run import load_run
 from sitdist.model.sit import SiT
-from sitdist.runs.build import build_model
+from sitdist.runs.build import build_endpoint, build_model
 from sitdist.runs.checkpoint import folder_of, list_checkpoints, read_newest
-from sitdist.train import trainer as trainer_module
-from sitdist.train.trainer import Trainer, make_inputs, split_batch, train
-
-
-@pytest.fixture
-def config(tiny_yaml):
-    def load(*overrides: str) -> Config:
-        return load_yaml(Config, tiny_yaml, list(overrides))
-
-    return load
+from sitdist.train.inputs import BatchSplit, make_inputs, split_batch
+from sitdist.train.trainer import Trainer, train
+from sitdist.train.validation import PeriodicValidation
 
 
 def tensor_bytes(run, step):
@@ -46,6 +39,11 @@ def weights(run):
 
 def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def inputs_of(batch, settings):
+    flow = settings.flow
+    return make_inputs(batch, settings, build_endpoint(flow), get_interpolant(flow.path, flow.prediction))
 
 
 def lines(run):
@@ -97,10 +95,10 @@ def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
 
 
 def test_a_batch_is_split_into_equal_micro_batches_of_at_most_the_given_size():
-    assert split_batch(12, 1, None) == trainer_module.BatchSplit(local=12, micro=12)
-    assert split_batch(12, 1, 5) == trainer_module.BatchSplit(local=12, micro=4)
-    assert split_batch(12, 2, 100) == trainer_module.BatchSplit(local=6, micro=6)
-    assert split_batch(14, 2, 3) == trainer_module.BatchSplit(local=7, micro=1)
+    assert split_batch(12, 1, None) == BatchSplit(local=12, micro=12)
+    assert split_batch(12, 1, 5) == BatchSplit(local=12, micro=4)
+    assert split_batch(12, 2, 100) == BatchSplit(local=6, micro=6)
+    assert split_batch(14, 2, 3) == BatchSplit(local=7, micro=1)
 
 
 @pytest.mark.parametrize(("world", "nearest"), [(5, "10 or 15"), (8, "8 or 16"), (24, "24")])
@@ -158,9 +156,9 @@ def test_a_loss_weight_changes_the_weights_and_a_run_that_predicts_x0_is_loaded_
 def test_times_of_a_weighted_loss_keep_away_from_where_it_is_infinite(config, tiny_dataset):
     batch = BatchReader(ShardReader(tiny_dataset, "train"), 0, 48).batch(0)
     shares = ("flow.share_at_zero=0.0", "flow.share_at_one=0.0")
-    plain = make_inputs(batch, config(*shares), torch.device("cpu")).t.double()
+    plain = inputs_of(batch, config(*shares)).t.double()
     weighted = config(*shares, "flow.prediction=x0", "flow.loss_weight=likelihood")
-    t = make_inputs(batch, weighted, torch.device("cpu")).t.double()
+    t = inputs_of(batch, weighted).t.double()
     torch.testing.assert_close(t, 1e-3 + 0.998 * plain, rtol=0, atol=1e-6)
 
 
@@ -181,8 +179,8 @@ def test_a_run_starts_from_the_weights_it_is_given_and_says_so(config, tmp_path,
 
 def test_without_label_dropout_no_label_is_dropped(config, tiny_dataset):
     batch = BatchReader(ShardReader(tiny_dataset, "train"), 0, 48).batch(0)
-    assert make_inputs(batch, config("model.class_dropout_prob=0.0"), torch.device("cpu")).drop_labels is None
-    dropped = make_inputs(batch, config("model.class_dropout_prob=0.5"), torch.device("cpu")).drop_labels
+    assert inputs_of(batch, config("model.class_dropout_prob=0.0")).drop_labels is None
+    dropped = inputs_of(batch, config("model.class_dropout_prob=0.5")).drop_labels
     assert 10 < int(dropped.sum()) < 38
 
 
@@ -253,7 +251,8 @@ def test_validation_changes_nothing_in_the_training(config, tmp_path):
 def test_the_picture_shows_the_true_views_below_the_generated_ones(config, tmp_path, tiny_dataset):
     with processes() as (accelerator, ranks):
         opened = Trainer(config("train.validate_every=1"), tmp_path, accelerator, ranks)
-        picture = opened.validation.measure(opened.ema.model).picture  # [3, 2 + 18 + 18, 2 + 18 + 18]
+        (validation,) = (each.validation for each in opened.hooks if isinstance(each, PeriodicValidation))
+        picture = validation.measure(opened.state.ema.model).picture  # [3, 2 + 18 + 18, 2 + 18 + 18]
         opened.close()
     true = ShardReader(tiny_dataset, "val").images([0, 1])
     torch.testing.assert_close(picture[:, 20:36, 2:18], true[0])
@@ -427,11 +426,3 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file/run: cannot be written \(Not a directory\)"):
         train(config(), tmp_path / "file" / "run")
-
-
-def test_messages_are_shown_once_by_the_main_process(config, tmp_path, capfd):
-    train(config(), tmp_path / "a")
-    train(config(), tmp_path / "b")
-    messages = capfd.readouterr().err
-    assert messages.count("sitdist: saved ") == 2
-    assert f"sitdist: saved {tmp_path / 'b' / 'checkpoints' / 'step_00000006'}\n" in messages
