@@ -55,24 +55,29 @@ def activation_bytes(model: SiT, samples: int, fp32: bool, kept: str = "off") ->
 
 def memory_estimate(config: Config, model: SiT, micro: int, backend: str = "ddp", world: int = 1) -> int:
     """Bytes on each device of a run with `micro` samples at a time; a rough number."""
-    train = config.train
-    state = state_bytes(model, backend, world, optimizer_numbers(config), 1 + more_averages(config))
-    return state + activation_bytes(model, micro, train.precision == "fp32", train.activation_checkpointing)
+    return sum(_state_and_activations(config, model, micro, backend, world))
 
 
 def check_memory(config: Config, model: SiT, micro: int, backend: str, world: int) -> None:
-    """OutOfMemoryError where a run on CPUs cannot have room beside its weights, which are there; a cautious bound."""
-    kept = activation_bytes(model, micro, config.train.precision == "fp32", config.train.activation_checkpointing)
-    state = state_bytes(model, backend, world, optimizer_numbers(config), 1 + more_averages(config))
+    """OutOfMemoryError if a run on CPUs lacks memory for what it adds to its weights; a cautious bound."""
+    state, activations = _state_and_activations(config, model, micro, backend, world)
     require_memory(
-        max(0, state - FLOAT * parameters(model)) + kept // 2,
+        max(0, state - FLOAT * parameters(model)) + activations // 2,
         f"training {parameters(model) / 1e6:,.1f} M weights with {micro} samples at a time",
         "set train.max_batch_per_device lower, train.activation_checkpointing: all, or take a smaller model",
     )
 
 
+def _state_and_activations(config: Config, model: SiT, micro: int, backend: str, world: int) -> tuple[int, int]:
+    train = config.train
+    return (
+        state_bytes(model, backend, world, optimizer_numbers(config), 1 + more_averages(config)),
+        activation_bytes(model, micro, train.precision == "fp32", train.activation_checkpointing),
+    )
+
+
 def checkpoint_bytes(config: Config, model: SiT) -> int:
-    """Of one checkpoint: weights, their average, the optimizer's state, and further averages."""
+    """Bytes of a checkpoint: weights, their average, the optimizer's state, and further averages."""
     return FLOAT * parameters(model) * (2 + optimizer_numbers(config) + more_averages(config))
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 import re
 import signal
 import time
@@ -149,23 +148,6 @@ def test_of_two_evaluators_one_works_and_the_other_names_it(run, on_one, tmp_pat
     )
     assert "12 of 12 work units to evaluate" in worked.errors()
     assert_same(out, on_one)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_twenty_kills_of_an_evaluation(run, on_one, tmp_path, world):
-    """Killed at random moments and started again at once, it has every view once: ten kills on each world."""
-    generator = random.Random(world)
-    for out in (tmp_path / "a", tmp_path / "b"):
-        arguments = ("eval", run, "--split", "test", "--batch", 1, "--out", out)
-        for _ in range(5):
-            started = ranks.sitdist(tmp_path / "log", world, *arguments)
-            started.wait(60, until=(out / "claims").exists)
-            time.sleep(generator.uniform(0.0, 2.0))
-            assert set(started.kill()) <= {0, -signal.SIGKILL}, started.errors()
-        ranks.sitdist(tmp_path / "log", world, *arguments).run(120)
-        assert_same(out, on_one)
-        assert len(units(out)) == 12
 
 
 def test_the_next_start_leaves_a_unit_to_a_process_that_still_measures_it(run, on_one, tmp_path):
