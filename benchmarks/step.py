@@ -91,7 +91,7 @@ def bench_train(options: BenchOptions) -> str:
         machine(),
         "",
         f"{options.model}, {parameters(model) / 1e6:.1f} M parameters, latents 4x{options.latent}x{options.latent}, "
-        f"batch {options.batch}, {flops / 1e9:,.0f} GFLOP a step; "
+        f"batch {options.batch}, {flops / 1e9:,.0f} GFLOP per step; "
         f"medians of {options.pairs} pairs of {options.steps} steps",
         f"{'':<40}{'steps/s':>9}{'samples/s':>11}{'MFU':>8}{'memory GB':>11}{'ratio':>8}  lowest to highest",
     ]

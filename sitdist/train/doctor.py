@@ -93,7 +93,7 @@ def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> 
         with found.checking("model"), torch.device("meta"):
             model = build_model(config.model, manifest, build_endpoint(config.flow))
             flops = training_flops(model) * settings.global_batch
-            found.fact("model", f"{parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP a step")
+            found.fact("model", f"{parameters(model) / 1e6:.1f} M parameters, {flops / 1e9:,.0f} GFLOP per step")
     with found.checking("start"), processes(settings.precision, settings.deterministic) as (accelerator, ranks):
         world, backend = accelerator.num_processes, backend_of_launcher(os.environ)
         if launch is not None:
@@ -104,7 +104,7 @@ def doctor(path: Path, overrides: list[str], launch: Path | None, out: Path) -> 
         split = None
         with found.checking("batch"):
             split = split_batch(settings.global_batch, world, settings.max_batch_per_device)
-            found.fact("batch", f"{split.local} samples a process, {split.micro} at a time")
+            found.fact("batch", f"{split.local} samples per process, {split.micro} at a time")
         _check_software(config, accelerator.device, found)
         if model is not None:
             _check_disk(config, model, out, found)
@@ -205,7 +205,7 @@ def _check_memory(need: int, device: torch.device, found: Diagnosis) -> None:
     else:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
-    text = f"about {need / 1e9:.2f} GB a process of {there / 1e9:.1f}"
+    text = f"about {need / 1e9:.2f} GB per process of {there / 1e9:.1f}"
     if need > there:
         remedy = "set train.max_batch_per_device lower, train.activation_checkpointing: all, or take a smaller model"
         found.problem("memory", f"{text}; {remedy}")
@@ -247,7 +247,7 @@ def _measure_steps(
         finally:
             trainer.close()
     of_epoch = manifest.splits["train"].count / config.train.global_batch
-    shown = "" if memory is None else f", {memory / 1e9:.2f} GB a process"
+    shown = "" if memory is None else f", {memory / 1e9:.2f} GB per process"
     found.fact("a step", f"{seconds:.3f} s, {config.train.global_batch / seconds:,.1f} samples/s{shown}")
     found.fact("an epoch", f"{of_epoch:,.1f} steps, {_duration(of_epoch * seconds)}")
     found.fact("the run", f"{config.train.steps:,} steps, {_duration(config.train.steps * seconds)}")

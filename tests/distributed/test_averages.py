@@ -31,6 +31,6 @@ def test_the_doctor_measures_between_two_processes(tiny_yaml, tmp_path):
     first, second = ((tmp_path / f"doctor_{rank}.txt").read_text() for rank in (0, 1))
     for said in (first, second):
         assert "No problems found." in said
-        assert "6 samples a process, 6 at a time" in said
+        assert "6 samples per process, 6 at a time" in said
         assert "GB/s of gradients summed over processes" in said
     assert "a step" in first
