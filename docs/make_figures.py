@@ -16,8 +16,6 @@ from torch import Tensor
 import sitdist
 from sitdist.config.load import parse
 from sitdist.config.recipe import SceneSource
-from sitdist.dataset.recipe_of import train_sources
-from sitdist.evaluate.plots.style import BLUE, GREY, VERMILION
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.inference.flow import Flow
 from sitdist.io.video import to_images
@@ -28,11 +26,14 @@ VIEWS = 36
 SIDE = 224  # pixels of one picture of the animation
 COLOURS = 64  # of the animation: fewer make a smaller file
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#6b7280"
+CENTRED = {"ha": "center", "va": "center", "fontsize": 12}
 
 
 def true_views(flow: Flow, camera_to_world: Tensor) -> Tensor:
     """Pictures [N, 3, H, W] of the scene that the run was trained on, from cameras [N, 4, 4]."""
-    source = parse(SceneSource, train_sources(flow.run.manifest)[0], "training source")
+    given = flow.run.manifest.recipe["splits"]["train"]
+    source = parse(SceneSource, given[0] if isinstance(given, list) else given, "training source")
     scene = open_scene(source.scene)
     assert flow.camera is not None, "the dataset's pictures share no intrinsics"
     pictures = [render(scene, pose, flow.camera, source.supersample, source.background) for pose in camera_to_world]
@@ -85,9 +86,6 @@ def save_idea(flow: Flow, camera_to_world: Tensor, view: Tensor, path: Path) -> 
     arrow(figure, (0.84, 0.13), -0.68, VERMILION)
     figure.text(0.5, 0.05, "invert: read the pose off the view, by one evaluation at t = 1", color=VERMILION, **CENTRED)
     figure.savefig(path)
-
-
-CENTRED = {"ha": "center", "va": "center", "fontsize": 12}
 
 
 def draw_pose(axes: Axes, camera_to_world: Tensor) -> None:
