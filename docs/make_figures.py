@@ -23,8 +23,8 @@ from sitdist.model.codec import latent_mean
 from sitdist.scene.views import open_scene, render
 
 VIEWS = 36
-SIDE = 224  # pixels of one picture of the animation
-COLOURS = 64  # of the animation: fewer make a smaller file
+SIDE = 160  # pixels of one picture of the animation
+COLOURS = 128  # of the animation: fewer make a smaller file
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#6b7280"
 CENTRED = {"ha": "center", "va": "center", "fontsize": 12}
@@ -51,7 +51,7 @@ def save_turntable(true: Tensor, rendered: Tensor, path: Path) -> None:
             x = column * (SIDE + 8)
             frame.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, 26))
             draw.text((x + SIDE // 2, 13), name, "black", font, anchor="mm")
-        frames.append(frame.quantize(COLOURS, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0, optimize=True)
 
 
@@ -123,8 +123,8 @@ def main() -> None:
     flow = sitdist.load(options.run)
     cameras = flow.turntable(VIEWS, elevation_deg=25.0)
     true = true_views(flow, cameras)
-    save_turntable(true, flow.render(cameras), options.out / "turntable.gif")
     save_idea(flow, cameras[4], true[4], options.out / "idea.png")
+    save_turntable(true, flow.render(cameras), options.out / "turntable.gif")
 
 
 if __name__ == "__main__":
