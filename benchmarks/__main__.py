@@ -17,59 +17,56 @@ def make_parser() -> Parser:
     """The parser of all benchmarks."""
     parser = Parser(prog="python -m benchmarks", description="Measure sitdist beside named baselines.")
     benchmarks = parser.add_subparsers(required=True, metavar="NAME")
-    command = benchmarks.add_parser("data", help="read samples beside stock webdataset; render, encode and build views")
+    command = benchmarks.add_parser(
+        "data", help="reading samples beside stock webdataset; rendering, encoding and building views"
+    )
     command.add_argument("dataset", help="folder or URL of a dataset")
-    command.add_argument("--split", default="train", help="split to read (default: train)")
-    command.add_argument("--batch", type=positive, default=256, help="samples per batch (default: 256)")
-    command.add_argument("--samples", type=positive, default=20_000, help="samples per measurement (default: 20000)")
-    command.add_argument("--synthetic", type=count, metavar="N", help="also order N synthetic samples, such as 1e9")
-    command.add_argument("--views", type=positive, default=128, metavar="N", help="views to render (default: 128)")
-    command.add_argument("--scene", metavar="FOLDER", help="also render this fitted scene (default: the recipe's)")
+    command.add_argument("--split", default="train")
+    command.add_argument("--batch", type=positive, default=256)
+    command.add_argument("--samples", type=positive, default=20_000, help="samples a measure")
+    command.add_argument("--synthetic", type=count, metavar="N", help="also the order of N samples, such as 1e9")
+    command.add_argument("--views", type=positive, default=128, metavar="N", help="views to render, encode and build")
+    command.add_argument("--scene", metavar="FOLDER", help="fitted scene to render (default: the recipe's, if any)")
     command.set_defaults(command=_bench_data)
-    command = benchmarks.add_parser("train", help="time training steps beside a plain training loop, in pairs")
-    command.add_argument("--model", default="SiT-S/2", help="model preset (default: SiT-S/2)")
+    command = benchmarks.add_parser("train", help="training steps beside a plain loop, in pairs")
+    command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
     command.add_argument("--latent", type=positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
-    command.add_argument("--batch", type=positive, default=32, help="samples per step (default: 32)")
+    command.add_argument("--batch", type=positive, default=32, help="samples a step (default: 32)")
     command.add_argument(
-        "--backends",
-        nargs="+",
-        help="PRECISION or PRECISION-COMPILE, such as bf16-full (default: fp32, and bf16 if the device supports it)",
+        "--backends", nargs="+", help="such as bf16-full (default: fp32, and bf16 where the device computes in it)"
     )
     command.add_argument(
-        "--baseline",
-        choices=("latents", "vae"),
-        default="latents",
-        help="input of the plain loop: precomputed latents, or pictures that a VAE encodes",
+        "--baseline", choices=("latents", "vae"), default="latents", help="latents computed before, or in the step"
     )
-    command.add_argument("--pairs", type=positive, default=5, help="number of pairs (default: 5)")
-    command.add_argument("--steps", type=positive, default=1, help="steps of each side of a pair (default: 1)")
+    command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
+    command.add_argument("--steps", type=positive, default=1, help="steps of either side of a pair (default: 1)")
     command.set_defaults(command=_bench_train)
 
-    command = benchmarks.add_parser("checkpoint", help="time saving in the background beside saving at once")
-    command.add_argument("--model", default="SiT-S/2", help="model preset (default: SiT-S/2)")
+    command = benchmarks.add_parser("checkpoint", help="what saving costs the steps, beside a save that they wait for")
+    command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
     command.add_argument("--latent", type=positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
-    command.add_argument("--batch", type=positive, default=32, help="samples per step (default: 32)")
-    command.add_argument("--backend", default="fp32", help="PRECISION or PRECISION-COMPILE (default: fp32)")
-    command.add_argument("--pairs", type=positive, default=5, help="number of pairs (default: 5)")
+    command.add_argument("--batch", type=positive, default=32, help="samples a step (default: 32)")
+    command.add_argument("--backend", default="fp32", help="such as bf16-full (default: fp32)")
+    command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
     command.set_defaults(command=_bench_checkpoint)
 
     command = benchmarks.add_parser("pose", help="errors and speed of every estimator, beside the source's protocol")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    command.add_argument("--split", default="test", help="split to read (default: test)")
-    command.add_argument("--views", type=positive, metavar="N", help="read only the first N views")
-    command.add_argument("--batch", type=positive, default=64, help="views per batch (default: 64)")
+    command.add_argument("--split", default="test", help="(default: test)")
+    command.add_argument("--views", type=positive, metavar="N", help="its first N views (default: all)")
+    command.add_argument("--batch", type=positive, default=64, help="(default: 64)")
     add_device(command)
-    command.add_argument("--json", type=output, metavar="FILE", help="also write the results as JSON")
+    command.add_argument("--json", type=output, metavar="FILE", help="also write the numbers to this file")
     add_overwrite(command)
     command.set_defaults(command=_bench_pose)
 
-    command = benchmarks.add_parser("ablate", help="train and evaluate known mistakes of the method, one by one")
-    command.add_argument("dataset", type=Path, help="folder of a dataset")
+    command = benchmarks.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
+    command.add_argument("dataset", type=Path)
     command.add_argument(
-        "--out", type=output, required=True, help="folder for the runs and the table; an interrupted ablation continues"
+        "--out", type=output, required=True, help="folder of the runs and the table; started again, it goes on"
     )
-    command.add_argument("--steps", type=positive, default=1500, help="steps of each run (default: 1500)")
-    command.add_argument("--split", help="split to evaluate (default: the first other than train and val)")
+    command.add_argument("--steps", type=positive, default=1500, help="steps of every run")
+    command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
     command.set_defaults(command=_ablate)
     return parser
 
@@ -107,6 +104,7 @@ def _bench_checkpoint(options: argparse.Namespace) -> None:
 
 
 def _bench_pose(options: argparse.Namespace) -> None:
+
     from benchmarks.pose import bench_pose, format_bench
     from sitdist.io.atomic import check_free
     from sitdist.io.json_file import write_json

@@ -171,7 +171,7 @@ def _row(
     count = len(views.labels)
     positions = torch.arange(count, device=views.labels.device)
     columns = (views.images, views.moments, views.labels, positions, views.intrinsics)
-    reader.estimate(*(column[:2] for column in columns))  # warm up
+    reader.estimate(*(column[:2] for column in columns))  # whatever happens only once
 
     def read() -> list[PoseEstimate]:
         chunks = zip(*(column.split(batch) for column in columns), strict=True)

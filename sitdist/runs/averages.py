@@ -122,13 +122,13 @@ class Averages:
         }
 
     @torch.no_grad()
-    def update(self, step: int, ok: Tensor | None = None) -> None:
+    def update(self, step: int, ok: Tensor) -> None:
         """Move towards the current parameters after update number `step` (from 0), where `ok` (0-d) is true."""
         if not self.averages:
             return
         now = [parameter.float() for parameter in self._followed]
         for averaged, kept in zip(self.averages.values(), self._kept, strict=True):
-            lerp_unless_masked(averaged, now, 1.0 - kept(step), ok)
+            lerp_if(averaged, now, 1.0 - kept(step), ok)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All of them by NAME/PARAMETER, whole, one by one; every process goes through it."""
@@ -284,9 +284,6 @@ def use_average(model: nn.Module, run: Path, step: int, average: str) -> None:
     network.load_state_dict(state | tensors)
 
 
-def lerp_unless_masked(averaged: list[Tensor], now: list[Tensor], weight: float, ok: Tensor | None) -> None:
+def lerp_if(averaged: list[Tensor], now: list[Tensor], weight: float, ok: Tensor) -> None:
     """averaged <- averaged + weight (now - averaged), where `ok` (0-d, on their device) is true; all else stays."""
-    if ok is None:
-        torch._foreach_lerp_(averaged, now, weight)
-    else:
-        torch._foreach_lerp_(averaged, now, [ok * weight] * len(now))
+    torch._foreach_lerp_(averaged, now, [ok * weight] * len(now))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sitdist.distributed.local_shards import local_shard, local_shards
-from sitdist.runs.averages import lerp_unless_masked
+from sitdist.runs.averages import lerp_if
 
 
 class Ema:
@@ -29,8 +29,8 @@ class Ema:
         self._averaged: list[Tensor] = [averaged[name] for name in self._followed]
 
     @torch.no_grad()
-    def update(self, step: int, ok: Tensor | None = None) -> None:
+    def update(self, step: int, ok: Tensor) -> None:
         """Move towards the current parameters after update number `step` (from 0), where `ok` (0-d) is true."""
         decay = min(self.decay, (1 + step) / (10 + step))
         now = [part.float() for part in self._followed.values()]
-        lerp_unless_masked(self._averaged, now, 1.0 - decay, ok)
+        lerp_if(self._averaged, now, 1.0 - decay, ok)

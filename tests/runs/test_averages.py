@@ -63,7 +63,7 @@ def test_the_tracked_average_is_the_profiles_sum_and_a_decay_follows_its_recurre
     expected = start
     for step, value in enumerate(values):
         nn.init.constant_(model.weight, float(value))
-        averages.update(step)
+        averages.update(step, torch.tensor(True))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
     for width in (0.1, 0.2):

@@ -6,6 +6,8 @@ from torch import nn
 
 from sitdist.train.ema import Ema
 
+OK = torch.tensor(True)
+
 
 def test_the_average_follows_the_recurrence_with_a_warmed_up_decay():
     model = nn.Linear(1, 1, bias=False)
@@ -13,7 +15,7 @@ def test_the_average_follows_the_recurrence_with_a_warmed_up_decay():
     ema, expected = Ema(model, decay=0.5), 1.0
     for step, value in enumerate([2.0, -1.0, 4.0, 4.0, 0.0, 3.0, 7.0, 1.0, 5.0, 2.0]):
         nn.init.constant_(model.weight, value)
-        ema.update(step)
+        ema.update(step, OK)
         decay = min(0.5, (1 + step) / (10 + step))  # 0.1, 2/11, 3/12 ... and 0.5 from step 8 on
         expected = decay * expected + (1 - decay) * value
         assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
@@ -38,7 +40,7 @@ def test_small_updates_are_not_lost_to_rounding():
     ema = Ema(model, decay=0.9999)
     nn.init.constant_(model.weight, 2.0)
     for step in range(100_000, 100_100):
-        ema.update(step)
+        ema.update(step, OK)
     assert ema.model.weight.item() == pytest.approx(2.0 - 0.9999**100, rel=1e-4)
 
 
@@ -49,6 +51,6 @@ def test_parameters_that_are_not_trained_are_not_averaged():
     before = ema.model.bias.clone()
     nn.init.constant_(model.bias, 9.0)
     nn.init.constant_(model.weight, 9.0)
-    ema.update(0)
+    ema.update(0, OK)
     torch.testing.assert_close(ema.model.bias, before, rtol=0, atol=0)
     assert (ema.model.weight > 8).all()
