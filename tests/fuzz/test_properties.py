@@ -3,7 +3,6 @@ back. Inputs are drawn by hypothesis: a few of the same ones in every fast run, 
 """
 
 import csv
-import dataclasses
 import io
 import json
 
@@ -26,20 +25,11 @@ from sitdist.io.colmap import read_model
 from sitdist.io.pose_files import PosedPicture, quaternions, read_poses, write_poses
 
 NAMES = (
-    *(
-        "config",
-        "recipe",
-        "set",
-        "json",
-        "manifest",
-        "index",
-        "tar",
-        "checkpoint manifest.json",
-        "checkpoint state.json",
-    ),
-    *("checkpoint ema.safetensors", "export config.json", "export model.safetensors", "mark", "poses poses.npy"),
-    *("poses poses.npz", "poses transforms.json", "poses path.json", "colmap cameras.txt", "colmap images.txt"),
-    *("transforms", "photos.npz", "picture", "scene scene.json", "scene field.safetensors", "unit .jsonl", "unit .npz"),
+    *("config", "recipe", "set", "json", "manifest", "index", "tar", "mark", "transforms", "photos.npz", "picture"),
+    *(f"checkpoint {name}" for name in ("manifest.json", "state.json", "ema.safetensors")),
+    *("export config.json", "export model.safetensors", "scene scene.json", "scene field.safetensors"),
+    *(f"poses {name}" for name in ("poses.npy", "poses.npz", "transforms.json", "path.json")),
+    *("colmap cameras.txt", "colmap images.txt", "unit .jsonl", "unit .npz"),
 )
 FEW, MANY = 25, 3000
 ALWAYS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -338,8 +328,3 @@ def test_a_manifest_comes_back(tmp_path, tiny_dataset, inputs):
         assert torch.equal(PoseStatistics.from_dict(again.statistics).std, statistics.std)
 
     holds()
-
-
-def test_the_strategies_do_not_hide_anything():
-    """Every field of a camera is drawn, so that one that is not written would be seen."""
-    assert [field.name for field in dataclasses.fields(Intrinsics)] == ["fx", "fy", "cx", "cy", "width", "height"]
