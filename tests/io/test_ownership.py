@@ -93,7 +93,7 @@ def test_a_block_that_fails_after_it_wrote_leaves_what_it_wrote(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from sitdist.runs.ownership import only_writer
+from sitdist.io.ownership import only_writer
 with only_writer(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     time.sleep(60)
@@ -182,7 +182,7 @@ def test_racing_starts_on_a_new_folder_give_one_writer(tmp_path):
 import sys, time
 from pathlib import Path
 from sitdist.errors import DataError
-from sitdist.runs.ownership import only_writer
+from sitdist.io.ownership import only_writer
 time.sleep(max(0, float(sys.argv[2]) - time.time()))
 try:
     with only_writer(Path(sys.argv[1]), "run"):
