@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, example, given, note, settings
 from hypothesis import strategies as st
-from targets import Target, make_targets
+from targets import LONGEST, Target, make_targets
 
 from sitdist.config.experiment import Config
-from sitdist.config.load import dump_yaml, load_yaml, parse
+from sitdist.config.load import dump_yaml, load_yaml, parse, set_key
 from sitdist.config.recipe import Recipe
 from sitdist.dataset.manifest import read_manifest
-from sitdist.errors import SitdistError
+from sitdist.errors import ConfigError, SitdistError, one_line
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.similarity import Similarity
@@ -75,6 +75,13 @@ def test_a_reader_gives_a_result_or_one_line(targets, name, inputs):
     holds()
     holds_for_anything()
     assert True in refused, "nothing was refused: the inputs are not bad"
+
+
+@pytest.mark.parametrize("override", ["\x1b" * 300, "\x1b" * 300 + ".x=1"])
+def test_a_refused_setting_is_short_after_escaping(override):
+    with pytest.raises(ConfigError) as raised:
+        set_key({"\x1b" * 300: 1}, override)
+    assert len(one_line(str(raised.value))) < LONGEST
 
 
 # ------------------------------------------------------------------------------------------------- there and back again
