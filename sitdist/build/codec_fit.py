@@ -1,6 +1,6 @@
-"""Fitting an AutoencoderKL to the training views of a recipe, on any number of processes.
+"""Fit an AutoencoderKL to the training views of a recipe, on any number of processes.
 
-The batches are a pure function of (views, seed, step), as in `sitdist.train.trainer`; nothing is saved on the way.
+The batches are a pure function of (views, seed, step), as in `sitdist.train.trainer`; there are no checkpoints.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from sitdist.model.codec import VaeCodec, round_trip_psnr
 from sitdist.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
-HELD_OUT = 64  # one of so many views is held out, for the round trip's PSNR
-AT_ONCE = 64  # views that are made or measured together
-WARMUP = 0.05  # of the steps
+HELD_OUT = 64  # one in HELD_OUT views, numbers 0, HELD_OUT, ..., is held out for the round trip's PSNR
+VIEW_BATCH = 64  # number of views that are rendered or measured together
+WARMUP = 0.05  # share of the steps
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class CodecFitOptions:
-    """How a codec is fitted: channels of every level of the network, channels of the latent, and its training.
+    """Options of a fit: `channels` of each level of the network, channels of the latent, and the training.
 
-    `batch` is that of all processes together. `views`: at most so many of the training views. `precision`: of the
-    network's forward and backward pass in training; the weights are float32.
+    `batch` counts the views of all processes together. `views` is the largest number of training views to use.
+    `precision` applies to the forward and backward pass; the weights are float32.
     """
 
     channels: tuple[int, ...] = (16, 32, 32)
@@ -61,7 +61,7 @@ class CodecFitOptions:
 
 @dataclass(frozen=True)
 class CodecFitResult:
-    """Mean PSNR in dB of the round trip of `held_out` views that were not fitted, and the latents' scaling factor."""
+    """Mean PSNR in dB of the round trip over `held_out` held-out views, and the scaling factor of the latents."""
 
     psnr: float
     held_out: int
@@ -74,10 +74,10 @@ def fit_codec(
     options: CodecFitOptions,
     make_perceptual: Callable[[torch.device], PerceptualDistance] | None = None,
 ) -> CodecFitResult:
-    """Fit to the recipe's training views and write a diffusers folder; every process calls it.
+    """Fit a codec to the recipe's training views and write a diffusers folder; each process calls this.
 
-    `make_perceptual` gives a perceptual distance that works on a device. DataError if the folder exists,
-    NonFiniteError where the loss is no longer a number; the folder is there when it is whole, or not at all.
+    `make_perceptual` returns a perceptual distance for a device. DataError if the folder exists, NonFiniteError if the
+    loss is not finite. The folder appears only when it is complete.
     """
     with processes(options.precision) as (accelerator, ranks):
         with ranks.raise_together():
@@ -106,15 +106,15 @@ def _check(folder: Path, options: CodecFitOptions, world: int) -> None:
 
 
 def _check_memory(image_size: int, options: CodecFitOptions, world: int) -> None:
-    """OutOfMemoryError where the codec's training cannot have room; a cautious bound."""
-    weights = 100 * sum(channels**2 for channels in options.channels)  # about
+    """OutOfMemoryError if the training cannot fit into memory; a cautious bound."""
+    weights = 100 * sum(channels**2 for channels in options.channels)  # roughly
     kept = 8 * options.channels[0] * image_size**2 * (options.batch // world)
     what = f"fitting a codec of {weights / 1e6:,.0f} M weights with {options.batch // world} views a step"
     require_memory(16 * weights + kept, what, "give smaller --channels or a smaller --batch")
 
 
 def _views_to_fit(recipe: Recipe, limit: int) -> Split:
-    """The first training views, of which none is in the val split."""
+    """The first training views; none of them is in the val split."""
     train = open_splits(recipe, ["train"])["train"]
     split = Split("train", train.source, train.indices[:limit])
     if len(split) < 2:
@@ -123,7 +123,7 @@ def _views_to_fit(recipe: Recipe, limit: int) -> Split:
 
 
 class CodecFit:
-    """One process's part of the fit of a VAE; all of them have the same weights."""
+    """One process's part of the fit of a VAE; all processes have the same weights."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class CodecFit:
         self.loss = CodecLoss(options.loss, perceptual)
         size = image_size // 2 ** (len(options.channels) - 1)
         self.latent_shape = (options.latent_channels, size, size)
-        if perceptual is not None:  # it may not be defined on pictures of this size
+        if perceptual is not None:  # fail early if it is not defined on pictures of this size
             perceptual(*torch.zeros(2, 1, 3, image_size, image_size, device=accelerator.device))
 
     def run_steps(self, views: np.ndarray) -> None:
@@ -155,7 +155,9 @@ class CodecFit:
             self.accelerator.backward(loss)
             norm = self.accelerator.clip_grad_norm_(self.raw_model.parameters(), CLIP_NORM)
             self._check_finite(step, float(loss.detach()), float(norm))
-            rate = self._learning_rate(step)
+            rate = learning_rate(
+                step, base=self.options.lr, steps=steps, kind="cosine", warmup_steps=math.ceil(WARMUP * steps)
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -177,12 +179,6 @@ class CodecFit:
         images = _pictures(views[_fitted_view(drawn).numpy()], self.accelerator.device)
         return images, noise.reshape(-1, *self.latent_shape).to(self.accelerator.device)
 
-    def _learning_rate(self, step: int) -> float:
-        steps = self.options.steps
-        return learning_rate(
-            step, base=self.options.lr, steps=steps, kind="cosine", warmup_steps=math.ceil(WARMUP * steps)
-        )
-
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if any(self.ranks.any(not (math.isfinite(loss) and math.isfinite(norm)))):
             with self.ranks.raise_together():
@@ -191,11 +187,9 @@ class CodecFit:
                     f"lower --lr {self.options.lr:g}, or use --precision fp32"
                 )
 
-    # ----------------------------------------------------------------------------------------------------- afterwards
-
     @torch.no_grad()
     def measure_scale(self, views: np.ndarray) -> float:
-        """One over the standard deviation of the latents of all views that are not held out."""
+        """One over the standard deviation of the latents of the fitted views."""
         self.vae.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         fitted = _fitted_view(torch.arange(len(views) - _held_out(len(views))))
@@ -213,7 +207,7 @@ class CodecFit:
         write_folder(folder, self.vae.save_pretrained)
 
     def held_out_psnr(self, views: np.ndarray, folder: Path) -> tuple[float, int]:
-        """Mean PSNR in dB over the held-out views, and their number, by the codec in the folder as a build uses it."""
+        """Mean PSNR in dB over the held-out views, and their number, with the codec as a build loads it."""
         total = torch.zeros((), dtype=torch.float64)
         with self.ranks.raise_together():
             codec = VaeCodec(str(folder)).to(self.accelerator.device)
@@ -225,19 +219,19 @@ class CodecFit:
 
 
 def _held_out(views: int) -> int:
-    """How many of so many views are held out: numbers 0, HELD_OUT, 2 * HELD_OUT, ..."""
+    """The number of held-out views among the first `views` ones."""
     return -(-views // HELD_OUT)
 
 
 def _fitted_view(order: Tensor) -> Tensor:
-    """The numbers of the `order`th views that are not held out."""
+    """The index of the `order`th view that is not held out."""
     return order + order // (HELD_OUT - 1) + 1
 
 
 def _share(numbers: Tensor, ranks: Ranks) -> list[Tensor]:
-    """The stretch of these numbers that this process works on, AT_ONCE at a time; there may be none."""
+    """This process's contiguous share of these numbers, in batches of VIEW_BATCH; it may be empty."""
     mine = numbers.tensor_split(ranks.world)[ranks.rank]
-    return [rows for rows in mine.split(AT_ONCE) if len(rows)]
+    return [rows for rows in mine.split(VIEW_BATCH) if len(rows)]
 
 
 def _pictures(views: np.ndarray, device: torch.device) -> Tensor:
@@ -249,17 +243,17 @@ def _pictures(views: np.ndarray, device: torch.device) -> Tensor:
 
 @contextmanager
 def shared_views(split: Split, size: int, folder: Path, ranks: Ranks) -> Iterator[np.ndarray]:
-    """Within `with`: the pictures of all views, uint8 [N, 3, H, W], made once by all processes and held by none.
+    """The pictures of all views, uint8 [N, 3, H, W], which the processes make together and share.
 
-    They are in a file beside `folder` that all processes map and that has no name any more, so that no end of the
-    processes leaves it behind. DataError where a process does not see it.
+    They are in a memory-mapped file beside `folder`. It is unlinked once it is mapped, so that it never outlives the
+    processes. DataError if a process does not see the file.
     """
     shape = (len(split), 3, size, size)
     path: Path | None = None
     try:
         with ranks.raise_together():
             if ranks.rank == 0:
-                path = _begin_file(folder, math.prod(shape))
+                path = _create_file(folder, math.prod(shape))
         path = ranks.broadcast(path)
         with ranks.raise_together():
             _write_share(path, split, math.prod(shape[1:]), ranks)
@@ -271,8 +265,8 @@ def shared_views(split: Split, size: int, folder: Path, ranks: Ranks) -> Iterato
     yield views
 
 
-def _begin_file(folder: Path, size: int) -> Path:
-    """An empty file of a size beside `folder`; what a killed fit left there is removed."""
+def _create_file(folder: Path, size: int) -> Path:
+    """Create an empty file of `size` bytes beside `folder`, and remove what a killed fit left there."""
     path = temporary_name(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +279,7 @@ def _begin_file(folder: Path, size: int) -> Path:
 
 
 def _write_share(path: Path, split: Split, view_bytes: int, ranks: Ranks) -> None:
-    """Make this process's stretch of the views and write them to their places."""
+    """Make this process's share of the views and write them to their places."""
     mine = _share(torch.arange(len(split)), ranks)
     if not path.is_file():
         raise DataError(

@@ -1,4 +1,4 @@
-"""Pictures of a scene as files, with a transforms.json that says from where: what `sources` reads back."""
+"""Render pictures of a scene to files, with a transforms.json of their cameras, as `sources` reads them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sitdist.io.transforms import transforms
 from sitdist.io.video import save_gif
 from sitdist.scene.views import backdrop, look, open_scene
 
-GIF_PER_SECOND = 16.0  # pictures
+GIF_PER_SECOND = 16.0  # frames
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """Where pictures are taken from: camera_to_world [N, 4, 4] float64 in the scene's frame, N intrinsics."""
+    """The cameras of pictures: camera_to_world [N, 4, 4] float64 in the scene's frame, and N intrinsics."""
 
     camera_to_world: Tensor
     intrinsics: list[Intrinsics]
@@ -49,7 +49,7 @@ def turntable_cameras(views: int, radius: float, elevation_deg: float, fov_deg: 
 
 
 def recipe_cameras(recipe: Recipe, split: str) -> Cameras:
-    """The cameras of a recipe's split, in order of its samples; ConfigError if there is none."""
+    """The cameras of a recipe's split in the order of its samples, without zoomed copies; ConfigError if unknown."""
     splits = open_splits(recipe)
     if split not in splits:
         raise ConfigError(f"--split {split}: the recipe has no such split; it has {', '.join(splits)}")
@@ -67,11 +67,11 @@ def write_pictures(
     alpha: bool = False,
     gif: bool = False,
 ) -> int:
-    """Render 00000.png and on into the new folder `out`, with transforms.json; returns how many there are.
+    """Render 00000.png and on into the new folder `out`, with transforms.json; return the number of pictures.
 
-    `scene_folder`: a fitted scene, or None for the built-in object. `background`: in the place of the scene's own.
-    `alpha` leaves the background out: the colour is the object's own and alpha its share of the pixel. `gif`: also
-    turntable.gif, a loop of all pictures. DataError if `out` exists; it is there when it is whole, or not at all.
+    `scene_folder`: a fitted scene, or None for the built-in object. `background`: overrides the scene's background.
+    `alpha`: write RGBA images with a transparent background. `gif`: also write turntable.gif, a loop of all pictures.
+    DataError if `out` exists. The folder appears only when it is complete.
     """
     check_free(out)
     if gif and cameras.intrinsics:
@@ -93,15 +93,14 @@ def write_pictures(
             shown.append(_to_image(seen.on(behind)) if gif else None)
         if gif:
             save_gif([frame for frame in shown if frame is not None], folder / "turntable.gif", GIF_PER_SECOND)
-        values = transforms(cameras.camera_to_world, cameras.intrinsics)
-        write_json(folder / "transforms.json", values)
+        write_json(folder / "transforms.json", transforms(cameras.camera_to_world, cameras.intrinsics))
 
     write_folder(out, write)
     return len(cameras.intrinsics)
 
 
 def _to_image(pixels: Tensor) -> Image.Image:
-    """An 8-bit picture of [H, W, 3 or 4] in [0, 1]."""
+    """Convert [H, W, 3 or 4] in [0, 1] to an 8-bit picture."""
     return Image.fromarray((pixels.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy())
 
 

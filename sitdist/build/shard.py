@@ -1,4 +1,4 @@
-"""One shard: its views become samples, batch by batch and ahead of the writer; the tar they run into; its index."""
+"""Build shards: encode views into samples, batch by batch and ahead of the writer, then write the tar and its index."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.build.sources import ViewSource
-from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS
+from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS, padded_size, sample_key
 from sitdist.dataset.index import load_index
 from sitdist.dataset.manifest import ShardEntry
 from sitdist.errors import DataError
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import file_sha256, write_atomically
+from sitdist.io.npz import save_arrays
 from sitdist.model.codec import Codec, latent_mean
 
 Item = TypeVar("Item")
@@ -37,7 +38,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Split:
-    """Some views of a source, in order: `indices` [n] int64 into the source."""
+    """Views of a source that form a split: `indices` [n] int64 into the source, in order."""
 
     name: str
     source: ViewSource
@@ -82,26 +83,26 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """What it is called among all shards of the dataset."""
+        """Its name among all shards of the dataset."""
         return f"{self.split.name}/{self.number:05d}"
 
     def tar(self, out: Path) -> Path:
-        """Where its samples are."""
+        """The path of its tar."""
         return out / f"{self.name}.tar"
 
     def index(self, out: Path) -> Path:
-        """Where its index is; written after the tar, so a shard that has it is whole."""
+        """The path of its index, which is written after the tar: a shard that has it is complete."""
         return out / f"{self.name}.index.npz"
 
 
 def shards_of(split: Split, size: int) -> list[Shard]:
-    """The split in shards of `size` samples, the last one with what is left."""
+    """Divide the split into shards of `size` samples; the last one may be smaller."""
     return [Shard(split, number, number * size, chunk) for number, chunk in enumerate(split.indices.split(size))]
 
 
 @dataclass(frozen=True)
-class Written:
-    """A shard on disk: what the manifest says of it, and the codec's round trip of every kept picture in dB."""
+class BuiltShard:
+    """A shard on disk: its manifest entry, and the PSNR in dB of the codec's round trip of every kept picture."""
 
     entry: ShardEntry
     codec_psnr: list[float]
@@ -111,7 +112,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ViewBatch:
     """Views that are encoded together: samples `first` and on of a split, views `indices` of its source."""
 
     split: Split
@@ -121,28 +122,26 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: its members as bytes under "__key__" and their names, and what only the index holds."""
+    """One sample: "__key__" and its members as bytes, and the columns of the index that do not come from the tar."""
 
     members: dict[str, Any]
-    camera_to_world: Tensor
-    label: int
-    codec_psnr: float
+    columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SampleMaker:
-    """Renders or loads views, encodes them in batches of `batch` (the last one filled up), and packs the samples."""
+    """Renders or loads views, encodes them in batches of `batch` (the last one padded), and makes samples."""
 
     codec: Codec
     statistics: PoseStatistics
     batch: int
 
-    def batches(self, shard: Shard) -> list[Batch]:
-        """What to make for one shard, in order; batches never reach over its end."""
+    def batches(self, shard: Shard) -> list[ViewBatch]:
+        """The batches of one shard, in order; no batch spans two shards."""
         chunks = shard.indices.split(self.batch)
-        return [Batch(shard.split, shard.first + n * self.batch, chunk.tolist()) for n, chunk in enumerate(chunks)]
+        return [ViewBatch(shard.split, shard.first + n * self.batch, chunk.tolist()) for n, chunk in enumerate(chunks)]
 
-    def __call__(self, batch: Batch) -> list[Sample]:
+    def __call__(self, batch: ViewBatch) -> list[Sample]:
         """The samples of one batch; DataError where a picture cannot be read or a latent is not finite."""
         images = batch.split.source.images(batch.indices)
         moments = self._encode(batch, images)
@@ -154,7 +153,7 @@ class SampleMaker:
         ]
 
     @torch.no_grad()
-    def _encode(self, batch: Batch, images: Tensor) -> Tensor:
+    def _encode(self, batch: ViewBatch, images: Tensor) -> Tensor:
         """Moments of the images, float16; DataError that names the views where they are not finite."""
         moments = self.codec.encode_moments(_padded(images, self.batch))[: len(images)]
         stored = moments.to(torch.float16)
@@ -164,12 +163,12 @@ class SampleMaker:
             raise DataError(f"{batch.split.name} view {views}: {_why_not_finite(self.codec, moments)}")
         return stored
 
-    def _sample(self, batch: Batch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
+    def _sample(self, batch: ViewBatch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
         source, view = batch.split.source, batch.indices[row]
-        camera_to_world, label = source.camera_to_world[view], int(source.labels[view])
+        camera_to_world = source.camera_to_world[view]
         intrinsics = torch.tensor(source.intrinsics(view).normalized(), dtype=torch.float64)
         members = {
-            "__key__": f"{batch.first + row:09d}",
+            "__key__": sample_key(batch.first + row),
             "camera_to_world.npy": _npy(camera_to_world),
             "meta.json": json.dumps(_meta(source, view), allow_nan=False).encode(),
             "moments.npy": _npy(moments),
@@ -177,11 +176,17 @@ class SampleMaker:
         }
         if image is not None:
             members[IMAGE_MEMBER] = _png(image)
-        return Sample(members, camera_to_world, label, psnr)
+        columns = {
+            "label": int(source.labels[view]),
+            "camera_to_world": camera_to_world.numpy(),
+            "codec_psnr": psnr,
+            "intrinsics": intrinsics.numpy(),
+        }
+        return Sample(members, columns)
 
 
 def _padded(batch: Tensor, size: int) -> Tensor:
-    """`batch` filled up to `size` rows by repeating the last: arithmetic then does not depend on the batch's length."""
+    """Pad `batch` to `size` rows by repeating the last, so that rounding does not depend on the batch's length."""
     return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
 
 
@@ -235,8 +240,10 @@ def _png(image: Tensor) -> bytes:
 # ------------------------------------------------------------------------------------------------------ samples to disk
 
 
-def ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
-    """function(item) of every item, in order, made by the pool; at most `depth` results wait or are being made."""
+def map_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """function(item) of every item, in order, computed by the pool at most `depth` items ahead."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -254,34 +261,34 @@ def write_shards(
     depth: int,
     count: Callable[[int], None],
     stop: threading.Event,
-) -> dict[str, Written]:
-    """Make these shards, one after the other; those that are whole already are only measured. What is there, by name.
+) -> dict[str, BuiltShard]:
+    """Build these shards one after the other, and measure those that are complete already; the results by name.
 
-    `pool` makes samples up to `depth` batches ahead, over the ends of shards. `count` is told of samples as they are
-    written. Once `stop` is set, what is unfinished is dropped and left out.
+    `pool` makes samples up to `depth` batches ahead, across shards. `count` is called with the number of samples as
+    they are written. Once `stop` is set, the unfinished shard is dropped and the rest is left out.
     """
     missing = {shard.name for shard in shards if not shard.index(out).exists()}
     batches = (batch for shard in shards if shard.name in missing for batch in make.batches(shard))
-    made = ahead(pool, make, batches, depth)
+    made = map_ahead(pool, make, batches, depth)
     written = {}
     with suppress(_Stopped):
         for shard in shards:
             if stop.is_set():
                 raise _Stopped
             if shard.name in missing:
-                _write_shard(shard, _flow(made, len(shard), count, stop), out)
+                _write_shard(shard, _next_samples(made, len(shard), count, stop), out)
             written[shard.name] = _measure(shard, out)
     return written
 
 
 class _Stopped(Exception):
-    """The work was asked to stop; what it was writing is dropped."""
+    """Building was asked to stop; the unfinished shard is dropped."""
 
 
-def _flow(
+def _next_samples(
     made: Iterator[list[Sample]], samples: int, count: Callable[[int], None], stop: threading.Event
 ) -> Iterator[Sample]:
-    """The next `samples` samples of the batches that are made."""
+    """The next `samples` samples of the batches."""
     while samples > 0:
         if stop.is_set():
             raise _Stopped
@@ -292,18 +299,17 @@ def _flow(
 
 
 def _write_shard(shard: Shard, samples: Iterator[Sample], out: Path) -> None:
-    """Stream the samples into the shard's tar, then write the index of what is there."""
-    rows: list[tuple[Tensor, int, float]] = []
+    """Stream the samples into the shard's tar, then write its index."""
+    columns: list[dict[str, Any]] = []
 
     def members() -> Iterator[dict[str, Any]]:
         for sample in samples:
-            rows.append((sample.camera_to_world, sample.label, sample.codec_psnr))
+            columns.append(sample.columns)
             yield sample.members
 
     tar = shard.tar(out)
     write_atomically(tar, lambda path: _write_tar(path, members()))
-    index = _index(tar, rows)
-    write_atomically(shard.index(out), lambda path: _save_index(path, index))
+    save_arrays(shard.index(out), _index(tar, columns))
 
 
 def _write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
@@ -314,38 +320,35 @@ def _write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
         writer.close()
 
 
-def _index(tar: Path, rows: Sequence[tuple[Tensor, int, float]]) -> dict[str, np.ndarray]:
-    """Where every sample lies, read back from the finished tar; rows: pose, label and codec PSNR of each."""
-    index: dict[str, list[Any]] = {name: [] for name in INDEX_FIELDS}
+def _index(tar: Path, columns: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The index of a finished tar: the places of its members, read back from it, and the given columns."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            key, _, name = member.name.partition(".")
+            samples.setdefault(key, {})[name] = member
+    rows = []
     with tar.open("rb") as file:
-        for mine, (camera_to_world, label, psnr) in zip(read_members(tar).values(), rows, strict=True):
-            start, stop = sample_range(mine)
-            image = mine.get(IMAGE_MEMBER)
+        for members, given in zip(samples.values(), columns, strict=True):
+            start = min(member.offset for member in members.values())
+            stop = max(member.offset_data + padded_size(member.size) for member in members.values())
+            image = members.get(IMAGE_MEMBER)
             file.seek(start)
-            row = {
+            places = {
                 "start": start,
                 "stop": stop,
                 "crc32": zlib.crc32(file.read(stop - start)),
-                "moments": mine["moments.npy"].offset_data,
-                "packed_pose": mine["packed_pose.npy"].offset_data,
+                "moments": members["moments.npy"].offset_data,
+                "packed_pose": members["packed_pose.npy"].offset_data,
                 "image": image.offset_data if image else 0,
                 "image_bytes": image.size if image else 0,
-                "label": label,
-                "camera_to_world": camera_to_world.numpy(),
-                "codec_psnr": psnr,
             }
-            for name, field in row.items():
-                index[name].append(field)
-    return {name: np.asarray(index[name], dtype=dtype) for name, dtype in INDEX_FIELDS.items()}
+            rows.append(places | given)
+    return {name: np.asarray([row[name] for row in rows], dtype) for name, (dtype, _) in INDEX_FIELDS.items()}
 
 
-def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
-
-
-def _measure(shard: Shard, out: Path) -> Written:
-    """Sizes and hashes of a shard that is whole."""
+def _measure(shard: Shard, out: Path) -> BuiltShard:
+    """Sizes and hashes of a complete shard."""
     tar, index = shard.tar(out), shard.index(out)
     entry = ShardEntry(
         name=tar.name,
@@ -354,21 +357,4 @@ def _measure(shard: Shard, out: Path) -> Written:
         sha256=file_sha256(tar),
         index_sha256=file_sha256(index),
     )
-    return Written(entry, load_index(index)["codec_psnr"].tolist() if shard.split.keeps_images else [])
-
-
-def read_members(tar: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """key -> extension -> where it is, of all whole members of a tar, in order."""
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    with tarfile.open(tar, "r:") as file:
-        for member in file:
-            key, _, extension = member.name.partition(".")
-            members.setdefault(key, {})[extension] = member
-    return members
-
-
-def sample_range(members: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
-    """First byte of the first header and one past the padding of the last member."""
-    start = min(member.offset for member in members.values())
-    stop = max(member.offset_data + -(-member.size // 512) * 512 for member in members.values())
-    return start, stop
+    return BuiltShard(entry, load_index(index)["codec_psnr"].tolist() if shard.split.keeps_images else [])

@@ -1,10 +1,9 @@
-"""Where views come from: scenes, .npz files, or a transforms.json. Poses are known before pictures."""
+"""Sources of views: scenes, .npz files, or a transforms.json. Poses are known before pictures are made."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +32,11 @@ from sitdist.scene.views import (
     scene_files,
 )
 
-PAST_ORIGIN = 1e-2  # of its distance: how far beside the origin a camera may look whose radius is augmented
-
-
-@dataclass(frozen=True)
-class View:
-    """One posed picture: image [3, H, W] in [0, 1], camera_to_world [4, 4] float64, intrinsics, the object's label."""
-
-    image: Tensor
-    camera_to_world: Tensor
-    intrinsics: Intrinsics
-    label: int
+PAST_ORIGIN = 1e-2  # with radius augmentation, how far a camera may look past the origin, relative to its distance
 
 
 class ViewSource(ABC):
-    """Views by index; poses and intrinsics of all are cheap, pictures are made when they are asked for.
-
-    Several threads may ask at once.
-    """
+    """Views by index. Poses and intrinsics are cheap; pictures are made on demand. Threads may share a source."""
 
     camera_to_world: Tensor  # [N, 4, 4] float64
     labels: Tensor  # [N] int64
@@ -60,7 +46,7 @@ class ViewSource(ABC):
 
     @abstractmethod
     def intrinsics(self, index: int) -> Intrinsics:
-        """Of view `index`, in pixels."""
+        """The intrinsics of view `index`, in pixels."""
 
     @abstractmethod
     def images(self, indices: Sequence[int]) -> Tensor:
@@ -68,24 +54,16 @@ class ViewSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 of everything the views depend on."""
+        """SHA-256 of everything that the views depend on."""
 
     @property
     def original(self) -> Tensor:
-        """The view [N] that each is a zoomed copy of; itself where it is none."""
+        """The view [N] that each one is a zoomed copy of; for all other views the view itself."""
         return torch.arange(len(self))
 
     def similarities(self) -> dict[int, dict[str, Any]]:
-        """By label, what took the frame of an object's capture to that of the poses, where that is known."""
+        """By label, the similarity from the frame of an object's capture to that of the poses, where it is known."""
         return {}
-
-    def views(self, indices: Sequence[int]) -> list[View]:
-        """These views, pictures and all."""
-        images = self.images(indices)
-        return [
-            View(image, self.camera_to_world[index], self.intrinsics(index), int(self.labels[index]))
-            for image, index in zip(images, indices, strict=True)
-        ]
 
 
 SourceConfig = SceneSource | NpzSource | TransformsSource
@@ -108,7 +86,7 @@ def open_source(config: SourceConfig | list[SourceConfig], image_size: int) -> V
 
 
 def _background(config: SourceConfig) -> Tensor:
-    """The colour [3] behind the object of a source that is radius augmented."""
+    """The background colour [3] of a source with radius augmentation."""
     assert config.radius_augmentation is not None
     colour = config.radius_augmentation.background
     if colour is None and not isinstance(config, NpzSource):
@@ -117,9 +95,9 @@ def _background(config: SourceConfig) -> Tensor:
 
 
 class _MixedViews(ViewSource):
-    """Views of several sources, mixed evenly: any stretch of them holds every source in proportion.
+    """Views of several sources, interleaved evenly: any range of them holds every source in proportion.
 
-    View j of a source of n views has the place (j + 1/2) / n; all views are in order of their places, then sources.
+    View j of a source of n views has the place (j + 1/2) / n; views are sorted by place, then by source.
     """
 
     def __init__(self, sources: Sequence[ViewSource]) -> None:
@@ -142,7 +120,7 @@ class _MixedViews(ViewSource):
         starts = np.cumsum([0, *map(len, self._sources)])
         joined = torch.cat([source.original + int(start) for source, start in zip(self._sources, starts, strict=False)])
         place = torch.empty_like(self._order)
-        place[self._order] = torch.arange(len(self))  # of a view of the sources one behind the other
+        place[self._order] = torch.arange(len(self))  # of each view of the concatenated sources
         return place[joined[self._order]]
 
     def fingerprint(self) -> str:
@@ -153,10 +131,10 @@ class _MixedViews(ViewSource):
 
 
 class _RadiusAugmentedViews(ViewSource):
-    """Every view of a source, and behind it its copies as from other distances, drawn by (seed, view).
+    """Every view of a source, followed by its copies at other distances, drawn by (seed, view).
 
-    A copy's picture is zoomed by r / r' about its principal point, and its camera moved to radius r' along its line
-    of sight, which has to meet the origin (DataError).
+    The picture of a copy is zoomed by r / r' about its principal point, and its camera is moved to radius r' along its
+    line of sight, which has to meet the origin (DataError).
     """
 
     def __init__(self, source: ViewSource, config: RadiusAugmentation, background: Tensor) -> None:
@@ -271,7 +249,7 @@ class _NpzViews(ViewSource):
         self.labels = torch.full((len(self.camera_to_world),), config.label)
 
     def _place(self, index: int) -> tuple[PosedArray, int]:
-        """The file of a view, and its row there."""
+        """The file of a view, and its row in it."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._arrays[file], index - int(self._starts[file])
 

@@ -1,6 +1,6 @@
-"""From a recipe to a finished dataset: poses, statistics and codec first, then shard by shard, the manifest last.
+"""Build a dataset from a recipe: poses, statistics and codec first, then shard by shard, and the manifest last.
 
-The same recipe on the same hardware and versions gives the same bytes: for any number of processes and of threads, and
+The same recipe on the same hardware and versions gives the same bytes, for any number of processes and threads and
 after any number of interruptions.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sitdist.build.shard import SampleMaker, Shard, Split, Written, shards_of, write_shards
+from sitdist.build.shard import BuiltShard, SampleMaker, Split, shards_of, write_shards
 from sitdist.build.sources import open_source
 from sitdist.config.recipe import DatasetCodecConfig, PcaCodecConfig, Recipe
 from sitdist.dataset.manifest import (
@@ -46,16 +46,16 @@ from sitdist.io.ownership import check_ours, only_writer
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
 
 log = logging.getLogger("sitdist")
-BEAT = 0.5  # seconds between two moments at which the processes tell each other how far they are
+PROGRESS_INTERVAL = 0.5  # seconds between two exchanges of progress among the processes
 
 
 def build(
     recipe: Recipe, out: Path, only: Collection[str] | None = None, ranks: Ranks | None = None
 ) -> DatasetManifest:
-    """Make the dataset `out`, or go on where an interrupted build of the same recipe stopped.
+    """Build the dataset `out`, or continue an interrupted build of the same recipe.
 
-    `only`: the splits to build (None: all of the recipe, and the views held out as val). `ranks`: of the processes
-    that share the work (None: this one is alone); all of them call this and get the manifest.
+    `only`: the splits to build (None: all splits of the recipe, and the views held out as val). `ranks`: the processes
+    that share the work (None: only this one); each of them calls this and gets the manifest.
     """
     ranks = ranks or Ranks()
     with one_thread_each() as (pool, depth), ExitStack() as held:
@@ -70,22 +70,22 @@ def build(
             if ranks.rank == 0:
                 held.enter_context(_begin(recipe, out, splits, plan, pool))
         with ranks.raise_together():
-            codec = load_codec(out / "codec")  # always used from there
+            codec = load_codec(out / "codec")  # as any later reader loads it
             train = splits["train"]
             intrinsics = train.intrinsics if recipe.packing == "intrinsics" else None
             statistics = PoseStatistics.from_poses(train.camera_to_world, intrinsics)
             make = SampleMaker(codec, statistics, recipe.encode_batch)
-        written = _share(splits, recipe.samples_per_shard, make, out, pool, depth, ranks)
+        built = _build_shards(splits, recipe.samples_per_shard, make, out, pool, depth, ranks)
         manifest: DatasetManifest | None = None
         with ranks.raise_together():
             if ranks.rank == 0:
-                manifest = _manifest(recipe, out, splits, written, make)
+                manifest = _manifest(recipe, out, splits, built, make)
                 _finish(out, manifest)
         return ranks.broadcast(manifest)
 
 
 def _check_memory(recipe: Recipe, views: int) -> None:
-    """OutOfMemoryError where the pictures that are held at once cannot have room; a cautious bound."""
+    """OutOfMemoryError if the pictures that are held at once cannot fit into memory; a cautious bound."""
     fitted = min(views, recipe.codec.fit_views) if isinstance(recipe.codec, PcaCodecConfig) else 0
     held = max(2 * fitted, min(views, recipe.encode_batch))
     what = f"{held:,} pictures of {recipe.image_size}x{recipe.image_size} pixels at once"
@@ -94,9 +94,9 @@ def _check_memory(recipe: Recipe, views: int) -> None:
 
 @contextmanager
 def one_thread_each() -> Iterator[tuple[Executor, int]]:
-    """Within `with`: a pool of as many threads as torch would use, in each of which torch uses one, and its look-ahead.
+    """A pool of as many threads as torch would use, and its look-ahead; torch itself uses one thread in each.
 
-    How torch divides a sum among threads decides its rounding: this way their number decides nothing.
+    The number of threads changes how torch rounds a sum. This way it does not affect the result.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,12 +112,18 @@ def one_thread_each() -> Iterator[tuple[Executor, int]]:
 
 
 def open_splits(recipe: Recipe, only: Collection[str] | None = None) -> dict[str, Split]:
-    """The views of every split, with `val` held out of `train` where the recipe says so; of all, or of `only` some.
+    """The views of all splits, or of those in `only`; `val` is held out of `train` if the recipe says so.
 
-    Which views are training views does not depend on `only`.
+    The training views do not depend on `only`.
     """
     names = [*recipe.splits, *(["val"] if "val" not in recipe.splits and recipe.val_views else [])]
-    _check_only(names, only)
+    for name in only or ():
+        if name not in names:
+            raise ConfigError(f"--splits: the recipe has no split '{name}'; it has {', '.join(names)}")
+    if only is not None and "train" not in only:
+        raise ConfigError(
+            f"--splits {','.join(only)}: 'train' is missing; the pose statistics and the codec come from it"
+        )
     splits = {}
     for name, config in recipe.splits.items():
         if only is None or name in only:
@@ -130,18 +136,8 @@ def open_splits(recipe: Recipe, only: Collection[str] | None = None) -> dict[str
     return splits
 
 
-def _check_only(names: Sequence[str], only: Collection[str] | None) -> None:
-    for name in only or ():
-        if name not in names:
-            raise ConfigError(f"--splits: the recipe has no split '{name}'; it has {', '.join(names)}")
-    if only is not None and "train" not in only:
-        raise ConfigError(
-            f"--splits {','.join(only)}: 'train' is missing; the pose statistics and the codec come from it"
-        )
-
-
 def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
-    """The training views without `val_views` of them and these ones' zoomed copies, and these."""
+    """Divide the training views: those that remain without the held-out views and their copies, and the held-out."""
     views = train.indices[~train.is_zoomed]
     if recipe.val_views >= len(views):
         raise DataError(f"val_views {recipe.val_views} leaves none of the {len(views)} training views to train on")
@@ -151,11 +147,11 @@ def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
     return Split("train", train.source, kept), Split("val", train.source, held_out)
 
 
-# ------------------------------------------------------------------------------------------ beginning, and going on
+# ------------------------------------------------------------------------------------------- starting and resuming
 
 
 def _plan(recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
-    """What has to be the same when a build goes on, and on all of its processes."""
+    """What must be the same on all processes, and when a build is continued."""
     return {
         "format_version": FORMAT_VERSION,
         "recipe": recipe.model_dump(mode="json"),
@@ -165,7 +161,7 @@ def _plan(recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    """What the bytes of a dataset depend on besides its recipe and its sources."""
+    """Everything that the bytes of a dataset depend on besides its recipe and its sources."""
     packages = ("diffusers", "numpy", "pillow", "sitdist", "torch", "webdataset")
     return {name: version(name) for name in packages} | {
         "python": platform.python_version(),
@@ -176,7 +172,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _check_same_plans(out: Path, plans: Sequence[dict[str, Any]]) -> None:
-    """DataError where a process would give other bytes than the main one, for what it sees or what it runs on."""
+    """DataError if a process has other sources or another environment than process 0, and so would give other bytes."""
     for rank, plan in enumerate(plans):
         for key, value in plans[0]["environment"].items():
             if plan["environment"].get(key) != value:
@@ -190,14 +186,16 @@ def _check_same_plans(out: Path, plans: Sequence[dict[str, Any]]) -> None:
 
 @contextmanager
 def _begin(recipe: Recipe, out: Path, splits: dict[str, Split], plan: dict[str, Any], pool: Executor) -> Iterator[None]:
-    """Within `with`: the folder is this build's alone, with its plan and its codec."""
+    """Lock the folder for this build, and write its plan and its codec into it."""
     _refuse_finished(out)
     with only_writer(out, "dataset"):
         _refuse_finished(out)  # by a build that has ended meanwhile
         begun = (out / "build.json").exists()
         if begun:
             _check_plan(out, plan)
-            _tidy_up(out)
+            for leftover in out.rglob(f"{PREFIX}*.tmp"):  # of a killed build
+                if leftover.is_file():
+                    leftover.unlink()
         if not (out / "codec").is_dir():
             codec = _make_codec(recipe, splits["train"], pool)  # before the plan is written: it may not fit
             if not begun:
@@ -207,14 +205,14 @@ def _begin(recipe: Recipe, out: Path, splits: dict[str, Split], plan: dict[str, 
 
 
 def _refuse_finished(out: Path) -> None:
-    """DataError if the folder holds a finished dataset, or is not ours to write in."""
+    """DataError if the folder holds a finished dataset, or is not ours."""
     if check_ours(out, "dataset") and (out / "manifest.json").exists():
         (out / "build.json").unlink(missing_ok=True)  # of a build that was killed at its very end
         raise DataError(f"{out}: a finished dataset is there; give another --out, or remove the folder to build again")
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """DataError unless the unfinished build in the folder was begun with this plan."""
+    """DataError unless the unfinished build in the folder was started with this plan."""
     begun = read_json(out / "build.json", "remove the folder and build again")
     here, there = plan["environment"], begun.pop("environment", {})
     if begun != {key: value for key, value in plan.items() if key != "environment"}:
@@ -230,18 +228,11 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
             )
 
 
-def _tidy_up(out: Path) -> None:
-    """Remove what a killed build was writing."""
-    for leftover in out.rglob(f"{PREFIX}*.tmp"):
-        if leftover.is_file():
-            leftover.unlink()
-
-
 # --------------------------------------------------------------------------------------------------------------- codec
 
 
 def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
-    """The recipe's codec, fitted or loaded; DataError if its latents could not hold a pose."""
+    """Fit or load the recipe's codec; DataError if its latents cannot hold a pose."""
     codec: Codec
     if isinstance(recipe.codec, PcaCodecConfig):
         chunks = train.indices[: recipe.codec.fit_views].split(recipe.encode_batch)
@@ -260,22 +251,17 @@ def _make_codec(recipe: Recipe, train: Split, pool: Executor) -> Codec:
 
 
 def _codec_of(dataset: Path) -> Codec:
-    """The codec of a finished dataset; DataError if there is none, CodecError if it is not the manifest's."""
+    """The codec of a finished dataset; DataError if there is none, CodecError if the manifest names another."""
     identity, codec = load_manifest(dataset).codec, load_codec(dataset / "codec")
     if codec.identity() != identity:
         raise CodecError(f"{dataset}/codec: is not the codec that the manifest names; build that dataset again")
     return codec
 
 
-def _codec_files(out: Path) -> dict[str, str]:
-    files = sorted(path for path in (out / "codec").rglob("*") if path.is_file())
-    return {str(path.relative_to(out / "codec")): file_sha256(path) for path in files}
-
-
 # -------------------------------------------------------------------------------------------------------------- shards
 
 
-def _share(
+def _build_shards(
     splits: dict[str, Split],
     size: int,
     make: SampleMaker,
@@ -283,62 +269,50 @@ def _share(
     pool: Executor,
     depth: int,
     ranks: Ranks,
-) -> dict[str, Written]:
-    """Have all shards written, each by one of the processes; what there is to know of every one, by name."""
+) -> dict[str, list[BuiltShard]]:
+    """Write all shards, each on one of the processes; the result by split, in order.
+
+    Each process writes in a thread of its own while the processes exchange their progress. All of them stop soon after
+    one has failed, and none waits long without hearing from the others.
+    """
     shards = [shard for split in splits.values() for shard in shards_of(split, size)]
     missing = ranks.broadcast({shard.name for shard in shards if not shard.index(out).exists()})
-    order = sorted(shards, key=lambda shard: shard.name not in missing)  # what is to be made is spread evenly
+    order = sorted(shards, key=lambda shard: shard.name not in missing)  # divide the missing ones evenly
     mine = order[ranks.rank :: ranks.world]
     total, before = sum(map(len, shards)), sum(len(shard) for shard in shards if shard.name not in missing)
-    bar = tqdm(total=total, initial=before, desc="views", unit="view", smoothing=0.05, disable=ranks.rank > 0)
-    with bar:
-        parts = ranks.gather(_work(mine, make, out, pool, depth, ranks, bar))
-    return {name: written for part in parts for name, written in part.items()}
-
-
-def _work(
-    shards: Sequence[Shard],
-    make: SampleMaker,
-    out: Path,
-    pool: Executor,
-    depth: int,
-    ranks: Ranks,
-    bar: tqdm,
-) -> dict[str, Written]:
-    """Write this process's shards in a thread of its own, while the processes tell each other how far they are.
-
-    All end soon after one of them has failed, and none waits for long without a word from the others.
-    """
     counts: list[int] = []
-    shown, stop = 0, threading.Event()
-    with helper_threads(1, "shards") as writer:
-        work = writer.submit(write_shards, shards, make, out, pool, depth, counts.append, stop)
+    stop = threading.Event()
+    with (
+        tqdm(total=total, initial=before, desc="views", unit="view", smoothing=0.05, disable=ranks.rank > 0) as bar,
+        helper_threads(1, "shards") as writer,
+    ):
+        work = writer.submit(write_shards, mine, make, out, pool, depth, counts.append, stop)
         try:
             while True:
-                wait([work], timeout=BEAT)
+                wait([work], timeout=PROGRESS_INTERVAL)
                 ended = work.done()
                 failed = ended and work.exception() is not None
-                views, at_work, failures = ranks.sum(torch.tensor([sum(counts), not ended, failed])).tolist()
-                bar.update(views - shown)
-                shown = views
-                if failures or not at_work:
+                views, working, failures = ranks.sum(torch.tensor([sum(counts), not ended, failed])).tolist()
+                bar.update(before + views - bar.n)
+                if failures or not working:
                     break
         finally:
             stop.set()
-    written: dict[str, Written] = {}
+    built: dict[str, BuiltShard] = {}
     with ranks.raise_together():
-        written = work.result()
-    return written
+        built = work.result()
+    everything = {name: shard for part in ranks.gather(built) for name, shard in part.items()}
+    return {name: [everything[shard.name] for shard in shards_of(split, size)] for name, split in splits.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
 
 
 def _manifest(
-    recipe: Recipe, out: Path, splits: dict[str, Split], written: dict[str, Written], make: SampleMaker
+    recipe: Recipe, out: Path, splits: dict[str, Split], built: dict[str, list[BuiltShard]], make: SampleMaker
 ) -> DatasetManifest:
     size = recipe.image_size // make.codec.downsample
-    shards = {name: shards_of(split, recipe.samples_per_shard) for name, split in splits.items()}
+    codec_files = sorted(path for path in (out / "codec").rglob("*") if path.is_file())
     return DatasetManifest(
         format_version=FORMAT_VERSION,
         name=recipe.name,
@@ -348,37 +322,31 @@ def _manifest(
         objects=_objects(recipe, splits),
         statistics=make.statistics.to_dict(),
         codec=make.codec.identity(),
-        codec_files=_codec_files(out),
+        codec_files={str(path.relative_to(out / "codec")): file_sha256(path) for path in codec_files},
         latent=LatentShape(channels=make.codec.channels, height=size, width=size),
-        codec_psnr=_held_out_psnr({name: [written[shard.name] for shard in shards[name]] for name in splits}),
-        splits={
-            name: _split_entry(split, [written[shard.name] for shard in shards[name]]) for name, split in splits.items()
-        },
+        codec_psnr=_held_out_psnr(built),
+        splits={name: _split_entry(split, built[name]) for name, split in splits.items()},
     )
 
 
-def _split_entry(split: Split, written: Sequence[Written]) -> SplitEntry:
+def _split_entry(split: Split, shards: Sequence[BuiltShard]) -> SplitEntry:
     radius = camera_radius(split.camera_to_world)
+    first = split.source.intrinsics(int(split.indices[0]))
     return SplitEntry(
         count=len(split),
         radius=(float(radius.min()), float(radius.max())),
         radius_augmented=int(split.is_zoomed.sum()),
-        cameras=_camera_facts(split),
-        shards=[each.entry for each in written],
-    )
-
-
-def _camera_facts(split: Split) -> CameraFacts:
-    first = split.source.intrinsics(int(split.indices[0]))
-    return CameraFacts(
-        looks_at_origin=bool(looks_at_origin(split.camera_to_world).all()),
-        upright=bool(is_upright(split.camera_to_world).all()),
-        same_intrinsics=all(split.source.intrinsics(view) == first for view in split.indices.tolist()),
+        cameras=CameraFacts(
+            looks_at_origin=bool(looks_at_origin(split.camera_to_world).all()),
+            upright=bool(is_upright(split.camera_to_world).all()),
+            same_intrinsics=all(split.source.intrinsics(view) == first for view in split.indices.tolist()),
+        ),
+        shards=[shard.entry for shard in shards],
     )
 
 
 def _objects(recipe: Recipe, splits: dict[str, Split]) -> list[ObjectEntry]:
-    """Every object that has views in the dataset, by label."""
+    """All objects that have views in the dataset, by label."""
     sources = [source for name in recipe.splits for source in recipe.sources(name)]
     names = {source.label: source.name for source in sources if source.name is not None}
     labels = {name: split.source.labels[split.indices] for name, split in splits.items()}
@@ -392,17 +360,17 @@ def _objects(recipe: Recipe, splits: dict[str, Split]) -> list[ObjectEntry]:
     return entries
 
 
-def _held_out_psnr(written: dict[str, list[Written]]) -> CodecPsnr | None:
-    """Of val, else of the first other split in order of names; there is none of the training views."""
-    for split in ("val", *sorted(set(written) - {"train", "val"})):
-        if split in written:
-            values = np.array([value for shard in written[split] for value in shard.codec_psnr])
+def _held_out_psnr(built: dict[str, list[BuiltShard]]) -> CodecPsnr | None:
+    """The codec's PSNR on val, or else on the first other split by name; None if there are only training views."""
+    for split in ("val", *sorted(set(built) - {"train", "val"})):
+        if split in built:
+            values = np.array([value for shard in built[split] for value in shard.codec_psnr])
             return CodecPsnr(mean=float(values.mean()), n=len(values), split=split)
     return None
 
 
 def _finish(out: Path, manifest: DatasetManifest) -> None:
-    """Write what makes the folder a dataset."""
+    """Write the provenance and the manifest, which make the folder a dataset."""
     write_json(out / "provenance.json", _environment())
     text = manifest.model_dump_json(indent=1) + "\n"
     write_atomically(out / "manifest.json", lambda path: path.write_text(text))

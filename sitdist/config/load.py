@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sitdist.config.schema import S, Schema
-from sitdist.errors import ConfigError, shortened, shown
+from sitdist.errors import ConfigError, one_line, shortened, shown
 
 MAX_BYTES, MAX_DEPTH, MAX_INTEGER = 2**18, 32, 10**100
 
@@ -121,7 +121,7 @@ def load_yaml(schema: type[S], path: str | Path, overrides: list[str] | None = N
 def set_key(values: dict[str, Any], override: str) -> None:
     """Set `a.b=c` in nested `values`; ConfigError if `override` does not read so."""
     key, equals, text = override.partition("=")
-    what = f"--set {shortened(override)}"
+    what = f"--set {shortened(one_line(override))}"
     if not equals or not key:
         raise ConfigError(f"{what}: expected KEY=VALUE, such as --set train.steps=100")
     *parents, last = key.split(".")
@@ -134,7 +134,7 @@ def set_key(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{what}: {parent} is {shown(inner)}, which has no keys below it")
+            raise ConfigError(f"{what}: {shortened(one_line(parent))} is {shown(inner)}, which has no keys below it")
         values = inner
     values[last] = value
 

@@ -1,7 +1,8 @@
-"""Batches of a split: a pure function of (dataset, seed, step, rank, world size)."""
+"""The batches of a split: a pure function of (dataset, seed, step, rank, world size)."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.dataset.format import _keys
+from sitdist.dataset.format import sample_key
 from sitdist.dataset.order import BlockShuffle
-from sitdist.dataset.reader import STAND_INS, Samples, SampleSource, log
+from sitdist.dataset.reader import Samples, SampleSource
 from sitdist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+REPLACEMENTS = 100  # samples that are tried in place of a damaged one
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's share of a global batch.
+    """One rank's share of a global batch.
 
-    moments [b, 2C, h, w] float32, packed_pose [b, 4, 4] float32, label [b], and the samples' global positions [b] in
-    the endless sequence of epochs, by which all random numbers are drawn.
+    moments [b, 2C, h, w] float32, packed_pose [b, 4, 4] float32, label [b], and positions [b]: the samples' global
+    positions in the endless sequence of epochs, which key all random numbers.
     """
 
     moments: Tensor
@@ -31,19 +35,12 @@ class Batch:
     positions: Tensor
     keys: list[str]
 
-    def part(self, start: int, stop: int) -> Batch:
-        """Samples start to stop of it."""
-        rows = slice(start, stop)
-        return Batch(
-            self.moments[rows], self.packed_pose[rows], self.label[rows], self.positions[rows], self.keys[rows]
-        )
-
     def to(self, device: torch.device) -> Batch:
-        """All tensors on `device`."""
+        """Move all tensors to `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same in page-locked memory, from which copies to a GPU run beside other work."""
+        """Copy to page-locked memory, from which copies to a GPU run beside other work."""
         return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -54,12 +51,12 @@ class Batch:
 class BatchReader:
     """Global batch k is positions [k G, (k + 1) G) of the endless sequence of permutations; each rank takes its slice.
 
-    Nothing is remembered from step to step: any step's batch can be asked for at any time, by several threads. With
-    `on_bad_sample` replace, another sample of its window takes the place of a damaged one, chosen by (seed, position);
-    `bad_samples` counts how often each was met by this process, and more than `max_bad_samples` of them are an error.
+    No state is kept from step to step: several threads can ask for the batch of any step at any time. With
+    `on_bad_sample` "replace", another sample of the same window, chosen by (seed, position), replaces a damaged one;
+    `bad_samples` counts how often this process met each, and more than `max_bad_samples` of them are an error.
 
-    With several `nodes`, node n's share of every global batch, the nth stretch of it, comes from an endless sequence of
-    its own over shards n, n + nodes, ... alone: a node reads, or fetches, no others.
+    With several `nodes`, the nth part of every global batch comes from node n's own endless sequence over shards n,
+    n + nodes, ... so that a node reads or fetches no other shards.
     """
 
     def __init__(
@@ -91,40 +88,38 @@ class BatchReader:
         first = step * self.global_batch + rank * share
         return torch.arange(first, first + share)
 
-    def sample_indices(self, positions: Tensor) -> list[int]:
-        """The samples at global positions."""
-        return self._sample_indices(positions.numpy()).tolist()
-
-    def _sample_indices(self, positions: np.ndarray) -> np.ndarray:
+    def sample_indices(self, positions: Tensor) -> np.ndarray:
+        """The samples [b] int64 at global positions [b]."""
         indices = np.empty(len(positions), dtype=np.int64)
-        nodes, places = self._node_places(positions)
+        nodes, places = self._node_places(positions.numpy())
         for node in np.unique(nodes).tolist():
             rows = nodes == node
             indices[rows] = self.orders[node].samples(places[rows])
         return indices
 
     def _node_places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The node of every global position, and its place in the node's own sequence."""
+        """The node of each global position, and its place in that node's sequence."""
         share = self.global_batch // self.nodes
         steps, places = np.divmod(positions, self.global_batch)
         return places // share, steps * share + places % share
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """A rank's slice of the global batch of `step`; DataError for damage that is not to be replaced."""
+        """One rank's slice of the global batch of `step`; DataError for a damaged sample that may not be replaced."""
         positions = self.positions(step, rank, world)
         self._read_ahead(positions)
-        indices = self._sample_indices(positions.numpy())
+        indices = self.sample_indices(positions)
         samples = self.reader.samples(indices)
         for row in sorted(samples.faults):
             indices[row] = self._replace(samples, row, int(indices[row]), int(positions[row]))
-        return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, _keys(indices.tolist()))
+        keys = [sample_key(index) for index in indices.tolist()]
+        return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, keys)
 
     def reading(self) -> list[str]:
-        """The shards that are being read now."""
+        """The shards that threads are reading now."""
         return self.reader.reading()
 
     def _read_ahead(self, positions: Tensor) -> None:
-        """Whenever a window is begun, have it and the next one fetched."""
+        """When a window begins, fetch it and the next one in the background."""
         (node,), place = self._node_places(positions[-1:].numpy())
         order = self.orders[node]
         window = order.windows(place)[0]
@@ -134,30 +129,27 @@ class BatchReader:
             self.reader.expect([*order.shards(*window), *order.shards(*following)])
 
     def _replace(self, samples: Samples, row: int, index: int, position: int) -> int:
-        """Put another sample in the place of a damaged one; returns which."""
+        """Replace a damaged sample by another one; return its index."""
         fault = samples.faults[row]
         if self._on_bad_sample == "stop":
             raise DataError(fault)
         self._count(index, fault)
         (node,), (place,) = self._node_places(np.asarray([position]))
-        for attempt in range(STAND_INS):
-            stand_in = self.orders[node].stand_in(int(place), attempt)
-            found = self.reader.samples(np.asarray([stand_in]))
+        for attempt in range(REPLACEMENTS):
+            replacement = self.orders[node].replacement(int(place), attempt)
+            found = self.reader.samples(np.asarray([replacement]))
             if not found.faults:
-                for whole, one in zip(_tensors(samples), _tensors(found), strict=True):
-                    whole[row] = one[0]
-                return stand_in
-        raise DataError(f"{fault}; and {STAND_INS} others that were to replace it are damaged too")
+                samples.moments[row] = found.moments[0]
+                samples.packed_pose[row] = found.packed_pose[0]
+                samples.label[row] = found.label[0]
+                return replacement
+        raise DataError(f"{fault}; and {REPLACEMENTS} others that were to replace it are damaged too")
 
     def _count(self, index: int, fault: str) -> None:
-        (key,) = _keys([index])
+        key = sample_key(index)
         self.bad_samples[key] += 1
         count = len(self.bad_samples)
         if count > self._max_bad_samples:
             raise DataError(f"{fault}; the {count} bad samples of this process are more than {self._max_bad_samples}")
         if self.bad_samples[key] == 1:
             log.warning("%s; replaced (bad sample %d of at most %d)", fault, count, self._max_bad_samples)
-
-
-def _tensors(samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
-    return samples.moments, samples.packed_pose, samples.label

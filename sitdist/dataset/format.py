@@ -1,8 +1,9 @@
-"""What a dataset on disk looks like; shards/README.md is the same in prose.
+"""The format of a dataset on disk: the members of a sample and the columns of an index.
 
     manifest.json   provenance.json   codec/   SPLIT/00000.tar   SPLIT/00000.index.npz   ...
 
 Sample i of a split has the key f"{i:09d}". Its members lie side by side in the tar, and the index says where.
+shards/README.md describes the same in prose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,36 +23,42 @@ from sitdist.io.json_file import parse_json
 
 MEMBERS = ("camera_to_world.npy", "meta.json", "moments.npy", "packed_pose.npy")
 IMAGE_MEMBER = "image.png"  # in every split but train
-INDEX_FIELDS = {
-    "start": np.int64,  # first byte of the sample's first tar header
-    "stop": np.int64,  # one past the last padding byte of its last member
-    "crc32": np.uint32,  # of all bytes between
-    "moments": np.int64,  # first byte of the .npy file
-    "packed_pose": np.int64,
-    "image": np.int64,  # 0 where there is none
-    "image_bytes": np.int64,
-    "label": np.int64,
-    "camera_to_world": np.float64,  # [n, 4, 4]
-    "codec_psnr": np.float64,  # NaN where no image is kept
+INDEX_FIELDS: dict[str, tuple[str, tuple[int, ...]]] = {  # type and shape of each sample's entry
+    "start": ("<i8", ()),  # first byte of the sample's first tar header
+    "stop": ("<i8", ()),  # one past the last padding byte of its last member
+    "crc32": ("<u4", ()),  # of all bytes between
+    "moments": ("<i8", ()),  # first byte of the .npy file
+    "packed_pose": ("<i8", ()),
+    "image": ("<i8", ()),  # 0 where there is none
+    "image_bytes": ("<i8", ()),
+    "label": ("<i8", ()),
+    "camera_to_world": ("<f8", (4, 4)),
+    "codec_psnr": ("<f8", ()),  # NaN where no image is kept
+    "intrinsics": ("<f8", (4,)),  # fx / width, fy / height, cx / width, cy / height
 }
-ROW_BYTES = sum(
-    np.dtype(dtype).itemsize * (16 if name == "camera_to_world" else 1) for name, dtype in INDEX_FIELDS.items()
-)
-BLOCK = 512  # bytes; a tar's headers are one, and data is padded to whole ones
-META_BYTES = 64 * BLOCK  # at most of meta.json, of all tar headers of a sample, and of padding
-BUILD_AGAIN = "build the dataset again"
-PSNR = (0.0, 100.0)  # dB, of pictures in [0, 1]; the mean square error is taken as at least 1e-10
+OPTIONAL_FIELDS = {"intrinsics"}  # missing in shards that older versions built
+BLOCK = 512  # bytes of a tar header; members are padded to a multiple of it
+META_BYTES = 64 * BLOCK  # upper bound for meta.json, the tar headers and the padding of one sample
+PSNR = (0.0, 100.0)  # dB, of pictures in [0, 1]; the mean squared error is clamped to 1e-10
 RADIUS_TOLERANCE = 1e-6  # relative
+BUILD_AGAIN = "build the dataset again"
 Size = Annotated[int, Field(ge=1, le=2**50)]
 Label = Annotated[int, Field(ge=0, lt=10**6)]
 
 
-class _Entry(BaseModel):
+class StrictModel(BaseModel):
+    """No unknown keys, no conversions, finite numbers only."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class SampleMeta(_Entry):
-    """meta.json of a sample: the camera in pixels, the object's label, and the camera's distance to the origin."""
+def sample_key(index: int) -> str:
+    """The key of a sample of a split."""
+    return f"{index:09d}"
+
+
+class SampleMeta(StrictModel):
+    """meta.json of a sample: the camera in pixels, the label of the object, and the camera's distance to the origin."""
 
     fx: float
     fy: float
@@ -68,7 +75,7 @@ class SampleMeta(_Entry):
 
 
 def npy_header(dtype: Any, shape: tuple[int, ...]) -> bytes:
-    """What stands before the numbers in an .npy file of version 1.0."""
+    """The header of an .npy file of version 1.0."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -77,12 +84,12 @@ def npy_header(dtype: Any, shape: tuple[int, ...]) -> bytes:
 
 
 def npy_size(dtype: Any, shape: tuple[int, ...]) -> int:
-    """Bytes of such a file."""
+    """The size of such a file in bytes."""
     return len(npy_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def parse_npy(data: bytes, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in such a file; ValueError if it is of another type or shape."""
+    """The array in such a file; ValueError if it has another type or shape."""
     header = npy_header(dtype, shape)
     if not data.startswith(header) or len(data) != npy_size(dtype, shape):
         raise ValueError(f"no {np.dtype(dtype)} array of {list(shape)} in .npy version 1.0")
@@ -90,11 +97,11 @@ def parse_npy(data: bytes, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def parse_meta(data: bytes, image_size: int, where: str) -> SampleMeta:
-    """meta.json of a sample, called `where` in errors; DataError if damaged, or of a picture of another size."""
+    """Parse meta.json of a sample, called `where` in errors; DataError if it is damaged or the picture size differs."""
     try:
         meta = SampleMeta.model_validate(parse_json(data, where, BUILD_AGAIN))
     except ValidationError as error:
-        raise DataError(f"{where}: damaged ({_first(error)}); {BUILD_AGAIN}") from None
+        raise DataError(f"{where}: damaged ({first_problem(error)}); {BUILD_AGAIN}") from None
     if not meta.width == meta.height == image_size:
         raise DataError(f"{where}: {meta.width}x{meta.height} pixels but pictures have {image_size}; {BUILD_AGAIN}")
     check_intrinsics(meta.camera, where)
@@ -102,9 +109,9 @@ def parse_meta(data: bytes, image_size: int, where: str) -> SampleMeta:
 
 
 def sample_members(data: bytes, key: str, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
-    """name -> (where it begins, its bytes) of the members of one sample, whose part of the tar is `data`.
+    """The offset and the bytes of each member of one sample, by name; `data` is the sample's part of the tar.
 
-    ValueError unless they are plain files called KEY.NAME, each of `names` once, and fill `data`.
+    ValueError unless the members are plain files named KEY.NAME, each of `names` once, and fill `data`.
     """
     members: dict[str, tuple[int, bytes]] = {}
     end = 0
@@ -116,7 +123,7 @@ def sample_members(data: bytes, key: str, names: Sequence[str]) -> dict[str, tup
                     raise ValueError(f"{member.name[:80]} is a link, folder, device or sparse file")
                 if name == member.name or name not in names or name in members:
                     raise ValueError(f"member {member.name[:80]}; expected {', '.join(names)}, once each")
-                end = member.offset_data + _padded(member.size)
+                end = member.offset_data + padded_size(member.size)
                 members[name] = member.offset_data, data[member.offset_data : member.offset_data + member.size]
     except (tarfile.TarError, EOFError, OverflowError, RecursionError) as error:
         raise ValueError(f"no tar ({error})") from None
@@ -127,17 +134,13 @@ def sample_members(data: bytes, key: str, names: Sequence[str]) -> dict[str, tup
     return members
 
 
-def _padded(size: int) -> int:
-    """Bytes that `size` bytes take in a tar."""
+def padded_size(size: int) -> int:
+    """Bytes that a member of `size` bytes takes in a tar."""
     return -(-size // BLOCK) * BLOCK
 
 
-def _keys(indices: Iterable[int]) -> list[str]:
-    return [f"{index:09d}" for index in indices]
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong: key, value and what is expected."""
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a validation: key, value and what is expected."""
     first = error.errors(include_url=False)[0]
     key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_pattern_mismatch":

@@ -1,13 +1,10 @@
-"""A shard's index: where each sample's members lie in its tar, checked before use."""
+"""The index of a shard: where each sample's members lie in the tar, checked before use."""
 
 from __future__ import annotations
 
 import math
-import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,58 +14,47 @@ from sitdist.dataset.format import (
     BUILD_AGAIN,
     INDEX_FIELDS,
     META_BYTES,
+    OPTIONAL_FIELDS,
     PSNR,
     RADIUS_TOLERANCE,
     npy_size,
-    parse_npy,
+    sample_key,
 )
 from sitdist.dataset.manifest import DatasetManifest, ShardEntry
 from sitdist.errors import DataError, PoseError
-from sitdist.geometry.camera import camera_radius
+from sitdist.geometry.camera import FOCAL_RANGE, MAX_OFFSET, camera_radius
 from sitdist.geometry.pose import are_rigid, check_rigid
-from sitdist.io.files import open_file
+from sitdist.io.npz import load_arrays
 
 
 def index_name(tar: str) -> str:
-    """The name of a tar's index."""
+    """The file name of a tar's index."""
     return tar.removesuffix(".tar") + ".index.npz"
 
 
 def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:
-    """The fields of one shard's index, each of the shard's length; DataError if damaged.
+    """The columns of a shard's index, each with one entry per sample; DataError if the file is damaged.
 
-    No more is allocated than the file holds. `count`: the length that the manifest names.
+    `count`: the number of samples according to the manifest.
     """
-    with open_file(path, BUILD_AGAIN) as opened:
-        try:
-            return _parse_index(opened, count)
-        except Exception as error:  # zipfile has many
-            raise DataError(f"{path}: damaged index ({str(error)[:200]}); {BUILD_AGAIN}") from None
-
-
-def _parse_index(opened: BinaryIO, count: int | None) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(opened) as file:
-        entries = {entry.filename: entry for entry in file.infolist()}
-        if entries.keys() != {f"{name}.npy" for name in INDEX_FIELDS} or len(file.infolist()) > len(entries):
-            raise ValueError(f"holds {', '.join(entries)[:160]}")
-        length = (entries["start.npy"].file_size - npy_size("<i8", (0,))) // 8 if count is None else count
-        index = {}
-        for name, dtype in INDEX_FIELDS.items():
-            shape, entry = (length, 4, 4) if name == "camera_to_world" else (length,), entries[f"{name}.npy"]
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed")
-            if entry.file_size != npy_size(dtype, shape) or entry.file_size > os.fstat(opened.fileno()).st_size:
-                raise ValueError(f"{name} is not of {length} samples")
-            index[name] = parse_npy(file.read(entry), dtype, shape)
+    index = load_arrays(path, BUILD_AGAIN)
+    if index.keys() | OPTIONAL_FIELDS != INDEX_FIELDS.keys():
+        raise DataError(f"{path}: damaged (holds {', '.join(index)[:160]}); {BUILD_AGAIN}")
+    length = index["start"].size if count is None else count
+    for name, column in index.items():
+        kind, shape = INDEX_FIELDS[name]
+        if column.dtype != np.dtype(kind) or column.shape != (length, *shape):
+            found = f"{column.dtype} {list(column.shape)}"
+            raise DataError(f"{path}: damaged ({name} is {found}, not of {length} samples); {BUILD_AGAIN}")
     return index
 
 
 def check_index(
     index: Mapping[str, np.ndarray], manifest: DatasetManifest, split: str, shard: ShardEntry, first: int
 ) -> None:
-    """DataError where the index of a shard, whose first sample is `first`, cannot be that of the manifest.
+    """DataError where the index of a shard, whose first sample is `first`, contradicts the manifest.
 
-    Looks at no sample: places, labels, poses and the codec's round trip, all at once.
+    Reads no sample: offsets, labels, poses, intrinsics and the codec's round trip are checked for all rows at once.
     """
     start, stop, image, image_bytes = (index[name] for name in ("start", "stop", "image", "image_bytes"))
     least, most = manifest.sample_bytes()
@@ -85,25 +71,26 @@ def check_index(
     labels = [each.label for each in manifest.objects if each.views.get(split, 0)]
     poses, (low, high) = torch.from_numpy(index["camera_to_world"]), manifest.splits[split].radius
     rigid, radius = are_rigid(poses).numpy(), camera_radius(poses).numpy()
-    beside = (radius < low * (1 - RADIUS_TOLERANCE)) | (radius > high * (1 + RADIUS_TOLERANCE))
+    outside = (radius < low * (1 - RADIUS_TOLERANCE)) | (radius > high * (1 + RADIUS_TOLERANCE))
     wrong = {
         "does not begin where the one before it ends": start != np.concatenate([[0], stop[:-1]]),
         f"does not lie in the {shard.bytes:,} bytes of the tar": (start < 0) | (stop < 0) | (stop > shard.bytes),
         "has another size than its arrays and its picture": (stop - start < least)
         | (stop - start > most + np.where(pictured, image_bytes, 0)),
         "has an array outside of it": ~placed,
-        "has a picture outside of it, or of a size that none has": ~pictured,
+        "has a picture outside of it, or one of an impossible size": ~pictured,
         f"has a label that no object of {split} has": ~np.isin(index["label"], labels),
-        f"has a camera outside of the split's radius {[low, high]}": rigid & beside,
+        f"has a camera outside of the split's radius {[low, high]}": rigid & outside,
         "has a codec_psnr that no round trip gives": ~measured,
+        "has intrinsics that no camera has": ~_are_intrinsics(index),
     }
     for what, rows in wrong.items():
         if rows.any():
-            raise DataError(f"sample {first + int(rows.argmax()):09d} {what}")
+            raise DataError(f"sample {sample_key(first + int(rows.argmax()))} {what}")
     if not rigid.all():
         row = int((~rigid).argmax())
         try:
-            check_rigid(poses[row], f"sample {first + row:09d}")
+            check_rigid(poses[row], f"sample {sample_key(first + row)}")
         except PoseError as error:
             raise DataError(str(error)) from None
 
@@ -114,8 +101,18 @@ def _inside(index: Mapping[str, np.ndarray], field: str, size: int | np.ndarray)
     return (at % BLOCK == 0) & (at >= index["start"] + BLOCK) & (at + size <= index["stop"])
 
 
+def _are_intrinsics(index: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether the intrinsics of each sample are within the bounds of `check_intrinsics`; NaN is not."""
+    if "intrinsics" not in index:
+        return np.ones(len(index["start"]), dtype=bool)
+    focal, centre = index["intrinsics"][:, :2], index["intrinsics"][:, 2:]
+    low, high = FOCAL_RANGE[0] * (1 - 1e-9), FOCAL_RANGE[1] * (1 + 1e-9)  # dividing by the picture's size rounds
+    inside = (focal >= low) & (focal <= high) & (np.abs(centre - 0.5) <= MAX_OFFSET * (1 + 1e-9))
+    return inside.all(axis=1)
+
+
 def check_split(columns: Mapping[str, np.ndarray], manifest: DatasetManifest, split: str) -> None:
-    """DataError where the indexes of a whole split, one behind the other, are not what the manifest says of it."""
+    """DataError where the joined indexes of a split contradict what the manifest says of the split."""
     entry, psnr = manifest.splits[split], manifest.codec_psnr
     radius = camera_radius(torch.from_numpy(columns["camera_to_world"]))
     found = (float(radius.min()), float(radius.max()))

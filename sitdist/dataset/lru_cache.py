@@ -1,4 +1,4 @@
-"""A few values that are kept, each made once although several threads ask for it."""
+"""A cache of the most recent values. Each is made once, even if several threads ask for it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """The `size` values asked for last, made by `make(key)`; an error reaches all who wait and is not kept."""
+    """The `size` most recent values of `make(key)`. An error is raised in every waiting thread and is not cached."""
 
     def __init__(self, make: Callable[[K], V], size: int) -> None:
         self._make, self._size = make, size
-        self._futures: dict[K, Future[V]] = {}  # the one asked for last stands last
+        self._futures: dict[K, Future[V]] = {}  # most recent last
         self._lock = Lock()
 
     def __call__(self, key: K) -> V:

@@ -1,4 +1,4 @@
-"""A dataset's manifest: what it holds, checked before use."""
+"""The manifest of a dataset: its schema, the checks that it passes before use, and how it is read."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from sitdist.dataset.format import (
     BLOCK,
     BUILD_AGAIN,
+    INDEX_FIELDS,
     META_BYTES,
     PSNR,
-    ROW_BYTES,
     Label,
     Size,
-    _Entry,
-    _first,
-    _padded,
+    StrictModel,
+    first_problem,
     npy_size,
+    padded_size,
 )
 from sitdist.errors import DataError
 from sitdist.geometry.packing import PoseStatistics
@@ -30,9 +30,10 @@ from sitdist.io.json_file import parse_json, read_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-MAX_SAMPLES = 10**9  # of a split: the keys have nine digits
-MAX_SHARD = 10**7  # of a shard: what shuffles a window of shards is allocated before they are opened
+MAX_SAMPLES = 10**9  # per split: the keys have nine digits
+MAX_SHARD = 10**7  # samples per shard: the order of a window of shards is allocated before they are opened
 MAX_LATENT = 2**26  # numbers in the moments of one sample
+ROW_BYTES = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in INDEX_FIELDS.values())
 Count = Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=100)]
@@ -42,7 +43,7 @@ CodecFile = Annotated[
 ]
 
 
-class ShardEntry(_Entry):
+class ShardEntry(StrictModel):
     """One tar and its index, by name, size and SHA-256."""
 
     name: TarName
@@ -52,8 +53,8 @@ class ShardEntry(_Entry):
     index_sha256: Hash
 
 
-class CameraFacts(_Entry):
-    """What holds for every view of a split, as measured: what a pose need not say, and what it says besides.
+class CameraFacts(StrictModel):
+    """What holds for every view of a split, as measured when it was built.
 
     `looks_at_origin`: the optical axis meets the world's origin, in front of the camera; `upright`: the x axis is level
     and the y axis does not point down (both to 1e-4); `same_intrinsics`: one camera took all views.
@@ -64,10 +65,10 @@ class CameraFacts(_Entry):
     same_intrinsics: bool
 
 
-class SplitEntry(_Entry):
-    """The shards of a split, in the order of the keys, the range of its cameras' radii, and what its cameras share.
+class SplitEntry(StrictModel):
+    """The shards of a split in the order of the keys, the range of its cameras' radii, and what its cameras share.
 
-    `radius_augmented`: how many of its views are zoomed copies of others.
+    `radius_augmented`: the number of views that are zoomed copies of others.
     """
 
     count: Size
@@ -95,11 +96,11 @@ class SplitEntry(_Entry):
         return self
 
 
-class ObjectEntry(_Entry):
-    """One object: its label, its name, its views in every split.
+class ObjectEntry(StrictModel):
+    """One object: its label, its name, and its number of views in every split.
 
-    `similarity` is what took the frame of its capture to that of the poses, where they were moved: scale, rotation
-    [3, 3] and translation [3] of x -> scale * rotation @ x + translation.
+    `similarity` maps the frame of its capture to the frame of the poses, where they differ: scale, rotation [3, 3] and
+    translation [3] of x -> scale * rotation @ x + translation.
     """
 
     label: Label
@@ -116,8 +117,8 @@ class ObjectEntry(_Entry):
         return values
 
 
-class LatentShape(_Entry):
-    """Of one latent: channels x height x width."""
+class LatentShape(StrictModel):
+    """Shape of one latent: channels x height x width."""
 
     channels: Size
     height: Size
@@ -139,16 +140,16 @@ class LatentShape(_Entry):
         return 2 * self.channels, self.height, self.width
 
 
-class CodecPsnr(_Entry):
-    """Mean over n views of the PSNR (dB) of the codec's round trip, on views that the codec was not fitted on."""
+class CodecPsnr(StrictModel):
+    """Mean PSNR (dB) of the codec's round trip over n views that the codec was not fitted on."""
 
     mean: Annotated[float, Field(ge=PSNR[0], le=PSNR[1])]
     n: Annotated[int, Field(ge=1)]
     split: SplitName
 
 
-class DatasetManifest(_Entry):
-    """manifest.json: written last, so a dataset that has it is complete."""
+class DatasetManifest(StrictModel):
+    """manifest.json. It is written last, so a dataset that has it is complete."""
 
     format_version: int
     name: Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")]
@@ -189,7 +190,7 @@ class DatasetManifest(_Entry):
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetManifest:
-        """What one key says of another."""
+        """Check that the keys agree with each other."""
         latent, size = self.latent, self.image_size
         if "train" not in self.splits:
             raise ValueError("splits has no train")
@@ -222,8 +223,8 @@ class DatasetManifest(_Entry):
         return self
 
     def sample_bytes(self) -> tuple[int, int]:
-        """Least and most bytes that a sample takes in a tar, without its picture."""
-        arrays = sum(BLOCK + _padded(npy_size(*array)) for array in self.arrays().values())
+        """Least and most bytes of a sample in a tar, without its picture."""
+        arrays = sum(BLOCK + padded_size(npy_size(*array)) for array in self.arrays().values())
         return arrays + 2 * BLOCK, arrays + META_BYTES
 
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -235,8 +236,13 @@ class DatasetManifest(_Entry):
         }
 
     def labels(self) -> int:
-        """How many labels a model must know: one more than the largest."""
+        """The number of labels that a model must know: one more than the largest."""
         return 1 + max(entry.label for entry in self.objects)
+
+    def train_sources(self) -> list[dict[str, Any]]:
+        """The sources of the training split, as the recipe lists them."""
+        given = self.recipe["splits"]["train"]
+        return given if isinstance(given, list) else [given]
 
 
 def load_manifest(folder: str | Path) -> DatasetManifest:
@@ -254,8 +260,9 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
 
 
 def read_manifest(path: Path, name: str | None = None) -> DatasetManifest:
-    """The manifest in a file, of this format version or the one before; DataError if it is damaged, of another, or
-    contradicts itself. `name`: what errors call it.
+    """The manifest in a file, of format version 1 or 2; `name` is what errors call the file.
+
+    DataError if it is damaged, has another version, or contradicts itself.
     """
     values = read_json(path, BUILD_AGAIN) if name is None else parse_json(path.read_bytes(), name, BUILD_AGAIN)
     name = name or str(path)
@@ -268,13 +275,13 @@ def read_manifest(path: Path, name: str | None = None) -> DatasetManifest:
     try:
         return DatasetManifest.model_validate(_from_version_1(values) if version == 1 else values)
     except ValidationError as error:
-        raise DataError(f"{name}: damaged ({_first(error)}); {BUILD_AGAIN}") from None
+        raise DataError(f"{name}: damaged ({first_problem(error)}); {BUILD_AGAIN}") from None
     except (AttributeError, KeyError, TypeError) as error:  # of version 1, not even that
         raise DataError(f"{name}: damaged ({error!r:.160}); {BUILD_AGAIN}") from None
 
 
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of format version 1, whose splits had one source and so one object each, as one of version 2."""
+    """Convert a manifest of format version 1, whose splits had one source and so one object each, to version 2."""
     labels = {name: source["label"] for name, source in values["recipe"]["splits"].items()}
     views: dict[int, dict[str, int]] = {}
     for name, split in values["splits"].items():

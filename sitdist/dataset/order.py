@@ -1,4 +1,4 @@
-"""The order of the samples: shuffled in blocks, computed where it is asked for, never held as a whole."""
+"""The order of the samples: shuffled in blocks, and computed on demand instead of stored."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import torch
 from sitdist.dataset.lru_cache import LruCache
 from sitdist.flow import draws
 
-WINDOW = 8  # shards that are shuffled together
+WINDOW = 8  # number of shards that are shuffled together
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of the shards, and the places in the epoch at which its windows begin, with the end."""
+    """The order of the shards, and the places in the epoch where its windows begin, followed by the end."""
 
     shards: np.ndarray
     bounds: np.ndarray
 
 
 class BlockShuffle:
-    """The endless sequence of epochs over shards of `shard_counts` samples; any part of it can be asked for.
+    """The endless sequence of epochs over shards of `shard_counts` samples, with random access.
 
-    An epoch's order shuffles the shards, then the samples inside windows of WINDOW shards, so that disks read in long
-    runs. It is a pure function of (shard_counts, seed, shards). An epoch costs a permutation of its shards, a window
-    one of its samples, and a few of both are kept. `shards`: the numbers of those that it is restricted to.
+    Each epoch shuffles the shards, then the samples inside windows of WINDOW shards, so that disks read in long runs.
+    The order is a pure function of (shard_counts, seed, shards). An epoch costs one permutation of its shards and a
+    window one permutation of its samples; the most recent ones are cached. `shards`: use only the shards with these
+    numbers.
     """
 
     def __init__(self, shard_counts: Sequence[int], seed: int, shards: Sequence[int] | None = None) -> None:
@@ -48,8 +49,8 @@ class BlockShuffle:
             samples[rows] = self._window((epoch, window))[places]
         return samples
 
-    def stand_in(self, position: int, attempt: int) -> int:
-        """A sample of the same window to take the place of the one at a global position, another for every attempt.
+    def replacement(self, position: int, attempt: int) -> int:
+        """A sample of the same window to replace the one at a global position; each attempt gives another one.
 
         A pure function of (shard_counts, seed, position, attempt).
         """
@@ -59,11 +60,11 @@ class BlockShuffle:
         return int(samples[int(float(drawn) * len(samples))])
 
     def windows(self, positions: np.ndarray) -> list[tuple[int, int]]:
-        """(epoch, window) of all windows that hold one of the global positions, in order."""
+        """(epoch, window) of every window that holds one of the global positions, in order."""
         return [(epoch, window) for epoch, window, _, _ in self._by_window(positions)]
 
     def window_after(self, epoch: int, window: int) -> tuple[int, int]:
-        """(epoch, window) of the window behind this one."""
+        """(epoch, window) of the window after this one."""
         return (epoch, window + 1) if (window + 1) * WINDOW < len(self._shards) else (epoch + 1, 0)
 
     def shards(self, epoch: int, window: int) -> list[int]:
@@ -71,7 +72,7 @@ class BlockShuffle:
         return self._epoch(epoch).shards[window * WINDOW : (window + 1) * WINDOW].tolist()
 
     def _by_window(self, positions: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Epoch, window, which of the positions lie in it, and their places in the window."""
+        """Epoch, window, the rows of the positions that lie in it, and their places in the window."""
         epochs, places = np.divmod(positions, len(self))
         for epoch in np.unique(epochs).tolist():
             rows = np.flatnonzero(epochs == epoch)

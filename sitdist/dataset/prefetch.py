@@ -1,4 +1,4 @@
-"""Batches of the steps to come, read by a few threads while the current one is computed."""
+"""Reads the batches of the next steps in a few threads while the current step is computed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sitdist.dataset.batches import Batch, BatchReader
 from sitdist.distributed.threads import helper_threads
 
 log = logging.getLogger(__name__)
-STALLED = 30.0  # seconds without a batch after which it is told what is waited for, and again after as many
+STALLED = 30.0  # seconds without a batch after which a warning names the shards being read; repeated
 
 
 class SideStream:
-    """Copies batches to a GPU beside what it computes."""
+    """Copies batches to a GPU on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def bring(self, batch: Batch) -> tuple[Batch, Any]:
-        """The batch on the device, as soon as the event that is returned has happened; waits for nothing."""
+    def copy(self, batch: Batch) -> tuple[Batch, Any]:
+        """Start copying the batch to the device; returns it and the event that marks the end of the copy."""
         with torch.cuda.stream(self._stream):
             there = batch.pinned().to(self._device)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return there, copied
 
-    def hand_over(self, batch: Batch, copied: Any) -> None:
-        """Let what is computed from now on wait for the batch, on the device, and keep its memory until then."""
+    def wait(self, batch: Batch, copied: Any) -> None:
+        """Make the current stream wait for the copy, and keep the batch's memory until then."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
         for tensor in (batch.moments, batch.packed_pose, batch.label, batch.positions):
@@ -39,10 +39,10 @@ class SideStream:
 
 
 class Prefetch:
-    """Reads the next batches, one for each of `workers` threads; threads suffice, as checking and copying need no GIL.
+    """Reads the next batches, one for each of `workers` threads. Threads suffice: checking and copying need no GIL.
 
-    On a GPU, `device`, they are there already: copied from page-locked memory on a stream of their own, beside the
-    step that is computed. Steps from `stop` on are not read ahead.
+    If `device` is a GPU, the batches are also copied there, from page-locked memory and on a stream of their own. Steps
+    from `stop` on are not read ahead.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Prefetch:
     def batch(self, step: int) -> tuple[Batch, float]:
         """This process's share of the batch of `step`, and the seconds spent waiting for it."""
         begun = time.perf_counter()
-        self._forget(keep=range(step, step + self._workers + 1))
+        self._drop_others(keep=range(step, step + self._workers + 1))
         for ahead in (step, *range(step + 1, min(step + self._workers + 1, self._stop))):
             if ahead not in self._pending:
                 self._pending[ahead] = self._pool.submit(self._read, ahead)
@@ -76,16 +76,16 @@ class Prefetch:
             )
         batch, copied = pending.result()
         if self._side is not None:
-            self._side.hand_over(batch, copied)
+            self._side.wait(batch, copied)
         return batch, time.perf_counter() - begun
 
     def _read(self, step: int) -> tuple[Batch, Any]:
-        """The batch, and on a GPU the event of its being there."""
+        """The batch, and on a GPU the event that marks the end of its copy."""
         batch = self._reader.batch(step, self._rank, self._world)
-        return (batch, None) if self._side is None else self._side.bring(batch)
+        return (batch, None) if self._side is None else self._side.copy(batch)
 
-    def _forget(self, keep: range) -> None:
-        """Drop what was read ahead for other steps than now come."""
+    def _drop_others(self, keep: range) -> None:
+        """Drop batches that were read ahead for other steps."""
         for step in [step for step in self._pending if step not in keep]:
             self._pending.pop(step).cancel()
 

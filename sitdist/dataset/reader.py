@@ -1,8 +1,7 @@
-"""Samples by offset from memory-mapped shards; any step's batch is a pure function of (dataset, seed, step)."""
+"""The samples of a split, read by offset from memory-mapped shards."""
 
 from __future__ import annotations
 
-import logging
 import math
 import mmap
 import struct
@@ -24,9 +23,9 @@ from sitdist.dataset.format import (
     IMAGE_MEMBER,
     MEMBERS,
     SampleMeta,
-    _keys,
     npy_header,
     parse_meta,
+    sample_key,
     sample_members,
 )
 from sitdist.dataset.index import check_index, check_split, index_name, load_index
@@ -39,9 +38,7 @@ from sitdist.io.atomic import file_sha256
 from sitdist.io.files import open_file
 from sitdist.io.images import open_picture
 
-log = logging.getLogger(__name__)
-OPEN_SHARDS = 8 * WINDOW  # of which the index and the memory map are kept
-STAND_INS = 100  # tried in the place of a damaged sample
+OPEN_SHARDS = 8 * WINDOW  # shards whose index and memory map are kept
 READ_FIELDS = ("start", "stop", "crc32", "moments", "packed_pose", "image", "image_bytes", "label")
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # before width, height, bit depth and colour type
 COLUMNS = ("camera_to_world", "label", "codec_psnr")
@@ -51,7 +48,7 @@ COLUMNS = ("camera_to_world", "label", "codec_psnr")
 class Samples:
     """Moments [B, 2C, h, w] float16, packed poses [B, 4, 4] float32 and labels [B] of some samples.
 
-    `faults` says what is wrong with each row that cannot be used; the numbers in such a row mean nothing.
+    `faults` says what is wrong with each row that cannot be used; the contents of such a row are undefined.
     """
 
     moments: Tensor
@@ -61,7 +58,7 @@ class Samples:
 
 
 class SampleSource(Protocol):
-    """Samples by number, in shards: on disk or in memory."""
+    """Samples by number, in shards on disk or in memory."""
 
     shard_counts: list[int]
 
@@ -73,10 +70,10 @@ class SampleSource(Protocol):
 
 
 class ShardReader:
-    """The samples of one split, by number. Every read checks the CRC of what it reads, and that its numbers are finite.
+    """The samples of one split, by number. Every read checks the CRC of the samples and that their numbers are finite.
 
-    A shard's index is loaded, and checked against the manifest, when the first of its samples is read; those of the
-    OPEN_SHARDS shards used last are kept, so memory does not grow with the dataset.
+    The index of a shard is loaded, and checked against the manifest, when its first sample is read. The OPEN_SHARDS
+    most recent ones are kept, so memory does not grow with the dataset.
     """
 
     def __init__(self, dataset: str | Path | Store, split: str) -> None:
@@ -93,17 +90,18 @@ class ShardReader:
         arrays = self.manifest.arrays()
         self._moments, self._packed_pose = (_Member(name, *arrays[name]) for name in ("moments", "packed_pose"))
         self._open = LruCache(self._open_shard, OPEN_SHARDS)
-        self._reading: dict[int, int] = {}  # thread: the shard that it is at
+        self._intrinsics = LruCache(lambda number: self.index(number).get("intrinsics"), len(self.shards))
+        self._reading: dict[int, int] = {}  # thread: the shard that it reads
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def keys(self) -> list[str]:
         """The key of every sample, in order."""
-        return _keys(range(len(self)))
+        return [sample_key(index) for index in range(len(self))]
 
     def camera_to_world(self) -> Tensor:
-        """Poses of all samples, [N, 4, 4] float64. The first call of this or of the next two reads every index."""
+        """Poses of all samples, [N, 4, 4] float64. Like the next two, the first call reads every index."""
         return torch.from_numpy(self._columns["camera_to_world"])
 
     def labels(self) -> Tensor:
@@ -115,8 +113,8 @@ class ShardReader:
         return torch.from_numpy(self._columns["codec_psnr"])
 
     def samples(self, indices: np.ndarray) -> Samples:
-        """The samples `indices` [B] int64; what is damaged is told in `faults`."""
-        moments, poses = self._moments.room(len(indices)), self._packed_pose.room(len(indices))
+        """The samples `indices` [B] int64; `faults` names those that are damaged."""
+        moments, poses = self._moments.buffer(len(indices)), self._packed_pose.buffer(len(indices))
         labels = np.empty(len(indices), dtype=np.int64)
         faults: dict[int, str] = {}
         for number, rows in self._by_shard(indices):
@@ -138,7 +136,7 @@ class ShardReader:
         return Samples(self._moments.tensor(moments), self._packed_pose.tensor(poses), torch.from_numpy(labels), faults)
 
     def reading(self) -> list[str]:
-        """The shards at which threads are in `samples` now."""
+        """The shards that threads are reading in `samples` now."""
         numbers = sorted(set(self._reading.copy().values()))
         return [str(self.folder / self._files(number)[1][0]) for number in numbers]
 
@@ -147,14 +145,14 @@ class ShardReader:
         return self.moments_and_poses(indices)[0]
 
     def moments_and_poses(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Moments [B, 2C, h, w] float16 and packed poses [B, 4, 4] float32 of these samples, likewise."""
+        """Moments and packed poses [B, 4, 4] float32 of these samples; DataError for the first that is damaged."""
         samples = self.samples(np.asarray(indices, dtype=np.int64))
         if samples.faults:
             raise DataError(samples.faults[min(samples.faults)])
         return samples.moments, samples.packed_pose
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Pictures [B, 3, H, W] float32 in [0, 1] of these samples; the training split keeps none."""
+        """Pictures [B, 3, H, W] float32 in [0, 1] of these samples; DataError for `train`, which keeps none."""
         pictures = []
         for index in indices:
             picture = open_picture(self._png(index), self._name(index))
@@ -163,26 +161,37 @@ class ShardReader:
         return torch.stack(pictures)
 
     def intrinsics(self, indices: Sequence[int]) -> Tensor:
-        """fx / width, fy / height, cx / width, cy / height of these samples' cameras, [B, 4] float64."""
-        return torch.tensor([self.meta(index).camera.normalized() for index in indices], dtype=torch.float64)
+        """fx / width, fy / height, cx / width, cy / height of these samples' cameras, [B, 4] float64.
+
+        They come from the indexes; where an older version built a shard without them, from meta.json of each sample.
+        """
+        numbers = np.asarray(indices, dtype=np.int64)
+        found = np.empty((len(numbers), 4))
+        for shard, rows in self._by_shard(numbers):
+            known = self._intrinsics(shard)
+            if known is not None:
+                found[rows] = known[numbers[rows] - self._starts[shard]]
+            else:
+                found[rows] = [self.meta(index).camera.normalized() for index in numbers[rows].tolist()]
+        return torch.from_numpy(found)
 
     def meta(self, index: int) -> SampleMeta:
-        """What meta.json of a sample says; DataError if the sample is damaged."""
+        """The contents of meta.json of a sample; DataError if the sample is damaged."""
         shard, place = self._open_whole(index)
         data = shard.tar[int(shard.index["start"][place]) : int(shard.index["stop"][place])]
         try:
-            members = sample_members(data, f"{index:09d}", self.members)
+            members = sample_members(data, sample_key(index), self.members)
         except ValueError as error:
             raise DataError(f"{self._name(index)}: {error}; {BUILD_AGAIN}") from None
         return parse_meta(members["meta.json"][1], self.manifest.image_size, f"{self._name(index)}: meta.json")
 
     @property
     def members(self) -> tuple[str, ...]:
-        """What every sample consists of."""
+        """The names of every sample's members."""
         return MEMBERS if self.split == "train" else (*MEMBERS, IMAGE_MEMBER)
 
     def expect(self, shards: list[int]) -> None:
-        """Have these shards read, or fetched, in the background: their samples will be asked for."""
+        """Read or fetch these shards in the background, because their samples will be asked for soon."""
         self.store.expect([file for number in shards for file in self._files(number)])
 
     def _png(self, index: int) -> bytes:
@@ -217,25 +226,25 @@ class ShardReader:
         return columns
 
     def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Every shard that holds some of these samples, and which of them, in the order in which they lie there."""
+        """Each shard that holds some of these samples, and their rows in `indices`, in the order of the shard."""
         rows = np.argsort(indices, kind="stable")
         numbers = np.searchsorted(self._starts, indices[rows], side="right") - 1
         firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
         yield from zip(numbers[firsts].tolist(), np.split(rows, firsts[1:]), strict=False)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The shard of a sample, and its place there."""
+        """The shard of a sample, and its row there."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return number, int(index - self._starts[number])
 
     def _files(self, number: int) -> tuple[tuple[str, str], tuple[str, str]]:
-        """Index and tar of a shard, each by its name in the dataset and its SHA-256."""
+        """The index and the tar of a shard: name in the dataset, and SHA-256."""
         shard = self.shards[number]
         tar = f"{self.split}/{shard.name}"
         return (index_name(tar), shard.index_sha256), (tar, shard.sha256)
 
     def index(self, number: int) -> dict[str, np.ndarray]:
-        """The index of a shard; DataError if it is damaged, not the manifest's, or cannot be true."""
+        """The index of a shard; DataError if it is damaged, or contradicts the manifest."""
         shard = self.shards[number]
         file, sha256 = self._files(number)[0]
         path = self.store.path(file, sha256)
@@ -264,10 +273,10 @@ class ShardReader:
 
     def _name(self, index: int) -> str:
         file, _ = self._files(self._place(index)[0])[1]
-        return f"{self.folder / file}: sample {index:09d}"
+        return f"{self.folder / file}: sample {sample_key(index)}"
 
     def _fault(self, index: int) -> str:
-        """What is wrong with a sample that is not whole."""
+        """The message for a sample that is not whole."""
         number, place = self._place(index)
         shard = self._open(number)
         if shard.index["stop"][place] > len(shard.tar):
@@ -277,26 +286,26 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A memory-mapped tar and its index, without what training never reads."""
+    """A memory-mapped tar and the columns of its index that training reads."""
 
     path: Path
     index: dict[str, np.ndarray]
     tar: mmap.mmap
 
     def are_whole(self, places: np.ndarray) -> np.ndarray:
-        """Whether each of the samples at `places` [n] is all there and has its CRC, [n] bool."""
+        """Whether each of the samples at rows `places` [n] is complete and has its CRC, [n] bool."""
         starts, stops, wanted = (self.index[name][places] for name in ("start", "stop", "crc32"))
         crc32, data = zlib.crc32, memoryview(self.tar)
         crcs = [crc32(data[start:stop]) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
         return (np.asarray(crcs, dtype=np.uint32) == wanted) & (stops <= len(self.tar))
 
     def windows(self, size: int) -> np.ndarray:
-        """The `size` bytes from every byte of the tar on, [tar - size + 1]; a view, nothing is copied."""
+        """The `size` bytes that begin at every byte of the tar, [tar - size + 1]; a view, without a copy."""
         return np.ndarray(len(self.tar) - size + 1, f"V{size}", self.tar, strides=(1,))
 
 
 class _Member:
-    """How to read one .npy member of many samples at once: all have the same header, so the same size."""
+    """Reads one .npy member of many samples at once; they all have the same header and so the same size."""
 
     def __init__(self, field: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.field, self.dtype, self.shape = field, np.dtype(dtype), shape
@@ -304,14 +313,14 @@ class _Member:
         bits = np.array([np.inf, -np.inf], dtype).view(f"<i{self.dtype.itemsize}")  # NaN lies above either, in its sign
         self._infinity, self._minus_infinity = bits[0], bits[1:].view(f"<u{self.dtype.itemsize}")[0]
 
-    def room(self, count: int) -> np.ndarray:
-        """Room for the bytes of `count` arrays, [count]."""
+    def buffer(self, count: int) -> np.ndarray:
+        """An empty buffer for the bytes of `count` arrays, [count]."""
         return np.empty(count, f"V{self._size}")
 
     def read(self, shard: _Shard, places: np.ndarray) -> np.ndarray:
         """The bytes of the arrays of whole samples, [n]; DataError if one is of another type or shape."""
         if not len(places):
-            return self.room(0)
+            return self.buffer(0)
         at = shard.index[self.field][places]
         if shard.windows(len(self._header))[at].tobytes() != len(at) * self._header:
             raise DataError(
@@ -321,7 +330,7 @@ class _Member:
         return shard.windows(self._size)[at + len(self._header)]
 
     def are_finite(self, data: np.ndarray) -> bool:
-        """Whether all numbers in these bytes are; twice the largest of their bits, which is faster than isfinite."""
+        """Whether all numbers in these bytes are finite. Comparing the largest bit patterns is faster than isfinite."""
         signed, unsigned = (data.view(f"<{kind}{self.dtype.itemsize}") for kind in "iu")
         return bool(signed.max(initial=0) < self._infinity and unsigned.max(initial=0) < self._minus_infinity)
 

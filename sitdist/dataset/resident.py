@@ -14,7 +14,7 @@ CHUNK = 1024  # samples that are read at a time
 class ResidentSamples:
     """All samples of a split on `device`, read and checked once; the files are not touched again.
 
-    Gives the samples and the faults that `reader` would. Needs the memory of moments, packed pose and label of every
+    It gives the same samples and faults as `reader`. It needs memory for the moments, packed pose and label of every
     sample: 4.2 KB each with latents of 4x16x16.
     """
 
@@ -32,14 +32,14 @@ class ResidentSamples:
         self._moments, self._packed_pose, self._label = (torch.cat(column) for column in zip(*parts, strict=True))
 
     def samples(self, indices: np.ndarray) -> Samples:
-        """The samples `indices` [B] int64; what is damaged is told in `faults`."""
+        """The samples `indices` [B] int64; `faults` names those that are damaged."""
         at = torch.from_numpy(indices).to(self._moments.device)
         rows = [row for row, index in enumerate(indices.tolist()) if index in self._faults] if self._faults else []
         faults = {row: self._faults[int(indices[row])] for row in rows}
         return Samples(self._moments[at], self._packed_pose[at], self._label[at], faults)
 
     def reading(self) -> list[str]:
-        """No shard is."""
+        """No shard is read."""
         return []
 
     def expect(self, shards: list[int]) -> None:

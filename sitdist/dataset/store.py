@@ -1,9 +1,9 @@
-"""Where a dataset's files are: in a folder, or behind an fsspec URL and then, one by one, in a local cache.
+"""The files of a dataset: in a folder, or behind an fsspec URL and cached locally, file by file.
 
-A cache is a folder with our mark. It keeps every dataset in a subfolder whose name is a hash of URL and manifest. What
-is fetched is checked against the manifest's hashes, gets its name only when it is whole, and makes room for itself by
-removing the shards and indexes that have not been used for longest: files that such a manifest lists, and no others.
-The processes of a node may share a cache.
+A cache is a folder with our mark. It keeps each dataset in a subfolder named by a hash of URL and manifest. A fetched
+file is checked against the manifest's hash and gets its name only when it is complete. To stay within its limit, the
+cache removes the least recently used shards and indexes, but only files that such a manifest lists. The processes of a
+node may share a cache.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from sitdist.io.json_file import MAX_BYTES, read_json, write_json
 from sitdist.io.ownership import check_ours, mark
 
 log = logging.getLogger(__name__)
-REMOTE = "remote.json"  # in a cache's folder of a dataset: where it comes from, and the cache's limit
+REMOTE = "remote.json"  # in a cached dataset's folder: its URL, and the cache's limit
 DEFAULT_CACHE = "~/.cache/sitdist"
 DEFAULT_LIMIT = 50 * 10**9  # bytes of a cache
 ATTEMPTS = 5
-PAUSE = 0.5  # seconds before the second attempt; twice as long before every further one
-PATIENCE = 60.0  # seconds without a byte after which an attempt has failed
-IN_USE = 5.0  # seconds for which a file that was asked for stays, whatever the limit
+PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
+PATIENCE = 60.0  # seconds without a byte after which an attempt fails
+IN_USE = 5.0  # seconds for which a requested file stays, whatever the limit
 CHUNK = 1 << 20
-LARGEST = 64 * 10**9  # bytes of a fetched file of which the manifest does not tell more
+LARGEST = 64 * 10**9  # upper bound in bytes for a fetched file, unless the manifest lists a larger shard
 
 
 class Store(Protocol):
-    """A dataset's files; `folder` holds manifest.json and codec/, and others as soon as they have been asked for."""
+    """The files of a dataset. `folder` holds manifest.json and codec/, and other files once they were requested."""
 
     folder: Path
 
@@ -54,10 +54,10 @@ class Store(Protocol):
 
 
 def open_store(dataset: str | Path, cache: str | Path | None = None, limit: int = DEFAULT_LIMIT) -> Store:
-    """The files of a dataset, given as a folder, as an fsspec URL, or as the folder that a cache keeps of a URL.
+    """Open a dataset, given as a folder, as an fsspec URL, or as the folder of a URL in a cache.
 
-    `cache` is a folder (default: DEFAULT_CACHE) for datasets behind URLs, and `limit` its size in bytes. DataError for
-    a folder that claims to be kept by a cache and is not.
+    `cache` is the folder for datasets behind URLs (default: DEFAULT_CACHE), and `limit` its size in bytes. DataError
+    for a folder that claims to be in a cache and is not.
     """
     if "://" in str(dataset):
         return RemoteStore(str(dataset), Path(cache or DEFAULT_CACHE).expanduser(), limit)
@@ -68,13 +68,16 @@ def open_store(dataset: str | Path, cache: str | Path | None = None, limit: int 
 
 
 def store_of(config: Config, other: str | Path | None = None) -> Store:
-    """The files of the dataset that a config names, or of another one, with the config's cache."""
+    """Open the dataset that a config names, or another one, with the config's cache."""
     return open_store(other or config.data, config.reader.cache, int(config.reader.cache_gb * 1e9))
 
 
 def _reopen(folder: Path) -> RemoteStore:
-    """The store of a folder that a cache keeps; what a folder elsewhere says of itself is not read."""
-    origin = _origin(folder) if _is_cache(folder.parent) else None
+    """Open a folder in a cache. The remote.json of a folder elsewhere is not trusted."""
+    try:
+        origin = _origin(folder) if check_ours(folder.parent, "cache") else None
+    except DataError:
+        origin = None
     if origin is None:
         raise DataError(
             f"{folder / REMOTE}: only in a cache of sitdist's may a dataset have this file; give the dataset's URL, "
@@ -90,33 +93,32 @@ class LocalStore:
         self.folder = folder
 
     def path(self, file: str, sha256: str) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return self.folder / file
 
     def expect(self, files: list[tuple[str, str]]) -> None:
-        """Let the system read files ahead."""
+        """Ask the system to read files ahead."""
         if not hasattr(os, "posix_fadvise"):
             return
         for file, _ in files:
             path = self.folder / file
-            if not path.is_file():  # who reads it will say what is wrong
-                continue
-            with suppress(OSError), path.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            if path.is_file():  # reading it reports what is wrong
+                with suppress(OSError), path.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 class RemoteStore:
-    """A dataset behind an fsspec URL. Opening it fetches the manifest, by which its folder in the cache is named, and
-    the codec; ConfigError for a kind of URL that cannot be read here, DataError if it cannot be fetched.
+    """A dataset behind an fsspec URL. Opening it fetches the manifest and the codec.
 
-    `folder`: what the cache keeps of it, to be used as it is.
+    ConfigError for an unsupported kind of URL, DataError if the files cannot be fetched. `folder`: its folder in the
+    cache, to be used without fetching the manifest again.
     """
 
     def __init__(self, url: str, cache: Path, limit: int = DEFAULT_LIMIT, folder: Path | None = None) -> None:
         self.url, self.cache, self.limit = url.rstrip("/"), cache, limit
         self._filesystem, self._root = _filesystem(self.url)
         self._shard_files: dict[Path, list[Path]] = {}  # of every dataset in the cache
-        mark(cache, "cache", adopt=_is_cache_of_before(cache))
+        mark(cache, "cache", adopt=_is_unmarked_cache(cache))
         self.folder = folder or self._fetch_manifest()
         manifest = load_manifest(self.folder)
         self._largest = max([LARGEST, *(shard.bytes for split in manifest.splits.values() for shard in split.shards)])
@@ -124,7 +126,7 @@ class RemoteStore:
             self.path(f"codec/{file}", sha256)
 
     def path(self, file: str, sha256: str) -> Path:
-        """Where a file is in the cache, fetched if need be; `sha256` is what the manifest says of it."""
+        """The path of a file in the cache, fetched if it is missing; `sha256` is the manifest's."""
         path = self.folder / file
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DataError(f"{path}: leads out of the cache by a link; remove {self.folder}")
@@ -142,7 +144,7 @@ class RemoteStore:
         return path
 
     def expect(self, files: list[tuple[str, str]]) -> None:
-        """Fetch files in the background; what cannot be fetched is told when it is asked for."""
+        """Fetch files in the background; errors are raised when a file is requested."""
         Thread(target=self._fetch_all, args=(files,), name="fetch", daemon=True).start()
 
     def _fetch_all(self, files: list[tuple[str, str]]) -> None:
@@ -152,12 +154,12 @@ class RemoteStore:
                     self.path(file, sha256)
 
     def _fetch_manifest(self) -> Path:
-        """Fetch the manifest into the folder that is named by it and by the URL."""
+        """Fetch the manifest into the folder that is named by its hash and the URL."""
         fetched = temporary_name(self.cache / MANIFEST)
         remove_leftovers(self.cache)
         try:
             digest = self._fetch(MANIFEST, fetched, None, MAX_BYTES)
-            read_manifest(fetched, f"{self.url}/{MANIFEST}")  # what cannot be used is not kept
+            read_manifest(fetched, f"{self.url}/{MANIFEST}")  # do not keep an unusable one
             folder = self.cache / _folder_name(self.url, digest)
             folder.mkdir(exist_ok=True)
             write_json(folder / REMOTE, {"url": self.url, "limit": self.limit})
@@ -169,7 +171,7 @@ class RemoteStore:
         return folder
 
     def _fetch(self, file: str, path: Path, sha256: str | None, largest: int) -> str:
-        """Fetch a file of at most `largest` bytes, in at most ATTEMPTS attempts; returns its SHA-256."""
+        """Fetch a file of at most `largest` bytes in at most ATTEMPTS attempts; return its SHA-256."""
         address = f"{self._root}/{file}"
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -189,7 +191,7 @@ class RemoteStore:
         )
 
     def _make_room(self) -> None:
-        """Remove the shards that have not been used for longest while the cache is larger than its limit."""
+        """Remove the least recently used shards while the cache is larger than its limit."""
         found = []
         for path in self._shards_in_cache():
             with suppress(FileNotFoundError):  # not fetched, or removed by another process
@@ -200,14 +202,14 @@ class RemoteStore:
         for used, size, path in sorted(found):
             if excess <= 0 or time.time() - used < IN_USE:
                 return
-            path.unlink(missing_ok=True)  # who has mapped it keeps it until then
+            path.unlink(missing_ok=True)  # processes that have mapped it keep it
             excess -= size
 
     def _shards_in_cache(self) -> Iterator[Path]:
-        """Where the shards and indexes are that the manifests in the cache list."""
+        """The paths of the shards and indexes that the manifests in the cache list."""
         for folder in self.cache.iterdir():
             if folder not in self._shard_files and _origin(folder) is not None:
-                with suppress(DataError):  # of a newer format: what it lists is not known
+                with suppress(DataError):  # of a newer format
                     splits = load_manifest(folder).splits
                     tars = [folder / name / shard.name for name, split in splits.items() for shard in split.shards]
                     self._shard_files[folder] = [*tars, *(tar.with_name(index_name(tar.name)) for tar in tars)]
@@ -224,12 +226,12 @@ class _Origin(BaseModel):
 
 
 def _folder_name(url: str, digest: str) -> str:
-    """What a cache calls the folder of the dataset at `url` whose manifest has the SHA-256 `digest`."""
+    """The name in a cache of the dataset at `url` whose manifest has the SHA-256 `digest`."""
     return hashlib.sha256(f"{url} {digest}".encode()).hexdigest()[:16]
 
 
 def _origin(folder: Path) -> _Origin | None:
-    """Where the dataset in a subfolder of a cache comes from; None unless the name of the folder proves it."""
+    """The origin of a dataset in a subfolder of a cache; None unless the name of the folder proves it."""
     manifest = folder / MANIFEST
     if not re.fullmatch("[0-9a-f]{16}", folder.name) or folder.is_symlink() or not manifest.is_file():
         return None
@@ -240,15 +242,8 @@ def _origin(folder: Path) -> _Origin | None:
         return None
 
 
-def _is_cache(folder: Path) -> bool:
-    try:
-        return check_ours(folder, "cache")
-    except DataError:
-        return False
-
-
-def _is_cache_of_before(cache: Path) -> bool:
-    """Whether a folder without a mark is a cache: ours by its place, or by all that is in it."""
+def _is_unmarked_cache(cache: Path) -> bool:
+    """Whether a folder without a mark is a cache of an older version, by its place or by its contents."""
     if cache == Path(DEFAULT_CACHE).expanduser():
         return True
     names = (f".{MANIFEST}.lock", f".{MANIFEST}.tmp", MANIFEST)
@@ -275,7 +270,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Only one process, and one thread of it, at a time fetches `path`."""
+    """Let only one process, and one thread of it, fetch `path` at a time."""
     lock = path.with_name(f".{path.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +285,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch_once(open_remote: Callable[[], IO[bytes]], path: Path, sha256: str | None, largest: int) -> str:
-    """Copy a remote file to `path`, which gets its name when all is there and has the right SHA-256."""
+    """Copy a remote file to `path`; the file gets its name when it is complete and has the right SHA-256."""
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +305,7 @@ def _fetch_once(open_remote: Callable[[], IO[bytes]], path: Path, sha256: str | 
 
 
 class _Copy(Thread):
-    """Copies a remote file into `target`, in a thread of its own, since no protocol promises to return in time."""
+    """Copies a remote file into `target`, in a thread of its own because a protocol may block forever."""
 
     def __init__(self, open_remote: Callable[[], IO[bytes]], target: IO[bytes], largest: int) -> None:
         super().__init__(daemon=True)
@@ -337,7 +332,7 @@ class _Copy(Thread):
         self._copied += len(chunk)
 
     def finish(self) -> str:
-        """Copy everything; returns its SHA-256. TimeoutError if nothing comes for PATIENCE seconds."""
+        """Copy everything and return its SHA-256. TimeoutError if nothing arrives for PATIENCE seconds."""
         self.start()
         while self.is_alive():
             before = self._copied

@@ -1,7 +1,7 @@
-"""What a finished dataset holds, and everything that is wrong with it: nothing here changes a file.
+"""Describe and verify a finished dataset, without changing a file.
 
-Hashes and checksums find accidents. They do not prove who made a dataset: who alters one can write new hashes. That is
-why verifying also reads every array, label, pose, camera and picture as training and evaluation would.
+Hashes and checksums find accidents. They do not prove who made a dataset: whoever alters one can write new hashes. So
+verifying also reads every array, label, pose, camera and picture as training and evaluation would.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import torch
 
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
-from sitdist.dataset.format import BUILD_AGAIN, IMAGE_MEMBER, RADIUS_TOLERANCE, parse_meta, parse_npy, sample_members
+from sitdist.dataset.format import (
+    BUILD_AGAIN,
+    IMAGE_MEMBER,
+    RADIUS_TOLERANCE,
+    parse_meta,
+    parse_npy,
+    sample_key,
+    sample_members,
+)
 from sitdist.dataset.manifest import MANIFEST, CameraFacts, DatasetManifest, ShardEntry, load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import Store, open_store
@@ -33,10 +41,10 @@ CHUNK = 1 << 20
 
 
 def verify(dataset: str | Path) -> list[str]:
-    """Everything wrong with a dataset, a line each, by shard and sample; an empty list if nothing is.
+    """The problems of a dataset, one line each, with shard and sample; an empty list if there are none.
 
-    `dataset`: a folder, or an fsspec URL, of which the cached files are read, as training does. DataError for a
-    manifest that cannot be used at all.
+    `dataset`: a folder, or an fsspec URL, whose cached files are read as in training. DataError for a manifest that
+    cannot be used at all.
     """
     store = open_store(dataset)
     manifest = load_manifest(store.folder)
@@ -108,7 +116,7 @@ def _verify_split(reader: ShardReader) -> Iterator[str]:
 def _verify_tar(
     file: BinaryIO, shard: ShardEntry, index: dict[str, np.ndarray], samples: _Samples, first: int
 ) -> Iterator[str]:
-    """Read a tar once, from its first byte to its last, a sample at a time; `first` is the number of its first one."""
+    """Read a tar once, from its first byte to its last, sample by sample; `first` is the number of its first one."""
     size = os.fstat(file.fileno()).st_size
     if size < shard.bytes:
         lost = int((index["stop"] > size).sum())
@@ -120,7 +128,7 @@ def _verify_tar(
         digest.update(data)
         problem = samples.problem(data, first + row, {name: column[row] for name, column in index.items()})
         if problem is not None:
-            yield f"sample {first + row:09d}: {problem}"
+            yield f"sample {sample_key(first + row)}: {problem}"
             whole = False
     padding = True
     while chunk := file.read(CHUNK):
@@ -140,19 +148,17 @@ class _Samples:
         self.same_camera = True
 
     def problem(self, data: bytes, number: int, row: dict[str, Any]) -> str | None:
-        """What is wrong with a sample, whose part of the tar is `data` and whose row of the index is `row`."""
+        """What is wrong with a sample, given its part of the tar and its row of the index."""
         if zlib.crc32(data) != row["crc32"]:
             return f"bytes altered (CRC differs); {BUILD_AGAIN}"
         try:
-            members = sample_members(data, f"{number:09d}", self._reader.members)
-            arrays = {}
-            for name, (dtype, shape) in self._arrays.items():
-                arrays[name] = parse_npy(members[f"{name}.npy"][1], dtype, shape)
+            members = sample_members(data, sample_key(number), self._reader.members)
+            arrays = {name: parse_npy(members[f"{name}.npy"][1], *kind) for name, kind in self._arrays.items()}
             meta = parse_meta(members["meta.json"][1], self._reader.manifest.image_size, "meta.json")
             if IMAGE_MEMBER in members:
                 self._reader.images([number])
         except (DataError, ValueError) as error:
-            return str(error).rpartition(f"sample {number:09d}: ")[2]
+            return str(error).rpartition(f"sample {sample_key(number)}: ")[2]
         self._camera = self._camera or meta.camera
         self.same_camera = self.same_camera and meta.camera == self._camera
         where = {name.partition(".")[0]: int(row["start"]) + at for name, (at, _) in members.items()}
@@ -170,6 +176,8 @@ class _Samples:
         pose = torch.from_numpy(arrays["camera_to_world"])
         if not np.array_equal(arrays["camera_to_world"], row["camera_to_world"]):
             return "camera_to_world differs from the index's"
+        if "intrinsics" in row and row["intrinsics"].tolist() != meta.camera.normalized():
+            return f"meta.json has intrinsics {meta.camera.normalized()} and the index {row['intrinsics'].tolist()}"
         if not math.isclose(meta.radius, float(camera_radius(pose)), rel_tol=RADIUS_TOLERANCE):
             return f"meta.json has radius {meta.radius} and the pose {float(camera_radius(pose))}; {BUILD_AGAIN}"
         expected = standardize(pose, self._statistics, torch.tensor(meta.camera.normalized(), dtype=torch.float64))
@@ -179,7 +187,7 @@ class _Samples:
 
 
 def info(dataset: str | Path) -> str:
-    """A few lines that say what a dataset holds, given as a folder or an fsspec URL."""
+    """A few lines that describe a dataset, given as a folder or an fsspec URL."""
     manifest = load_manifest(open_store(dataset).folder)
     latent, psnr = manifest.latent, manifest.codec_psnr
     lines = [

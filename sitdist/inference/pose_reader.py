@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sitdist.config.experiment import EvaluateConfig
 from sitdist.dataset.manifest import DatasetManifest
-from sitdist.dataset.recipe_of import train_sources
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.predict import guided
@@ -199,7 +198,7 @@ def _background(manifest: DatasetManifest, settings: EvaluateConfig) -> Tensor |
     if settings.estimator != "multi_zoom" or min(settings.zooms) >= 1.0:
         return None
     colour = settings.background
-    for source in train_sources(manifest):
+    for source in manifest.train_sources():
         augmentation = source.get("radius_augmentation") or {}
         colour = colour or augmentation.get("background") or source.get("background")
     if colour is None:

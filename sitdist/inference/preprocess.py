@@ -16,7 +16,6 @@ from sitdist.config.load import parse
 from sitdist.config.schema import Colour, Schema
 from sitdist.dataset.manifest import DatasetManifest, load_manifest
 from sitdist.dataset.reader import ShardReader
-from sitdist.dataset.recipe_of import train_sources
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
@@ -110,7 +109,7 @@ def _camera(manifest: DatasetManifest, dataset: Path | None) -> Intrinsics | Non
     statistics = PoseStatistics.from_dict(manifest.statistics)
     if statistics.has_intrinsics:
         return square_camera(statistics.mean[3].tolist(), manifest.image_size)
-    fields_of_view = {source.get("fov_deg") for source in train_sources(manifest)}
+    fields_of_view = {source.get("fov_deg") for source in manifest.train_sources()}
     fov_deg = fields_of_view.pop()
     if fov_deg is not None and not fields_of_view:
         return Intrinsics.from_fov(fov_deg, manifest.image_size, manifest.image_size)
@@ -120,7 +119,7 @@ def _camera(manifest: DatasetManifest, dataset: Path | None) -> Intrinsics | Non
 
 
 def _background(manifest: DatasetManifest, label: int, dataset: Path | None) -> tuple[float, float, float] | None:
-    sources = [source for source in train_sources(manifest) if source.get("label", 0) == label]
+    sources = [source for source in manifest.train_sources() if source.get("label", 0) == label]
     for source in sources:
         augmented = (source.get("radius_augmentation") or {}).get("background")
         colour = source.get("background") or augmented

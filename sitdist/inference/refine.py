@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sitdist.dataset.manifest import DatasetManifest
-from sitdist.dataset.recipe_of import train_sources
 from sitdist.errors import ConfigError
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.inference.preprocess import square_camera
@@ -58,7 +57,7 @@ class SceneRefiner:
                 f"refine '{name}': a scene shows one object and the model knows {len(manifest.objects)}; leave it out"
             )
         scene = open_scene(None if name == BUILT_IN else name, device)
-        source = train_sources(manifest)[0]
+        source = manifest.train_sources()[0]
         if source["kind"] != "scene":  # pictures of another renderer
             return cls(name, scene)
         background = source.get("background")

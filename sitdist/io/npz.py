@@ -1,6 +1,6 @@
 """Arrays in .npy and .npz files from anyone, and posed pictures in .npz files.
 
-What a header says is checked against the bytes that are there and the memory that is free, before any is taken.
+Before memory is allocated, the header is checked against the size of the file and the free memory.
 """
 
 from __future__ import annotations
@@ -93,17 +93,23 @@ def check_unit_range(image: np.ndarray, name: str) -> None:
 
 
 def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of these names in an .npz file; for one name, also what is in a .npy file. DataError."""
+    """The arrays of these names in an .npz file; for one name, also the array in a .npy file. DataError."""
     with open_file(file, REMEDY) as opened:
         try:
             if len(names) == 1 and opened.read(6) == b"\x93NUMPY":
-                return [_read_array(opened, os.fstat(opened.fileno()).st_size, str(file))]
+                return [_read_array(opened, os.fstat(opened.fileno()).st_size, str(file), REMEDY)]
             with zipfile.ZipFile(opened) as archive:
                 members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
-                return [_read_member(archive, members, name, file) for name in names]
+                for name in names:
+                    if members.count(name) != 1:
+                        count = "several arrays" if name in members else "no array"
+                        there = ", ".join(members)[:200]
+                        raise DataError(f"{file}: {count} '{name}' (it has {there}); save one of that name")
+                infos = [archive.infolist()[members.index(name)] for name in names]
+                return [_read_member(archive, info, file, REMEDY) for info in infos]
         except SitdistError:
             raise
-        except Exception as error:  # zipfile, zlib and numpy raise what they like at bytes made to harm
+        except Exception as error:  # zipfile, zlib and numpy raise anything at malicious bytes
             raise DataError(f"{file}: not a readable array ({' '.join(str(error).split())[:160]}); {REMEDY}") from None
 
 
@@ -118,9 +124,9 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
-    """All arrays in a file that `save_arrays` wrote; DataError, which ends with `remedy`, for any other.
+    """All arrays of a file that `save_arrays` wrote; DataError, which ends with `remedy`, for any other file.
 
-    As nothing in it is compressed, and no byte is used twice, they are together no larger than the file.
+    Nothing in it is compressed and no byte is used twice, so the arrays are together no larger than the file.
     """
     with open_file(file, remedy) as opened:
         try:
@@ -129,28 +135,27 @@ def load_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
                 stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
                 if not stored or sum(info.file_size for info in infos) > os.fstat(opened.fileno()).st_size:
                     raise ValueError("compressed, or members that overlap")
-                arrays = {}
-                for info in infos:
-                    with archive.open(info) as member:
-                        name = info.filename.removesuffix(".npy")
-                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                arrays = {
+                    info.filename.removesuffix(".npy"): _read_member(archive, info, file, remedy) for info in infos
+                }
+                if len(arrays) < len(infos):
+                    raise ValueError("several arrays of one name")
                 return arrays
-        except OSError:
+        except (OSError, SitdistError):
             raise
-        except Exception as error:  # zipfile and numpy raise what they like at bytes made to harm
+        except Exception as error:  # zipfile and numpy raise anything at malicious bytes
             raise DataError(f"{file}: damaged ({' '.join(str(error).split())[:160]}); {remedy}") from None
 
 
-def _read_member(archive: zipfile.ZipFile, members: list[str], name: str, file: Path) -> np.ndarray:
-    if members.count(name) != 1:
-        count = "several arrays" if name in members else "no array"
-        raise DataError(f"{file}: {count} '{name}' (it has {', '.join(members)[:200]}); save one of that name")
-    info = archive.infolist()[members.index(name)]
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Path, remedy: str) -> np.ndarray:
     with archive.open(info) as member:
-        return _read_array(member, info.file_size, f"{file}: {name}")
+        array = _read_array(member, info.file_size, f"{file}: {info.filename.removesuffix('.npy')}", remedy)
+        if member.read(1):  # reading to the end also checks the member's CRC
+            raise ValueError(f"bytes behind the array {info.filename}")
+        return array
 
 
-def _read_array(stream: IO[Any], size: int, name: str) -> np.ndarray:
+def _read_array(stream: IO[Any], size: int, name: str, remedy: str) -> np.ndarray:
     """The array in `size` bytes of the .npy format."""
     stream.seek(0)
     version = np.lib.format.read_magic(stream)
@@ -162,7 +167,7 @@ def _read_array(stream: IO[Any], size: int, name: str) -> np.ndarray:
         raise DataError(f"{name}: an object array, as of pictures of several sizes; save one array of numbers")
     need = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or need > size or (shape and not dtype.itemsize):
-        raise DataError(f"{name}: shape {list(shape)} of {dtype} needs {need:,} bytes and {size:,} are there; {REMEDY}")
+        raise DataError(f"{name}: shape {list(shape)} of {dtype} needs {need:,} bytes and {size:,} are there; {remedy}")
     require_memory(need, name, "split the file")
     stream.seek(0)
     return np.lib.format.read_array(stream, allow_pickle=False)

@@ -1,8 +1,8 @@
-"""Which folders are ours to write in, and which process writes in one now.
+"""Which folders are ours, and which process writes to one now.
 
-A folder of ours holds a mark, sitdist.json, that tells its kind. Its only writer holds a lock on sitdist.lock, which
-the system releases when the process ends, however it ends. The file also names the holder and counts while it lives,
-so that machines whose file system shares no locks see each other.
+A folder of ours holds a mark, sitdist.json, with its kind. Its only writer holds a lock on sitdist.lock, which the
+system releases however the process ends. The file also names the holder and contains a heartbeat, so that machines
+whose file system shares no locks see each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sitdist.io.json_file import read_json, write_json
 Kind = Literal["run", "evaluation", "dataset", "ablation", "cache"]
 MARK, LOCK = "sitdist.json", "sitdist.lock"
 FORMAT_VERSION = 1
-# What folders hold that were written before there was a mark: one of these sets of names.
+# Folders of versions that wrote no mark contain all names of one of these sets.
 UNMARKED: dict[str, tuple[tuple[str, ...], ...]] = {
     "run": (("config.yaml", "dataset.json", "codec/codec.json"),),
     "evaluation": (
@@ -37,17 +37,15 @@ UNMARKED: dict[str, tuple[tuple[str, ...], ...]] = {
     "ablation": (("ablation.json", "baseline"),),
     "dataset": (("manifest.json", "codec/codec.json"), ("build.json", "codec/codec.json")),
 }
-OPTION = {"cache": "reader.cache"}  # what names a folder of this kind; all others are named by --out
+OPTION = {"cache": "reader.cache"}  # the option that names a folder of this kind, if not --out
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-BEAT = 2.0  # seconds between two counts of a holder
-PATIENCE = 10.0  # seconds without a count, after which a holder on another machine has ended
+HEARTBEAT = 2.0  # seconds
+PATIENCE = 10.0  # seconds without a heartbeat after which a holder on another machine is taken for dead
 RECORD_BYTES = 512
 
 
 def check_ours(folder: Path, kind: Kind) -> bool:
-    """Whether `folder` is one of ours; False where it is new or empty. DataError if it is another's, or of another
-    kind: nothing may be written there.
-    """
+    """Whether `folder` is one of ours; False if it is new or empty. DataError if it is not ours or of another kind."""
     remedy = f"give another {OPTION.get(kind, '--out')}"
     try:
         if not os.path.lexists(folder):
@@ -57,7 +55,8 @@ def check_ours(folder: Path, kind: Kind) -> bool:
         if os.path.lexists(folder / MARK):
             found = read_json(folder / MARK, remedy).get("kind")
             if found != kind:
-                raise DataError(f"{folder}: holds a sitdist {_shown(found)}, not a {kind}; {remedy}")
+                shown = found[:40] if isinstance(found, str) else "folder"
+                raise DataError(f"{folder}: holds a sitdist {shown}, not a {kind}; {remedy}")
             return True
         if any(all((folder / name).exists() for name in names) for names in UNMARKED.get(kind, ())):
             return True
@@ -70,14 +69,10 @@ def check_ours(folder: Path, kind: Kind) -> bool:
     raise DataError(f"{folder}: not empty, and no {kind} of sitdist's; {remedy}, or an empty folder")
 
 
-def _shown(kind: Any) -> str:
-    return str(kind)[:40] if isinstance(kind, str) else "folder"
-
-
 def mark(folder: Path, kind: Kind, adopt: bool = False) -> bool:
-    """Make `folder` ours; whether it was not before. DataError if it is another's or cannot be written.
+    """Make `folder` ours; return whether it is new. DataError if it is not ours or cannot be written.
 
-    `adopt`: the caller knows that it is ours, although it may have no mark.
+    `adopt`: the folder is ours even if it has no mark.
     """
     adopted = adopt and not os.path.lexists(folder / MARK)
     new = not adopted and not check_ours(folder, kind)
@@ -92,18 +87,18 @@ def mark(folder: Path, kind: Kind, adopt: bool = False) -> bool:
 
 @contextmanager
 def only_writer(folder: Path, kind: Kind) -> Iterator[None]:
-    """Within `with`: `folder` is ours and this process its only writer.
+    """Make `folder` ours, and this process its only writer.
 
-    DataError, which names the holder, if another process writes there. A folder that was new or empty, and in which
-    nothing was written when the block ends with an error, is left as it was.
+    DataError, which names the holder, if another process writes there. If the block fails before anything is written,
+    a new folder is removed and an empty one is left empty.
     """
     existed = folder.exists()
     handle, new = _open_lock(folder, kind)
     try:
         stop, since = threading.Event(), datetime.now(UTC).isoformat(" ", "seconds")
         _write_record(handle, since, 0)
-        beat = threading.Thread(target=_beat, args=(handle, since, stop), name="lock", daemon=True)
-        beat.start()
+        heartbeat = threading.Thread(target=_heartbeat, args=(handle, since, stop), name="lock", daemon=True)
+        heartbeat.start()
         try:
             yield
         except BaseException:
@@ -112,21 +107,21 @@ def only_writer(folder: Path, kind: Kind) -> Iterator[None]:
             raise
         finally:
             stop.set()
-            beat.join()
+            heartbeat.join()
             os.ftruncate(handle, 0)
     finally:
         os.close(handle)
 
 
 def _open_lock(folder: Path, kind: Kind) -> tuple[int, bool]:
-    """The file of the lock, which is taken, and whether the folder was not ours before."""
+    """The open lock file, locked, and whether the folder is new."""
     new = False
     while True:
         new |= mark(folder, kind)
         path = folder / LOCK
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:  # another process has left the folder as it was
+        except FileNotFoundError:  # another process has just removed the folder
             continue
         except OSError as error:
             raise cannot_write(path, error) from None
@@ -141,7 +136,7 @@ def _open_lock(folder: Path, kind: Kind) -> tuple[int, bool]:
 
 
 def _unmark(folder: Path, existed: bool) -> None:
-    """Leave a folder in which there is nothing of ours but mark and lock as it was."""
+    """Remove mark and lock from a folder that holds nothing else, and the folder if it is new."""
     with suppress(OSError):
         if {entry.name for entry in folder.iterdir()} <= {MARK, LOCK}:
             (folder / MARK).unlink()
@@ -151,17 +146,22 @@ def _unmark(folder: Path, existed: bool) -> None:
 
 
 def _take(handle: int, folder: Path) -> None:
-    shared = False
+    """Take the lock; DataError if another process holds it."""
+    without_locks = False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _in_use(folder, _holder_named(handle)) from None
+        for _ in range(20):  # a process that has just taken the lock writes its name in the next moment
+            if _holder(handle) is not None:
+                break
+            time.sleep(0.1)
+        raise _in_use(folder, _holder(handle)) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise cannot_write(folder / LOCK, error) from None
-        shared = True
+        without_locks = True
     holder = _holder(handle)
-    if holder is not None and (shared or holder.get("host") != socket.gethostname()):
+    if holder is not None and (without_locks or holder.get("host") != socket.gethostname()):
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             time.sleep(0.2)
@@ -177,7 +177,7 @@ def _in_use(folder: Path, holder: dict[str, Any] | None) -> DataError:
 
 
 def _holder(handle: int) -> dict[str, Any] | None:
-    """Who last took the lock and did not give it back."""
+    """The process that last took the lock and did not release it."""
     try:
         values = json.loads(os.pread(handle, RECORD_BYTES, 0) or b"null")
     except (OSError, ValueError):
@@ -185,24 +185,14 @@ def _holder(handle: int) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _holder_named(handle: int) -> dict[str, Any] | None:
-    """The same of a lock that is held, whose holder writes its name in the next moment."""
-    for _ in range(20):
-        holder = _holder(handle)
-        if holder is not None:
-            return holder
-        time.sleep(0.1)
-    return None
-
-
 def _write_record(handle: int, since: str, count: int) -> None:
     record = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "count": count}
     os.pwrite(handle, json.dumps(record).encode().ljust(RECORD_BYTES), 0)
 
 
-def _beat(handle: int, since: str, stop: threading.Event) -> None:
+def _heartbeat(handle: int, since: str, stop: threading.Event) -> None:
     count = 0
-    while not stop.wait(BEAT):
+    while not stop.wait(HEARTBEAT):
         count += 1
         try:
             _write_record(handle, since, count)

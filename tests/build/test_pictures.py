@@ -10,7 +10,8 @@ from sitdist.build import pictures
 from sitdist.build.pictures import recipe_cameras, turntable_cameras, write_pictures
 from sitdist.build.sources import open_source
 from sitdist.cli.main import run
-from sitdist.config.recipe import TransformsSource
+from sitdist.config.load import parse
+from sitdist.config.recipe import Recipe, TransformsSource
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import camera_radius
 from sitdist.io.pose_files import read_poses
@@ -68,9 +69,6 @@ def test_the_cameras_of_a_recipe_and_the_command(tmp_path, capsys):
     arguments = ["scene", "render", "built-in", "--recipe", str(tmp_path / "views.yaml")]
     assert run([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "out: 4 pictures" in capsys.readouterr().out
-    from sitdist.config.load import parse
-    from sitdist.config.recipe import Recipe
-
     cameras = recipe_cameras(parse(Recipe, recipe, "views"), "train")
     source = read(tmp_path / "out", 16)
     assert torch.equal(source.camera_to_world, cameras.camera_to_world)

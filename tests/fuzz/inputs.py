@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import spoil
 
@@ -89,15 +88,7 @@ evaluate:
   generator_steps: 1
   zooms: [0.9, 1.0]
 """
-NEIGHBOURS = (
-    "letter.txt",
-    "archive.tar",
-    "other.npz",
-    "notes.json",
-    "deep/er/thesis.tar",
-    ".hidden",
-    "step_00000001/x",
-)
+NEIGHBOURS = ("letter.txt", "archive.tar", "other.npz", "notes.json", "deep/er/thesis.tar", ".hidden", "step_1/x")
 
 Command = list[str]
 EVAL = ["eval", "run", "--split", "test", "--max-views", "2", "--out", "new"]
@@ -242,17 +233,16 @@ def attack_options(random: Random, tree: Path) -> Attack:
     name = random.choice(sorted(COMMANDS))
     words = list(COMMANDS[name])
     options = [place for place, word in enumerate(words) if word.startswith("--")]
-    how = random.choice(
-        ("value", "value", "value", "number", "unknown", "cut", "misspelt", "extra", "choice", "device")
-    )
+    kinds = ("value", "value", "value", "number", "unknown", "cut", "misspelt", "extra", "choice", "device")
+    how = random.choice(kinds)
     certain = how in ("unknown", "misspelt", "choice", "device", "number")
     if how == "value" or (how == "misspelt" and not options):
         place = random.randrange(1, len(words))
         words[place] = spoil.bad_word(random)
         certain = False
     elif how == "number":
-        flag, value = random.choice(NUMBERS_OF.get(name, (("--no-such-option", "1"),)))
-        words = [*words, flag, *(value or random.choice(("0", "-1", "nan", "x", "", "1e400", "0x1", "1.5"))).split(" ")]
+        flag, *values = random.choice(WRONG_VALUES.get(name, "--no-such-option 1").split(" | ")).split()
+        words = [*words, flag, *([random.choice(WRONG_NUMBERS)] if values == ["?"] else values)]
     elif how == "unknown":
         words.insert(random.randrange(1, len(words) + 1), random.choice(("--resmue", "--x", "--out-dir=1", "--\udcff")))
     elif how == "cut":
@@ -270,57 +260,40 @@ def attack_options(random: Random, tree: Path) -> Attack:
     return Attack("options", name, words, how, certain)
 
 
-# Options whose value is a number, with the value that is wrong; None: any of the usual ones.
-NUMBERS_OF: dict[str, tuple[tuple[str, str | None], ...]] = {
-    "eval": (("--max-views", None), ("--batch", None), ("--radii", "3:1"), ("--seed", "-1"), ("--seed", "x")),
-    "pose": (
-        ("--batch", None),
-        ("--intrinsics", "nan 1 1 1"),
-        ("--intrinsics", "inf 20 8 8"),
-        ("--intrinsics", "-20 20 8 8"),
-        ("--intrinsics", "1e-300 1e-300 8 8"),
-        ("--intrinsics", "1e300 1e300 8 8"),
-        ("--intrinsics", "20 20 1e30 8"),
-        ("--label", "7"),
-        ("--label", "-1"),
-        ("--label", "9" * 40),
-    ),
-    "render": (("--fps", None), ("--batch", None), ("--label", "5"), ("--label", "-1"), ("--seed", "-1")),
-    "turntable": (("--fps", None), ("--radius", None), ("--elevation", "91"), ("--elevation", "nan")),
-    "scene render": (
-        ("--fov", None),
-        ("--fov", "180"),
-        ("--radius", None),
-        ("--size", None),
-        ("--size", "1000000"),
-        ("--supersample", "100000"),
-        ("--background", "2 0 0"),
-        ("--background", "nan 0 0"),
-    ),
-    "scene fit": (("--resolutions", None), ("--resolutions", "100000"), ("--steps", None), ("--background", "1 1 -1")),
-    "codec fit": (("--lr", None), ("--batch", None), ("--channels", None), ("--channels", "0 5"), ("--steps", None)),
-    "likelihood": (("--views", None), ("--probes", None), ("--batch", None), ("--seed", "x")),
-    "sigma": (("--target-deg", None), ("--target-deg", "inf")),
-    "reconstruct": (("--sigma-rel", None), ("--sigma-rel", "5"), ("--step", None)),
-    "convert": (("--step", None), ("--step", "77"), ("--weights", "x")),
-    "export": (("--step", None), ("--step", "99999999999")),
+# Options with values that are wrong; ?: any of WRONG_NUMBERS.
+WRONG_NUMBERS = ("0", "-1", "nan", "x", "", "1e400", "0x1", "1.5")
+WRONG_VALUES = {
+    "eval": "--max-views ? | --batch ? | --radii 3:1 | --seed -1 | --seed x",
+    "pose": "--batch ? | --intrinsics nan 1 1 1 | --intrinsics inf 20 8 8 | --intrinsics -20 20 8 8 | --label 7"
+    " | --intrinsics 1e-300 1e-300 8 8 | --intrinsics 1e300 1e300 8 8 | --intrinsics 20 20 1e30 8 | --label -1"
+    f" | --label {'9' * 40}",
+    "render": "--fps ? | --batch ? | --label 5 | --label -1 | --seed -1",
+    "turntable": "--fps ? | --radius ? | --elevation 91 | --elevation nan",
+    "scene render": "--fov ? | --fov 180 | --radius ? | --size ? | --size 1000000 | --supersample 100000"
+    " | --background 2 0 0 | --background nan 0 0",
+    "scene fit": "--resolutions ? | --resolutions 100000 | --steps ? | --background 1 1 -1",
+    "codec fit": "--lr ? | --batch ? | --channels ? | --channels 0 5 | --steps ?",
+    "likelihood": "--views ? | --probes ? | --batch ? | --seed x",
+    "sigma": "--target-deg ? | --target-deg inf",
+    "reconstruct": "--sigma-rel ? | --sigma-rel 5 | --step ?",
+    "convert": "--step ? | --step 77 | --weights x",
+    "export": "--step ? | --step 99999999999",
 }
+
+
+def spoil_file(random: Random, path: Path, plain: bool = False) -> str:
+    """Spoil a file in a way of its kind, or, `plain`, its bytes; what was done."""
+    data = path.read_bytes()
+    changed, what = spoil.any_bytes(random, data) if plain else spoil.contents(random, path.suffix, data)
+    path.write_bytes(changed)
+    return f"{path.name}: {what}"
 
 
 def attack_config(random: Random, tree: Path) -> Attack:
     """A config with a line that is wrong."""
-    path = tree / "config.yaml"
-    changed, what = spoil.yaml_text(random, path.read_text())
-    path.write_bytes(encoded(random, changed))
+    what = spoil_file(random, tree / "config.yaml")
     name = random.choice(("train", "doctor", "doctor"))
     return Attack("config", name, COMMANDS[name], what)
-
-
-def encoded(random: Random, text: str) -> bytes:
-    """Text as a file's bytes, now and then of another encoding, or with bytes that are none."""
-    if random.random() < 0.03:
-        return random.choice((b"\xff\xfe\x00\x01", text.encode("utf-16", "surrogatepass"), b"", b"\x00" * 100))
-    return text.encode("utf-8", "surrogatepass")
 
 
 def keys_of(text: str) -> list[str]:
@@ -352,9 +325,7 @@ def attack_set(random: Random, tree: Path) -> Attack:
 def attack_recipe(random: Random, tree: Path) -> Attack:
     """A recipe with a line that is wrong."""
     name = random.choice(("build", "build photos", "build npz", "cameras", "codec fit"))
-    path = tree / next(word for word in COMMANDS[name] if word.endswith(".yaml"))
-    changed, what = spoil.yaml_text(random, path.read_text())
-    path.write_bytes(encoded(random, changed))
+    what = spoil_file(random, tree / next(word for word in COMMANDS[name] if word.endswith(".yaml")))
     return Attack("recipe", name, COMMANDS[name], what)
 
 
@@ -372,19 +343,15 @@ ON_DATA = {
 def attack_dataset(random: Random, tree: Path) -> Attack:
     """A dataset with a wrong manifest, index, tar, codec or folder."""
     data = tree / "data"
-    how = random.choice(("manifest", "manifest", "bytes", "signed", "signed", "member", "member", "folder", "remote"))
+    how = random.choice(("manifest", "manifest", "bytes", "index", "index", "member", "member", "folder", "remote"))
     name = random.choice(("verify", "verify", *ON_DATA))
-    certain = False
     if how == "manifest":
-        path = data / "manifest.json"
-        changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
+        what = spoil_file(random, data / "manifest.json")
     elif how == "bytes":  # of a file whose hash the manifest holds
-        path = random.choice(sorted(path for path in data.rglob("*") if path.is_file() and path.parent != data))
-        path.write_bytes(spoil.data_bytes(random, path.read_bytes()))
-        what, name, certain = str(path.relative_to(tree)), "verify", True
-    elif how == "signed":  # by a stranger who knows how to hash
-        what, certain = spoil_index(random, random.choice(sorted(data.rglob("*.index.npz"))))
+        files = sorted(path for path in data.rglob("*") if path.is_file() and path.parent != data)
+        what, name = spoil_file(random, random.choice(files), plain=True), "verify"
+    elif how == "index":  # by a stranger who knows how to hash
+        what = spoil_file(random, random.choice(sorted(data.rglob("*.index.npz"))))
         sign_dataset(data)
     elif how == "member":
         what = spoil_member(random, random.choice(sorted(data.rglob("*.tar"))))
@@ -394,33 +361,10 @@ def attack_dataset(random: Random, tree: Path) -> Attack:
         name = random.choice(("verify", "train"))
     else:
         values = {"url": random.choice(("file:///etc", "memory://x", "x", 5)), "limit": 0, "cache": "neighbour"}
-        (data / "remote.json").write_bytes(spoil.json_bytes(random, json.dumps(values).encode())[0])
-        what = "remote.json"
-    then = None
-    if name == "verify":
-        then = ON_DATA[random.choice(("train", "train", "eval", "sigma", "calibrate"))]
-    return Attack("dataset", name, ON_DATA[name], f"{how}: {what}", certain and name == "verify", then)
-
-
-def spoil_index(random: Random, path: Path) -> tuple[str, bool]:
-    import numpy as np
-
-    with np.load(path) as loaded:
-        index = {name: loaded[name] for name in loaded.files}
-    if random.random() < 0.4:
-        data, what = spoil.arrays(random, index)
-    else:  # of the right types and shapes
-        name = random.choice(sorted(index))
-        flat = index[name].reshape(-1)
-        place = random.randrange(len(flat))
-        bad: Any = random.choice((0, 1, -1, 2**31, 2**62, -(2**62)))
-        if flat.dtype.kind == "f":
-            bad = random.choice((np.nan, np.inf, 0.0, 1e300, -5.0))
-        with np.errstate(all="ignore"):
-            flat[place] = np.asarray(bad).astype(flat.dtype)
-        data, what = spoil.npz({key: spoil.npy(values) for key, values in index.items()}), f"{name}[{place}] = {bad}"
-    path.write_bytes(data)
-    return f"{path.name} {what}", False
+        (data / "remote.json").write_text(json.dumps(values))
+        what = spoil_file(random, data / "remote.json")
+    then = ON_DATA[random.choice(("train", "train", "eval", "sigma", "calibrate"))] if name == "verify" else None
+    return Attack("dataset", name, ON_DATA[name], f"{how}: {what}", how == "bytes", then)
 
 
 def spoil_member(random: Random, tar: Path) -> str:
@@ -513,79 +457,51 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-ON_RUN = (
-    "eval",
-    "pose",
-    "render",
-    "export",
-    "likelihood",
-    "calibrate",
-    "resume",
-    "convert",
-    "reconstruct",
-)
+ON_RUN = ("eval", "pose", "render", "export", "likelihood", "calibrate", "resume", "convert", "reconstruct")
 
 
 def attack_run(random: Random, tree: Path) -> Attack:
     """A run with a wrong config, dataset card, codec, calibration, average or folder."""
-    run = tree / "run"
-    name = random.choice(ON_RUN)
+    run, name = tree / "run", random.choice(ON_RUN)
     how = random.choice(("config", "json", "json", "folder", "tensors", "bytes"))
     if how == "config":
         path = run / "config.yaml"
         original = path.read_text()
-        changed, what = spoil.yaml_text(random, original)
-        path.write_bytes(encoded(random, changed))
+        what = spoil_file(random, path)
         # how pictures are rendered and poses read may be changed; what was trained may not
+        changed = path.read_text(errors="replace")
         same = changed.partition("evaluate:")[2] == original.partition("evaluate:")[2]
         return Attack("run", name, COMMANDS[name], f"{how}: {what}", same=same)
-    if how == "json":
-        path = random.choice(sorted(path for path in run.rglob("*.json") if "checkpoints" not in path.parts))
-        changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
-        what = f"{path.relative_to(tree)} {what}"
-    elif how == "folder":
+    if how == "folder":
         what = spoil_folder(random, run)
     else:
-        suffix = "*.safetensors" if how == "tensors" else "*"
+        suffix = {"json": "*.json", "tensors": "*.safetensors", "bytes": "*"}[how]
         found = [path for path in run.rglob(suffix) if path.is_file() and "checkpoints" not in path.parts]
         path = random.choice(sorted(found))
-        data = path.read_bytes()
-        safe = how == "tensors"
-        path.write_bytes(spoil.safetensors(random, data)[0] if safe else spoil.data_bytes(random, data))
-        what = str(path.relative_to(tree))
+        what = f"{path.parent.name}/{spoil_file(random, path, plain=how == 'bytes')}"
     same = "calibration" not in what and "checkpoints" not in what
     return Attack("run", name, COMMANDS[name], f"{how}: {what}", same=same)
 
 
 def attack_checkpoint(random: Random, tree: Path) -> Attack:
     """A run whose newest checkpoint, the only one, has wrong tensors, a wrong state or a wrong manifest."""
-    checkpoints = sorted((tree / "run" / "checkpoints").glob("step_*"))
-    for older in checkpoints[:-1]:
-        shutil.rmtree(older)
-    folder = checkpoints[-1]
+    *older, folder = sorted((tree / "run" / "checkpoints").glob("step_*"))
+    for each in older:
+        shutil.rmtree(each)
     name = random.choice(("verify checkpoints", "verify checkpoints", "list", *ON_RUN))
-    how = random.choice(("bytes", "tensors", "tensors", "state", "manifest", "folder"))
-    certain = False
-    if how == "bytes":
-        path = random.choice(sorted(path for path in folder.iterdir() if path.name != "manifest.json"))
-        path.write_bytes(spoil.data_bytes(random, path.read_bytes()))
-        what, name, certain = path.name, "verify checkpoints", True
-    elif how == "tensors":
-        path = random.choice(sorted(folder.glob("*.safetensors")))
-        changed, what = spoil.safetensors(random, path.read_bytes())
-        path.write_bytes(changed)
-        sign_checkpoint(folder)
-        what = f"{path.name} {what}"
-    elif how == "folder":
+    how = random.choice(("bytes", "signed", "signed", "signed", "manifest", "folder"))
+    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+    if how == "folder":
         what = spoil_folder(random, folder)
+    elif how == "manifest":
+        what = spoil_file(random, folder / "manifest.json")
     else:
-        path = folder / f"{how}.json"
-        changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
-        if how == "state":
-            sign_checkpoint(folder)
-    return Attack("checkpoint", name, COMMANDS[name], f"{how}: {what}", certain, same=how in ("manifest", "folder"))
+        what = spoil_file(random, random.choice(files), plain=how == "bytes")
+    if how == "signed":
+        sign_checkpoint(folder)
+    name = "verify checkpoints" if how == "bytes" else name
+    same = how in ("manifest", "folder")
+    return Attack("checkpoint", name, COMMANDS[name], f"{how}: {what}", how == "bytes", same=same)
 
 
 def sign_checkpoint(folder: Path) -> None:
@@ -601,31 +517,16 @@ def attack_export(random: Random, tree: Path) -> Attack:
     """A stranger's export with a wrong card, wrong weights or codec."""
     export = tree / "export"
     name = random.choice(("pose of export", "pose of export", "turntable", "pose refined"))
-    how = random.choice(("card", "card", "manifest", "weights", "weights", "codec", "folder", "bytes", "calibration"))
-    files = {"card": "config.json", "manifest": "manifest.json", "calibration": "calibration.json"}
-    certain = False
-    if how in files:
-        path = export / files[how]
-        changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
-    elif how in ("weights", "codec"):
-        path = random.choice(sorted((export if how == "weights" else export / "codec").glob("*.*")))
-        data = path.read_bytes()
-        if path.suffix == ".safetensors":
-            changed, what = spoil.safetensors(random, data)
-        elif path.suffix == ".json":
-            changed, what = spoil.json_bytes(random, data)
-        else:
-            changed, what = spoil.data_bytes(random, data), path.name
-        path.write_bytes(changed)
-        sign_export(export)
-    elif how == "bytes":
-        path = export / "model.safetensors"
-        path.write_bytes(spoil.data_bytes(random, path.read_bytes()))
-        what, certain = path.name, True
-    else:
+    how = random.choice(("config", "config", "manifest", "model", "model", "codec", "folder", "bytes", "calibration"))
+    if how == "folder":
         what = spoil_folder(random, export)
-    return Attack("export", name, COMMANDS[name], f"{how}: {what}", certain)
+    elif how == "bytes":  # of a file whose hash is known
+        what = spoil_file(random, export / "model.safetensors", plain=True)
+    else:
+        what = spoil_file(random, random.choice(sorted(export.glob("codec/*.*" if how == "codec" else f"{how}.*"))))
+    if how in ("model", "codec"):
+        sign_export(export)
+    return Attack("export", name, COMMANDS[name], f"{how}: {what}", how == "bytes")
 
 
 def sign_export(export: Path) -> None:
@@ -643,23 +544,16 @@ def sign_export(export: Path) -> None:
 
 def attack_scene(random: Random, tree: Path) -> Attack:
     """A stranger's scene with a wrong description or field."""
-    name = random.choice(("scene render", "scene render", "pose refined", "refine"))
+    scene, name = tree / "scene", random.choice(("scene render", "scene render", "pose refined", "refine"))
     how = random.choice(("description", "description", "field", "field", "bytes", "folder"))
-    path, certain = tree / "scene" / "scene.json", False
-    if how == "description":
-        changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
-    elif how == "folder":
-        what = spoil_folder(random, tree / "scene")
+    if how == "folder":
+        what = spoil_folder(random, scene)
     else:
-        field_path = tree / "scene" / "field.safetensors"
-        data = field_path.read_bytes()
-        changed, what = (spoil.data_bytes(random, data), "") if how == "bytes" else spoil.safetensors(random, data)
-        field_path.write_bytes(changed)
-        certain = how == "bytes"
-        if how == "field":
-            sign_scene(tree / "scene")
-    return Attack("scene", name, COMMANDS[name], f"{how}: {what}", certain)
+        path = scene / ("scene.json" if how == "description" else "field.safetensors")
+        what = spoil_file(random, path, plain=how == "bytes")
+    if how == "field":
+        sign_scene(scene)
+    return Attack("scene", name, COMMANDS[name], f"{how}: {what}", how == "bytes")
 
 
 def sign_scene(scene: Path) -> None:
@@ -671,76 +565,40 @@ def sign_scene(scene: Path) -> None:
 def attack_pictures(random: Random, tree: Path) -> Attack:
     """A picture of a wrong kind or size, or damaged, for every command that reads pictures."""
     name = random.choice(("pose", "pose of export", "scene fit", "build photos", "scene fit colmap"))
-    folder = {"scene fit": "photos", "build photos": "photos", "scene fit colmap": "colmap/images"}.get(
-        name, "pictures"
-    )
-    path = (
-        tree / folder / random.choice({"pictures": ("0.png", "1.png", "2.jpg")}.get(folder, ("00000.png", "00001.png")))
-    )
-    data = path.read_bytes()
-    if path.suffix == ".jpg" or random.random() < 0.05:
-        changed, what = spoil.data_bytes(random, data), "bytes"
-    else:
-        changed, what = spoil.picture(random, data)
-    path.write_bytes(changed)
+    folders = {"scene fit": "photos", "build photos": "photos", "scene fit colmap": "colmap/images"}
+    folder = tree / folders.get(name, "pictures")
+    path = random.choice([path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".jpg")][:3])
+    what = spoil_file(random, path)
     words = list(COMMANDS[name])
     if name == "pose" and random.random() < 0.3:
         (tree / "masks").mkdir()
         for good in (tree / "pictures").iterdir():
             shutil.copy(tree / "photos" / "00000.png", tree / "masks" / good.with_suffix(".png").name)
-        mask = tree / "masks" / "0.png"
-        mask.write_bytes(spoil.picture(random, mask.read_bytes())[0])
-        words, what = [*words, "--masks", "masks"], f"{what}; a mask"
-    certain = what in ("PostScript", "PDF", "SVG", "PSD", "XBM", "empty")
-    return Attack("pictures", name, words, f"{path.name}: {what}", certain)
+        what = f"{what}; a mask {spoil_file(random, tree / 'masks' / '0.png')}"
+        words = [*words, "--masks", "masks"]
+    certain = what.endswith((": PostScript", ": PDF", ": SVG", ": PSD", ": XBM", ": empty"))
+    return Attack("pictures", name, words, what, certain)
 
 
 def attack_poses(random: Random, tree: Path) -> Attack:
     """Poses for `render` in a file that is wrong."""
-    import numpy as np
-
-    kind = random.choice(("npy", "npz", "transforms", "path", "colmap"))
-    source = {"npy": "poses.npy", "npz": "poses.npz", "transforms": "photos/transforms.json", "path": "path.json"}
-    if kind == "colmap":
-        path, what = spoil_colmap(random, tree)
-        given = "colmap"
-    else:
-        path = tree / source[kind]
-        given = source[kind]
-        if kind == "npy":
-            changed, what = spoil.array(random, np.load(path))
-        elif kind == "npz":
-            changed, what = spoil.arrays(random, {"poses": np.load(tree / "poses.npy")})
-        else:
-            changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
+    given = random.choice(("poses.npy", "poses.npz", "photos/transforms.json", "path.json", "colmap"))
+    what = spoil_colmap(random, tree) if given == "colmap" else spoil_file(random, tree / given)
     words = ["render", "run", "--poses", given, "--out", "new", "--generator-steps", "1"]
-    return Attack("poses", "render", words, f"{path.name}: {what}")
+    return Attack("poses", "render", words, what)
 
 
-def spoil_colmap(random: Random, tree: Path) -> tuple[Path, str]:
-    path = tree / "colmap" / random.choice(("cameras.txt", "images.txt", "images.txt"))
-    changed, what = spoil.colmap_text(random, path.read_text())
-    data = changed.encode("utf-8", "surrogatepass")
-    path.write_bytes(data if random.randrange(7) else spoil.data_bytes(random, data))
-    return path, what
+def spoil_colmap(random: Random, tree: Path) -> str:
+    return spoil_file(random, tree / "colmap" / random.choice(("cameras.txt", "images.txt", "images.txt")))
 
 
 def attack_photos(random: Random, tree: Path) -> Attack:
     """Posed photos whose transforms.json, COLMAP model or .npz is wrong, to fit a scene or build a dataset from."""
-    import numpy as np
-
     name = random.choice(("scene fit", "build photos", "scene fit npz", "build npz", "scene fit colmap"))
-    if "npz" in name:
-        with np.load(tree / "photos.npz") as loaded:
-            changed, what = spoil.arrays(random, {key: loaded[key] for key in loaded.files})
-        (tree / "photos.npz").write_bytes(changed)
-    elif "colmap" in name:
-        _, what = spoil_colmap(random, tree)
+    if "colmap" in name:
+        what = spoil_colmap(random, tree)
     else:
-        path = tree / "photos" / "transforms.json"
-        changed, what = spoil.json_bytes(random, path.read_bytes())
-        path.write_bytes(changed)
+        what = spoil_file(random, tree / ("photos.npz" if "npz" in name else "photos/transforms.json"))
     return Attack("photos", name, COMMANDS[name], what)
 
 
@@ -749,30 +607,16 @@ def attack_evaluation(random: Random, tree: Path) -> Attack:
     name = random.choice(("eval again", "eval again", "report", "compare", "export"))
     folder = tree / "results"
     if name == "export":  # its card shows the run's evaluations
-        shutil.move(folder, tree / "run" / "eval" / "results")
-        folder = tree / "run" / "eval" / "results"
+        folder = Path(shutil.move(folder, tree / "run" / "eval" / "results"))
     if name == "eval again":
         for made in ("records.csv", "metrics.json", "report.html"):
             (folder / made).unlink(missing_ok=True)
-    path = random.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"))
-    data = path.read_bytes()
-    if random.random() < 0.15:
-        what = spoil_folder(random, folder)
-    else:
-        if path.suffix == ".json":
-            changed, what = spoil.json_bytes(random, data)
-        elif path.suffix == ".npz":
-            import numpy as np
-
-            with np.load(path) as loaded:
-                changed, what = spoil.arrays(random, {key: loaded[key] for key in loaded.files})
-        elif path.suffix == ".jsonl":
-            changed, what = spoil.lines(random, data)
-        else:
-            changed, what = spoil.data_bytes(random, data), "bytes"
-        path.write_bytes(changed)
-        what = f"{path.relative_to(folder)} {what}"
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".png")
+    what = spoil_folder(random, folder) if random.random() < 0.15 else spoil_file(random, random.choice(files))
     return Attack("evaluation", name, COMMANDS[name], what, same=True)
+
+
+PLACES = ("neighbour", "neighbour/letter.txt", "data", "scene", "export", "photos", "results")
 
 
 def attack_paths(random: Random, tree: Path) -> Attack:
@@ -783,18 +627,7 @@ def attack_paths(random: Random, tree: Path) -> Attack:
     words = list(COMMANDS[name])
     place = next(number for number, word in enumerate(words) if word in NEW)
     if how == "out":
-        taken = (
-            "neighbour",
-            "neighbour/letter.txt",
-            "data",
-            "scene",
-            "results",
-            "photos",
-            "export",
-            "config.yaml",
-            ".",
-        )
-        bad = random.choice(taken)
+        bad = random.choice((*PLACES, "config.yaml", "."))
         kind = {"train": "run", "doctor": "run", "eval": "results", "refine": "results"}.get(name)
         certain = bad not in ("results", "run") or kind is None
         words[place] = bad
@@ -802,26 +635,14 @@ def attack_paths(random: Random, tree: Path) -> Attack:
         words[place] = random.choice(("x" * 300, "x/" * 3000 + "x", "neighbour/letter.txt/x", "/proc/x", "/dev/null/x"))
         certain = True
     elif how == "name":
-        words[place] = random.choice(
-            ("a\nb", "\x1b[31m", "\udcff", " ", "-", "é" * 127, "%s", "new\rsitdist: error: x")
-        )
+        odd = ("a\nb", "\x1b[31m", "\udcff", " ", "-", "é" * 127, "%s", "new\rsitdist: error: x")
+        words[place] = random.choice(odd)
         certain = False
     else:
         name = random.choice(sorted(COMMANDS))
         words = list(COMMANDS[name])
-        others = (
-            "neighbour",
-            "neighbour/letter.txt",
-            "data",
-            "run",
-            "scene",
-            "export",
-            "photos",
-            "results",
-            "/dev/null",
-        )
         place = 2 if words[0] in ("shards", "scene", "checkpoint", "codec", "ema") else 1
-        bad = random.choice([other for other in others if other != words[place]])
+        bad = random.choice([other for other in (*PLACES, "run", "/dev/null") if other != words[place]])
         words[place] = bad
         certain = bad.startswith(("neighbour", "/dev"))
     certain = certain and name != "doctor"
@@ -829,18 +650,5 @@ def attack_paths(random: Random, tree: Path) -> Attack:
 
 
 AREAS: dict[str, Callable[[Random, Path], Attack]] = {
-    "options": attack_options,
-    "config": attack_config,
-    "set": attack_set,
-    "recipe": attack_recipe,
-    "dataset": attack_dataset,
-    "run": attack_run,
-    "checkpoint": attack_checkpoint,
-    "export": attack_export,
-    "scene": attack_scene,
-    "pictures": attack_pictures,
-    "poses": attack_poses,
-    "photos": attack_photos,
-    "evaluation": attack_evaluation,
-    "paths": attack_paths,
+    name.removeprefix("attack_"): function for name, function in list(globals().items()) if name.startswith("attack_")
 }

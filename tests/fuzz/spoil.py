@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -168,23 +169,10 @@ def data_bytes(random: Random, original: bytes) -> bytes:
 
 def bad_word(random: Random) -> str:
     """A word of a command line that is no valid value of anything."""
-    pool = (
-        "",
-        " ",
-        "nan",
-        "inf",
-        "-inf",
-        "-1",
-        "0",
-        "1e400",
-        "9" * 400,
-        "x" * 300,
-        "a\nb",
-        "\udcff\udcfe",
-        "--",
-        "None",
+    pool = ("", " ", "nan", "inf", "-inf", "-1", "0", "1e400", "9" * 400, "x" * 300, "a\nb", "\udcff\udcfe", "--")
+    return random.choice(
+        (*pool, "None", "1,2", "é", "\x1b[2J", "1:1", "7:1", "0x10", "1_0", "٣", "²", "/dev/full", "a" * 5000)
     )
-    return random.choice((*pool, "1,2", "é", "\x1b[2J", "1:1", "7:1", "0x10", "1_0", "٣", "²", "/dev/full", "a" * 5000))
 
 
 def lines(random: Random, data: bytes) -> tuple[bytes, str]:
@@ -231,7 +219,7 @@ def array(random: Random, original: np.ndarray) -> tuple[bytes, str]:
     how = random.choice(("value", "value", "type", "shape", "header", "bytes", "object", "empty"))
     if how == "value":
         changed = original.copy()
-        bad = random.choice((np.nan, np.inf, -np.inf, 0, -1, 1e30, 1e-30, 255, -1e300))
+        bad = random.choice((np.nan, np.inf, -np.inf, 0, -1, 1, 1e30, 1e-30, 255, -1e300, 2**31, 2**62, -(2**62)))
         with np.errstate(all="ignore"):
             flat = changed.reshape(-1)
             flat[random.randrange(len(flat))] = np.asarray(bad).astype(changed.dtype)
@@ -346,7 +334,7 @@ def picture(random: Random, original: bytes) -> tuple[bytes, str]:
         return _png(60_000, 1, zlib.compress(bytes(1 + 3 * 60_000))), "60000x1"
     if how == "foreign":
         return random.choice(FOREIGN)
-    if how == "mode":
+    if how == "mode" and original.startswith(b"\x89PNG"):
         return _converted(random, original)
     if how == "cut":
         return original[: random.randrange(len(original))], "cut"
@@ -397,3 +385,52 @@ FOREIGN = (
     (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(20) + b"\xff\xd9", "JPEG of nothing"),
     (b"8BPS\x00\x01" + bytes(40), "PSD"),
 )
+
+
+# ----------------------------------------------------------------------------------------------------------- by suffix
+
+
+def any_bytes(random: Random, original: bytes) -> tuple[bytes, str]:
+    """`data_bytes`, and what was done."""
+    return data_bytes(random, original), "bytes"
+
+
+def of_text(change: Callable[[Random, str], tuple[str, str]]) -> Callable[[Random, bytes], tuple[bytes, str]]:
+    """A change of a text as one of bytes, which now and then are no text or of another encoding."""
+
+    def spoiled(random: Random, original: bytes) -> tuple[bytes, str]:
+        if random.randrange(10) == 0:
+            return any_bytes(random, original)
+        changed, what = change(random, original.decode("utf-8", "surrogateescape"))
+        encoding = "utf-16" if random.randrange(50) == 0 else "utf-8"
+        return changed.encode(encoding, "surrogatepass"), what
+
+    return spoiled
+
+
+def npy_bytes(random: Random, original: bytes) -> tuple[bytes, str]:
+    """An .npy file, as `array` spoils it."""
+    return array(random, np.load(io.BytesIO(original)))
+
+
+def npz_bytes(random: Random, original: bytes) -> tuple[bytes, str]:
+    """An .npz file, as `arrays` spoils it."""
+    with np.load(io.BytesIO(original)) as loaded:
+        return arrays(random, {name: loaded[name] for name in loaded.files})
+
+
+BY_SUFFIX: dict[str, Callable[[Random, bytes], tuple[bytes, str]]] = {
+    ".json": json_bytes,
+    ".jsonl": lines,
+    ".yaml": of_text(yaml_text),
+    ".txt": of_text(colmap_text),
+    ".npy": npy_bytes,
+    ".npz": npz_bytes,
+    ".safetensors": safetensors,
+    ".png": picture,
+}
+
+
+def contents(random: Random, suffix: str, original: bytes) -> tuple[bytes, str]:
+    """The contents of a file, spoiled in a way of its kind."""
+    return BY_SUFFIX.get(suffix, any_bytes)(random, original)

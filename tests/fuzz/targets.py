@@ -1,12 +1,11 @@
 """Everything that reads what strangers give, as functions of bytes: for the property tests, and for atheris.
 
-What each promises of any bytes: a result, or a SitdistError of one line with fewer than LONGEST characters (before
-those that steer a terminal are escaped); within SECONDS and MEMORY; and no file is changed.
+What each promises of any bytes: a result, or a SitdistError whose line has fewer than LONGEST characters as a terminal
+shows it; within SECONDS and MEMORY; and no file is changed.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 import shutil
@@ -27,6 +26,7 @@ from sitdist.errors import DataError, SitdistError, one_line
 LONGEST = 600
 SECONDS = 20
 MEMORY = 1 << 30
+Change = Callable[[Random, bytes], tuple[bytes, str]]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Target:
 
     name: str
     seeds: tuple[bytes, ...]
-    spoil: Callable[[Random, bytes], tuple[bytes, str]]
+    spoil: Change
     put: Callable[[bytes], object]
     read: Callable[[], object]
     folder: Path
 
     def attempt(self, data: bytes, quick: bool = False) -> str:
-        """Read these bytes; '' or the refusal. Asserts what is promised; `quick`: but for the time and the files."""
+        """Read these bytes; '' or the refusal. Asserts what is promised; `quick`: except for the time and the files."""
         self.put(data)
         before = {} if quick else contents(self.folder)
         refusal = ""
@@ -50,11 +50,37 @@ class Target:
                 self.read()
             except SitdistError as error:
                 refusal = str(error)
-        if refusal:
-            assert len(refusal) < LONGEST, f"{len(refusal)} characters: {refusal[:300]!r}"
-            assert one_line(refusal).isprintable()
+        line = one_line(refusal)
+        assert len(line) < LONGEST, f"{len(line)} characters: {line[:300]!r}"
+        assert line.isprintable()
         assert quick or contents(self.folder) == before, "a file was changed"
         return refusal
+
+
+def file_target(
+    name: str,
+    path: Path,
+    read: Callable[[], object],
+    sign: Callable[[Path], object] | None = None,
+    seeds: tuple[bytes, ...] = (),
+) -> Target:
+    """A reader of the file `path`, which is good as it is there, or as `seeds` are; spoiled in a way of its kind.
+
+    `sign` gives the folder of the file, afterwards, the hashes of whatever it holds.
+    """
+
+    def write(data: bytes) -> None:
+        put(path, data)
+        if sign is not None:
+            sign(path.parent)
+
+    change = spoil.BY_SUFFIX[path.suffix]
+    return Target(name, seeds or (path.read_bytes(),), change, write, read, path.parent)
+
+
+def put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,7 +90,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def limited(clock: bool = True) -> Iterator[None]:
-    """Within `with`: MemoryError for more than MEMORY, and with `clock` TimeoutError after SECONDS."""
+    """Raise MemoryError for more than MEMORY, and with `clock` TimeoutError after SECONDS."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"no end after {SECONDS} s")
@@ -87,10 +113,11 @@ def limited(clock: bool = True) -> Iterator[None]:
 def make_targets(folder: Path, run: Path) -> list[Target]:
     """All targets, each with a folder of its own in `folder`; `run` is copied."""
     made = [
-        *_yaml_targets(folder),
+        *_text_targets(folder),
         *_dataset_targets(folder),
         *_run_targets(folder, run),
         *_camera_targets(folder),
+        *_scene_targets(folder),
         *_evaluation_targets(folder),
     ]
     for target in made:
@@ -98,70 +125,43 @@ def make_targets(folder: Path, run: Path) -> list[Target]:
     return made
 
 
-# ------------------------------------------------------------------------------------------------- configs and recipes
+def _setting(random: Random, data: bytes) -> tuple[bytes, str]:
+    bad = random.choice(spoil.YAML_VALUES) if random.randrange(2) else str(spoil.value(random))
+    word = f"{random.choice(inputs.keys_of(inputs.CONFIG))}={bad}"
+    return (word if random.randrange(4) else spoil.text(random, word)).encode("utf-8", "surrogatepass"), word[:60]
 
 
-def _text(change: Callable[[Random, str], tuple[str, str]]) -> Callable[[Random, bytes], tuple[bytes, str]]:
-    def spoiled(random: Random, data: bytes) -> tuple[bytes, str]:
-        if random.randrange(10) == 0:
-            return spoil.data_bytes(random, data), "bytes"
-        changed, what = change(random, data.decode("utf-8", "surrogateescape"))
-        return changed.encode("utf-8", "surrogatepass"), what
-
-    return spoiled
+# ---------------------------------------------------------------------------------------------- configs and datasets
 
 
-def _yaml_targets(folder: Path) -> list[Target]:
+def _text_targets(folder: Path) -> Iterator[Target]:
     from sitdist.config.experiment import Config
     from sitdist.config.load import load_yaml, set_key
     from sitdist.config.recipe import Recipe
     from sitdist.io.json_file import parse_json
 
-    made = []
-    recipes = (inputs.RECIPE, inputs.PHOTO_RECIPE, inputs.NPZ_RECIPE)
-    for name, schema, texts in (("config", Config, (inputs.CONFIG,)), ("recipe", Recipe, recipes)):
-        path = folder / name / f"{name}.yaml"
-        seeds = tuple(text.encode() for text in texts)
-        read = lambda schema=schema, path=path: load_yaml(schema, path)  # noqa: E731
-        made.append(
-            Target(name, seeds, _text(spoil.yaml_text), lambda data, path=path: put(path, data), read, path.parent)
-        )
-    path = folder / "set" / "config.yaml"
+    config, recipe, values = folder / "config" / "a.yaml", folder / "recipe" / "a.yaml", folder / "json" / "a.json"
+    recipes = tuple(text.encode() for text in (inputs.RECIPE, inputs.PHOTO_RECIPE, inputs.NPZ_RECIPE))
+    yield file_target("config", config, lambda: load_yaml(Config, config), seeds=(inputs.CONFIG.encode(),))
+    yield file_target("recipe", recipe, lambda: load_yaml(Recipe, recipe), seeds=recipes)
+    seeds = (b'{"a": [1, 2.5, null, {"b": "c"}]}',)
+    read = lambda: parse_json(values.read_bytes(), "a.json", "write it again")  # noqa: E731
+    yield file_target("json", values, read, seeds=seeds)
+    path, given = folder / "set" / "config.yaml", [""]
     put(path, inputs.CONFIG.encode())
-    given: list[str] = []
 
     def hold(data: bytes) -> None:
-        given[:] = [data.decode("utf-8", "surrogateescape").replace("\x00", "")]
-
-    keys = inputs.keys_of(inputs.CONFIG)
-    settings = tuple(f"{key}=1".encode() for key in ("train.steps", "flow.sigma", "evaluate.seed"))
-
-    def spoiled(random: Random, data: bytes) -> tuple[bytes, str]:
-        bad = random.choice(spoil.YAML_VALUES) if random.randrange(2) else str(spoil.value(random))
-        word = f"{random.choice(keys)}={bad}"
-        return (word if random.randrange(4) else spoil.text(random, word)).encode("utf-8", "surrogatepass"), word[:60]
+        given[0] = data.decode("utf-8", "surrogateescape").replace("\x00", "")
 
     def read_set() -> None:
         set_key({}, given[0])
         load_yaml(Config, path, given)
 
-    made.append(Target("set", settings, spoiled, hold, read_set, path.parent))
-    where = folder / "json" / "values.json"
-    seeds = (b'{"a": [1, 2.5, null, {"b": "c"}]}',)
-    read_json = lambda: parse_json(where.read_bytes(), "values.json", "write it again")  # noqa: E731
-    made.append(Target("json", seeds, spoil.json_bytes, lambda data: put(where, data), read_json, where.parent))
-    return made
+    settings = tuple(f"{key}=1".encode() for key in ("train.steps", "flow.sigma", "evaluate.seed"))
+    yield Target("set", settings, _setting, hold, read_set, path.parent)
 
 
-def put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-# ------------------------------------------------------------------------------------------------------------ datasets
-
-
-def _dataset_targets(folder: Path) -> list[Target]:
+def _dataset_targets(folder: Path) -> Iterator[Target]:
     """A manifest; and an index and a tar of a dataset whose manifest holds the hashes of whatever they are."""
     from sitdist.build.writer import build
     from sitdist.config.load import parse
@@ -172,25 +172,20 @@ def _dataset_targets(folder: Path) -> list[Target]:
     copy, path = folder / "dataset", folder / "manifest" / "manifest.json"
     codec = {"kind": "pca", "patch": 4, "fit_views": 6}
     splits = {"train": {"kind": "scene", "views": 6, "supersample": 1}}
-    build(
-        parse(Recipe, {"name": "six", "image_size": 16, "codec": codec, "val_views": 0, "splits": splits}, "six"), copy
-    )
-    seeds = ((copy / "manifest.json").read_bytes(),)
-    manifest = Target(
-        "manifest", seeds, spoil.json_bytes, lambda data: put(path, data), lambda: read_manifest(path), path.parent
-    )
+    recipe = {"name": "six", "image_size": 16, "codec": codec, "val_views": 0, "splits": splits}
+    build(parse(Recipe, recipe, "six"), copy)
+    put(path, (copy / "manifest.json").read_bytes())
+    yield file_target("manifest", path, lambda: read_manifest(path))
     tar = copy / "train" / "00000.tar"
-    index = tar.with_suffix(".index.npz")
+    good = {path: path.read_bytes() for path in (tar, tar.with_suffix(".index.npz"))}
 
     def read() -> None:
         for problem in verify(copy):
             raise DataError(problem)
 
-    made = [manifest]
-    for name, file in (("index", index), ("tar", tar)):
-        good = {path: path.read_bytes() for path in (tar, index)}
+    for file in good:
 
-        def write(data: bytes, file: Path = file, good: dict[Path, bytes] = good) -> None:
+        def write(data: bytes, file: Path = file) -> None:
             for path, content in good.items():
                 put(path, data if path == file else content)
             with suppress(ValueError, KeyError, OSError, EOFError):
@@ -198,73 +193,38 @@ def _dataset_targets(folder: Path) -> list[Target]:
                     inputs.sign_index(tar)
             inputs.sign_dataset(copy)
 
-        change = _index if name == "index" else lambda random, data: (spoil.data_bytes(random, data), "bytes")
-        made.append(Target(name, (good[file],), change, write, read, copy))
-    return made
-
-
-def _index(random: Random, data: bytes) -> tuple[bytes, str]:
-    with np.load(io.BytesIO(data)) as loaded:
-        return spoil.arrays(random, {name: loaded[name] for name in loaded.files})
+        change = spoil.BY_SUFFIX.get(file.suffix, spoil.any_bytes)
+        yield Target("tar" if file == tar else "index", (good[file],), change, write, read, copy)
 
 
 # ---------------------------------------------------------------------------------------------------- runs and exports
 
 
-def _run_targets(folder: Path, run: Path) -> list[Target]:
+def _run_targets(folder: Path, run: Path) -> Iterator[Target]:
     """The files of a checkpoint; the card and the weights of an export, which holds the hash of whatever they are."""
     from sitdist.inference.export import export_run, load_exported
     from sitdist.io.ownership import check_ours, mark
     from sitdist.runs.checkpoint import read_checkpoint
 
     source = sorted((run / "checkpoints").glob("step_*"))[-1]
-    made = []
     for name in ("manifest.json", "state.json", "ema.safetensors"):
-        copy = folder / f"checkpoint-{name}" / source.name
-        shutil.copytree(source, copy)
-
-        def write(data: bytes, path: Path = copy / name) -> None:
-            put(path, data)
-            if path.name != "manifest.json":
-                inputs.sign_checkpoint(path.parent)
-
-        change = spoil.safetensors if name.endswith("safetensors") else spoil.json_bytes
-        good = ((copy / name).read_bytes(),)
-        made.append(Target(f"checkpoint {name}", good, change, write, lambda copy=copy: read_checkpoint(copy), copy))
-    for name in ("config.json", "model.safetensors"):
+        copy = Path(shutil.copytree(source, folder / f"checkpoint-{name}" / source.name))
+        sign = None if name == "manifest.json" else inputs.sign_checkpoint
+        yield file_target(f"checkpoint {name}", copy / name, lambda copy=copy: read_checkpoint(copy), sign)
+    for name, sign in (("config.json", None), ("model.safetensors", inputs.sign_export)):
         copy = folder / f"export-{name}"
         export_run(run, copy)
-        sign = name == "model.safetensors"
-
-        def write(data: bytes, path: Path = copy / name, sign: bool = sign) -> None:
-            put(path, data)
-            if sign:
-                inputs.sign_export(path.parent)
-
-        change = spoil.safetensors if sign else spoil.json_bytes
-        good = ((copy / name).read_bytes(),)
-        made.append(Target(f"export {name}", good, change, write, lambda copy=copy: load_exported(copy), copy))
+        yield file_target(f"export {name}", copy / name, lambda copy=copy: load_exported(copy), sign)
     owned = folder / "owned"
     owned.mkdir(parents=True)
     mark(owned, "run")
-    path = owned / "sitdist.json"
-    made.append(
-        Target(
-            "mark",
-            (path.read_bytes(),),
-            spoil.json_bytes,
-            lambda data: put(path, data),
-            lambda: check_ours(owned, "run"),
-            owned,
-        )
-    )
-    return made
+    yield file_target("mark", owned / "sitdist.json", lambda: check_ours(owned, "run"))
 
 
 # --------------------------------------------------------------------------------------------- cameras, pictures, scene
 
 
-def _camera_targets(folder: Path) -> list[Target]:
+def _camera_targets(folder: Path) -> Iterator[Target]:
     from sitdist.build.sources import open_source
     from sitdist.config.recipe import NpzSource, TransformsSource
     from sitdist.io.colmap import read_model
@@ -273,90 +233,43 @@ def _camera_targets(folder: Path) -> list[Target]:
     from sitdist.scene.photos import read_photos
 
     values = camera_files(folder / "source")
-    made = []
     for name in ("poses.npy", "poses.npz", "transforms.json", "path.json"):
         path = folder / f"poses-{name}" / name
-        change = {".npy": _npy, ".npz": _index}.get(path.suffix, spoil.json_bytes)
-        made.append(
-            Target(
-                f"poses {name}",
-                (values[name],),
-                change,
-                lambda data, path=path: put(path, data),
-                lambda path=path: read_poses(path),
-                path.parent,
-            )
-        )
+        read = lambda path=path: read_poses(path)  # noqa: E731
+        yield file_target(f"poses {name}", path, read, seeds=(values[name],))
     for name in ("cameras.txt", "images.txt"):
         copy = folder / f"colmap-{name}"
         for each in ("cameras.txt", "images.txt", "points3D.txt"):
             put(copy / each, values[each])
-        made.append(
-            Target(
-                f"colmap {name}",
-                (values[name],),
-                _text(spoil.colmap_text),
-                lambda data, path=copy / name: put(path, data),
-                lambda copy=copy: read_model(copy),
-                copy,
-            )
-        )
-    copy = folder / "photos"
-    for name in ("0.png", "1.png"):
-        put(copy / name, values[name])
+        read = lambda copy=copy: read_model(copy)  # noqa: E731
+        yield file_target(f"colmap {name}", copy / name, read)
+    photos, archive, posed = folder / "photos", folder / "npz" / "photos.npz", folder / "posed"
+    for name in ("0.png", "1.png", "transforms.json"):
+        put(photos / name, values[name])
+        put(posed / name, values[name])
+    sources = {
+        photos: TransformsSource(kind="transforms", path=str(photos)),
+        archive: NpzSource(kind="npz", paths=[str(archive)]),
+    }
 
-    def read_transforms() -> None:
+    def read_both(path: Path) -> None:
         with suppress(SitdistError):
-            source = open_source(TransformsSource(kind="transforms", path=str(copy)), 16)
+            source = open_source(sources[path], 16)
             source.images(range(len(source)))
-        read_photos(copy)
+        read_photos(path)
 
-    made.append(
-        Target(
-            "transforms",
-            (values["transforms.json"],),
-            spoil.json_bytes,
-            lambda data: put(copy / "transforms.json", data),
-            read_transforms,
-            copy,
-        )
-    )
-    archive = folder / "npz" / "photos.npz"
-
-    def read_npz() -> None:
-        with suppress(SitdistError):
-            source = open_source(NpzSource(kind="npz", paths=[str(archive)]), 16)
-            source.images(range(len(source)))
-        read_photos(archive)
-
-    made.append(
-        Target("photos.npz", (values["photos.npz"],), _index, lambda data: put(archive, data), read_npz, archive.parent)
-    )
+    yield file_target("transforms", photos / "transforms.json", lambda: read_both(photos))
+    yield file_target("photos.npz", archive, lambda: read_both(archive), seeds=(values["photos.npz"],))
     picture = folder / "picture" / "picture.png"
 
     def read_picture() -> None:
         with suppress(SitdistError):
             to_pixels(str(picture), "picture.png")
-        put(folder / "posed" / "0.png", picture.read_bytes())
-        read_photos(folder / "posed")
+        put(posed / "0.png", picture.read_bytes())
+        read_photos(posed)
 
-    for name in ("1.png", "transforms.json"):
-        put(folder / "posed" / name, values[name])
-    made.append(
-        Target(
-            "picture",
-            (values["0.png"], *(data for data, _ in spoil.FOREIGN)),
-            lambda random, data: spoil.picture(random, values["0.png"]),
-            lambda data: put(picture, data),
-            read_picture,
-            picture.parent,
-        )
-    )
-    return [*made, *_scene_targets(folder)]
-
-
-def _npy(random: Random, data: bytes) -> tuple[bytes, str]:
-    return spoil.array(random, np.load(io.BytesIO(data)))
+    seeds = (values["0.png"], *(data for data, _ in spoil.FOREIGN))
+    yield file_target("picture", picture, read_picture, seeds=seeds)
 
 
 def camera_files(folder: Path) -> dict[str, bytes]:
@@ -385,7 +298,7 @@ def camera_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _scene_targets(folder: Path) -> list[Target]:
+def _scene_targets(folder: Path) -> Iterator[Target]:
     """The description and the field of a scene, whose hash is that of whatever it is; one picture of it is rendered."""
     import torch
 
@@ -399,24 +312,15 @@ def _scene_targets(folder: Path) -> list[Target]:
     field.find_empty()
     pose = look_at(torch.tensor([[4.0, 0.0, 1.0]], dtype=torch.float64))
     camera = Intrinsics(4.0, 4.0, 2.0, 2.0, 4, 4)
-    made = []
-    for name in ("scene.json", "field.safetensors"):
+    for name, sign in (("scene.json", None), ("field.safetensors", inputs.sign_scene)):
         copy = folder / f"scene-{name}"
-        copy.parent.mkdir(parents=True, exist_ok=True)
         save_scene(Scene(field, Similarity.identity(), "capture"), copy)
-
-        def write(data: bytes, path: Path = copy / name) -> None:
-            put(path, data)
-            if path.name != "scene.json":
-                inputs.sign_scene(path.parent)
 
         def read(copy: Path = copy) -> None:
             picture = load_scene(copy).render(pose, camera)
             assert bool(picture.isfinite().all()), "a picture that is not finite"
 
-        change = spoil.json_bytes if name == "scene.json" else spoil.safetensors
-        made.append(Target(f"scene {name}", ((copy / name).read_bytes(),), change, write, read, copy))
-    return made
+        yield file_target(f"scene {name}", copy / name, read, sign)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -450,17 +354,13 @@ class _Alone:
     is_main_process = False
 
 
-def _evaluation_targets(folder: Path) -> list[Target]:
+def _evaluation_targets(folder: Path) -> Iterator[Target]:
     """The records and the pictures of a unit, as they are merged."""
     from sitdist.evaluate.tasks import do_tasks, merge, prepare
 
-    made = []
     for name in ("job_0.jsonl", "job_0.npz"):
         producer = Numbers(folder / f"unit-{name}")
         do_tasks([producer], [prepare(producer)], _Alone())  # type: ignore[arg-type, list-item]
         path = producer.out / "units" / name
-        change = _index if path.suffix == ".npz" else spoil.lines
-        read = lambda producer=producer: merge(producer)  # noqa: E731
-        write = lambda data, path=path: put(path, data)  # noqa: E731
-        made.append(Target(f"unit {path.suffix}", (path.read_bytes(),), change, write, read, producer.out))
-    return made
+        made = file_target(f"unit {path.suffix}", path, lambda producer=producer: merge(producer))
+        yield Target(made.name, made.seeds, made.spoil, made.put, made.read, producer.out)

@@ -12,7 +12,7 @@ import pytest
 
 from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.io import memory
-from sitdist.io.npz import npz_files, read_arrays, read_posed_array
+from sitdist.io.npz import load_arrays, npz_files, read_arrays, read_posed_array, save_arrays
 from sitdist.io.pose_files import read_poses
 
 EYE = np.eye(4)[None]
@@ -131,28 +131,40 @@ def test_arrays_of_every_kind_of_number_and_order_are_read(tmp_path, array):
         assert np.array_equal(read_poses(tmp_path / name).camera_to_world.numpy(), EYE)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"focal": np.nan},
-        {"focal": np.inf},
-        {"focal": -1.0},
-        {"focal": 1e-4},
-        {"focal": 1e8},
-        {"focal": np.zeros(0)},
-        {"images": np.zeros((1, 0, 4, 3), np.uint8)},
-        {"images": np.zeros((1, 4, 4, 3), bool)},
-        {"images": np.zeros((4, 4, 3), np.uint8)},
-        {"images": np.zeros((1, 4, 4, 3), np.complex64)},
-        {"poses": np.repeat(EYE, 2, 0)},
-        {"poses": EYE.astype(complex)},
-    ],
-    ids=str,
-)
-def test_posed_pictures_out_of_bounds_are_refused(tmp_path, changes):
+CHANGES = {
+    "focal": (np.nan, np.inf, -1.0, 1e-4, 1e8, np.zeros(0)),
+    "images": [np.zeros(shape, np.uint8) for shape in ((1, 0, 4, 3), (4, 4, 3))]
+    + [np.zeros((1, 4, 4, 3), kind) for kind in (bool, np.complex64)],
+    "poses": (np.repeat(EYE, 2, 0), EYE.astype(complex)),
+}
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name in CHANGES for bad in CHANGES[name]], ids=str)
+def test_posed_pictures_out_of_bounds_are_refused(tmp_path, name, bad):
     good = {"images": np.zeros((1, 4, 4, 3), np.uint8), "poses": EYE, "focal": 5.0}
     np.savez(tmp_path / "a.npz", **good)
     assert read_posed_array(tmp_path / "a.npz").intrinsics.fx == 5.0
-    np.savez(tmp_path / "a.npz", **(good | changes))
+    np.savez(tmp_path / "a.npz", **(good | {name: bad}))
     with pytest.raises(DataError, match=r"a\.npz"):
         read_posed_array(tmp_path / "a.npz")
+
+
+def test_our_own_archives_are_read_whole_and_anything_else_is_refused(tmp_path):
+    path, arrays = tmp_path / "own.npz", {"a": np.arange(6.0).reshape(2, 3), "b": np.array(["x", "yz"])}
+    save_arrays(path, arrays)
+    read = load_arrays(path, "write it again")
+    assert read.keys() == arrays.keys()
+    assert all(np.array_equal(read[name], arrays[name]) for name in arrays)
+    whole = path.read_bytes()
+    for data, message in (
+        (archive(a=saved(EYE)), "compressed"),
+        (archive(zipfile.ZIP_STORED, a=saved(EYE) + b"x"), "bytes behind the array a"),
+        (archive(zipfile.ZIP_STORED, a=saved(EYE), b=saved(EYE)).replace(b"b.npy", b"a.npy"), "several arrays"),
+        (archive(zipfile.ZIP_STORED, a=npy((10**12, 4))), "needs 32,000,000,000,000 bytes"),
+        (whole[:150] + b"?" + whole[151:], "Bad CRC-32"),
+        (whole[:-30], "damaged"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message) as raised:
+            load_arrays(path, "write it again")
+        assert str(raised.value).endswith("; write it again")

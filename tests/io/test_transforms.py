@@ -34,45 +34,22 @@ def moved(row, column, value):
     return pose
 
 
+def each(values):
+    """One dict for each value of each key."""
+    return [{key: value} for key, bad in values.items() for value in bad]
+
+
 CAMERAS = [  # of pictures whose size is told: these are wrong for any reader
-    {"fl_x": 0},
-    {"fl_x": 1e-4},
-    {"fl_x": 1e8},
-    {"fl_x": 10**400},
-    {"fl_x": "10"},
-    {"fl_x": True},
-    {"fl_x": [10.0]},
-    {"fl_y": -10.0},
-    {"cx": 1e6},
-    {"cy": -1e30},
+    *each({"fl_x": (0, 1e-4, 1e8, 10**400, "10", True, [10.0]), "fl_y": (-10.0,), "cx": (1e6,), "cy": (-1e30,)}),
+    *each({"w": (0, -8, 8.5), "h": (1e30, "6")}),
     {"cy": None, "cx": "middle"},
-    {"w": 0},
-    {"w": -8},
-    {"w": 8.5},
-    {"h": 1e30},
-    {"h": "6"},
-    {"fl_x": None, "camera_angle_x": 0.0},
-    {"fl_x": None, "camera_angle_x": 3.2},
-    {"fl_x": None, "camera_angle_x": 1e-9},
+    *({"fl_x": None, "camera_angle_x": angle} for angle in (0.0, 3.2, 1e-9)),
 ]
+TEXT = [[str(value) for value in row] for row in POSE]
+MOVED = ((0, 0, None), (0, 0, "1"), (0, 0, 10**400), (0, 0, 1.1), (0, 0, -1), (3, 3, 2), (0, 3, 1e13))
 POSES = [
-    None,
-    "none",
-    [],
-    1.0,
-    {"0": 1},
-    POSE[:3],
-    [[str(value) for value in row] for row in POSE],
-    [[*POSE[0], 0.0], *POSE[1:]],
-    [POSE],
-    moved(0, 0, None),
-    moved(0, 0, "1"),
-    moved(0, 0, 10**400),
-    moved(0, 0, 1.1),
-    moved(0, 0, -1),
-    moved(3, 3, 2),
-    moved(0, 3, 1e13),
-    [[[[[[[[[[1.0]]]]]]]]]],
+    *(None, "none", [], 1.0, {"0": 1}, POSE[:3], TEXT, [[*POSE[0], 0.0], *POSE[1:]], [POSE], [[[[[[[[[[1.0]]]]]]]]]]),
+    *(moved(*entry) for entry in MOVED),
 ]
 FILES = [
     "",
@@ -196,28 +173,16 @@ def write_again(file, values):
 # --------------------------------------------------------------------------------------------------- a camera path
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"camera_path": {}},
-        {"camera_path": []},
-        {"camera_path": [3]},
-        {"render_width": None},
-        {"render_width": 0},
-        {"render_height": 2.5},
-        {"render_height": 1e9},
-        {"render_width": "8"},
-        {"fov": 0},
-        {"fov": 180},
-        {"fov": "60"},
-        {"fov": 1e-9},
-        {"camera_to_world": [1.0] * 15},
-        {"camera_to_world": [str(value) for row in POSE for value in row]},
-        {"camera_to_world": None},
-        {"camera_to_world": list(np.eye(4).flatten() * 2)},
-    ],
-    ids=str,
-)
+PATHS = {
+    "camera_path": ({}, [], [3]),
+    "render_width": (None, 0, "8"),
+    "render_height": (2.5, 1e9),
+    "fov": (0, 180, "60", 1e-9),
+    "camera_to_world": ([1.0] * 15, [value for row in TEXT for value in row], None, list(np.eye(4).flatten() * 2)),
+}
+
+
+@pytest.mark.parametrize("values", each(PATHS), ids=str)
 def test_a_camera_path_out_of_bounds_is_refused(tmp_path, values):
     camera = {"camera_to_world": [value for row in POSE for value in row], "fov": 60.0}
     path = {"render_width": 8, "render_height": 6, "camera_path": [camera]}
