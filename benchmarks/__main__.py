@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sitdist.checks import find_device
-from sitdist.cli.arguments import add_device, count, output, positive
-from sitdist.cli.main import Parser, add_overwrite, run
+from sitdist.cli.arguments import add_device, add_overwrite, count, output, positive
+from sitdist.cli.main import run
 from sitdist.cli.outcome import show, tell
+from sitdist.cli.parser import Parser
 
 
 def make_parser() -> Parser:

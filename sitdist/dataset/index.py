@@ -29,11 +29,6 @@ from sitdist.geometry.pose import are_rigid, check_rigid
 from sitdist.io.files import open_file
 
 
-def index_name(tar: str) -> str:
-    """The name of a tar's index."""
-    return tar.removesuffix(".tar") + ".index.npz"
-
-
 def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:
     """The fields of one shard's index, each of the shard's length; DataError if damaged.
 

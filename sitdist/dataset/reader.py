@@ -25,11 +25,12 @@ from sitdist.dataset.format import (
     MEMBERS,
     SampleMeta,
     _keys,
+    index_name,
     npy_header,
     parse_meta,
     sample_members,
 )
-from sitdist.dataset.index import check_index, check_split, index_name, load_index
+from sitdist.dataset.index import check_index, check_split, load_index
 from sitdist.dataset.lru_cache import LruCache
 from sitdist.dataset.manifest import MANIFEST, load_manifest
 from sitdist.dataset.order import WINDOW

@@ -1,4 +1,4 @@
-"""What a finished dataset holds, and everything that is wrong with it: nothing here changes a file.
+"""Everything that is wrong with a finished dataset: nothing here changes a file.
 
 Hashes and checksums find accidents. They do not prove who made a dataset: who alters one can write new hashes. That is
 why verifying also reads every array, label, pose, camera and picture as training and evaluation would.
@@ -176,23 +176,3 @@ class _Samples:
         if not torch.allclose(expected.float(), torch.from_numpy(arrays["packed_pose"]), atol=1e-6):
             return "packed_pose is not camera_to_world standardized with the manifest's statistics"
         return None
-
-
-def info(dataset: str | Path) -> str:
-    """A few lines that say what a dataset holds, given as a folder or an fsspec URL."""
-    manifest = load_manifest(open_store(dataset).folder)
-    latent, psnr = manifest.latent, manifest.codec_psnr
-    lines = [
-        f"{manifest.name}: {manifest.image_size}x{manifest.image_size} pixels, latents "
-        f"{latent.channels}x{latent.height}x{latent.width}, codec {manifest.codec['kind']}"
-        + (f" (round trip {psnr.mean:.2f} dB on {psnr.n} views of {psnr.split})" if psnr else "")
-    ]
-    for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards) / 1e6
-        low, high = split.radius
-        augmented = f" ({split.radius_augmented} of them radius augmented)" if split.radius_augmented else ""
-        lines.append(
-            f"  {name}: {split.count} views{augmented}, radius {low:.2f} to {high:.2f}, {len(split.shards)} shards, "
-            f"{size:.1f} MB"
-        )
-    return "\n".join(lines)
