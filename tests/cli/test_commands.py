@@ -307,7 +307,7 @@ def test_names_with_spaces_stay_whole_but_in_colmap(run, refused, tiny_run, fold
 
 
 def test_a_calibrated_run_and_its_export_give_error_bars_and_trust(run, tiny_run, folder, tmp_path, monkeypatch):
-    for module in ("evaluate.calibrate", "flow.calibration"):
+    for module in ("inference.calibration", "flow.error_bars"):
         monkeypatch.setattr(f"sitdist.{module}.FEWEST", 12)
     calibrated = shutil.copytree(tiny_run, tmp_path / "run")
     run("calibrate", calibrated, "--split", "test")
