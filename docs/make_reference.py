@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 from sitdist.cli.main import make_parser
 from sitdist.cli.parser import Parser
 from sitdist.config.experiment import Config
-from sitdist.config.fields import type_and_bounds
+from sitdist.config.fields import schemas_in, type_and_bounds
 from sitdist.config.recipe import Recipe
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -119,14 +119,6 @@ def default(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "`true`", False: "`false`", None: "`null`"}[value]
     return f"`{list(value) if isinstance(value, tuple) else value}`"
-
-
-def schemas_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every schema in an annotation, once."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    found = [schema for argument in get_args(annotation) for schema in schemas_in(argument)]
-    return list(dict.fromkeys(found))
 
 
 def row(*cells: str) -> str:

@@ -106,7 +106,7 @@ HEAVY = ("torch", "numpy", "diffusers", "accelerate", "webdataset", "pydantic")
 ANSWERS = [  # arguments, exit code, and what they do not import
     (["--help"], 0, HEAVY),
     (["shards", "bild"], 2, HEAVY),
-    (["render", "RUN", "--turntable", "x", "--help"], 0, ("torch",)),
+    (["render", "RUN", "--turntable", "x"], 2, ("torch",)),
     (["shards", "info", "DATASET"], 0, ("torch",)),
     (["shards", "info", "nowhere"], 2, ("torch",)),
     (["checkpoint", "list", "RUN"], 0, ("torch",)),

@@ -96,8 +96,8 @@ def radii(text: str) -> tuple[int, int]:
 
 
 def check_run(run: Path) -> None:
-    """CheckpointError unless the folder is there, before anything slow is imported."""
-    if not os.path.isdir(run):
+    """CheckpointError unless the folder is there, before anything slow is imported. Several processes look together."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not os.path.isdir(run):
         raise CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`, or train first")
 
 
@@ -115,9 +115,7 @@ def add_set(command: argparse.ArgumentParser, example: str = "train.steps=100") 
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Where a command computes."""
-    command.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N or mps. Default: the first GPU, or else the CPU."
-    )
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto: a GPU if there is one.")
 
 
 def add_lpips(command: argparse.ArgumentParser) -> None:

@@ -35,9 +35,7 @@ def _convert_options(command: Parser) -> None:
     command.add_argument(
         "--step", type=positive, metavar="N", help="Step of the checkpoint. Default: the newest whole one."
     )
-    command.add_argument(
-        "--weights", choices=("ema", "model"), default="ema", help="The average, or the weights. Default: ema."
-    )
+    command.add_argument("--weights", choices=("ema", "model"), default="ema", help="The average, or the weights.")
 
 
 def _list(options: argparse.Namespace, verify: bool = False) -> int:

@@ -24,9 +24,7 @@ def _options(command: Parser) -> None:
     command.add_argument(
         "--launch", type=Path, metavar="FILE", help="Accelerate config that the run will be started with."
     )
-    command.add_argument(
-        "--out", type=output, default=Path("runs"), help="Folder in which the run will be. Default: runs."
-    )
+    command.add_argument("--out", type=output, default=Path("runs"), help="Folder in which the run will be.")
     add_set(command)
 
 

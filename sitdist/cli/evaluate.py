@@ -60,9 +60,7 @@ def _eval_options(command: Parser) -> None:
     command.add_argument("--split", help="Split of the dataset to evaluate. Default: test.")
     command.add_argument("--radii", type=radii, metavar="A:B", help="Evaluate radii A to B in bins of width 1.")
     command.add_argument("--views-per-radius", type=positive, metavar="N", help="Number of views in each bin.")
-    command.add_argument(
-        "--experiment", choices=(*EXPERIMENTS, "all"), default="radii", help="What to measure. Default: radii."
-    )
+    command.add_argument("--experiment", choices=(*EXPERIMENTS, "all"), default="radii", help="What to measure.")
     command.add_argument("--max-views", type=positive, metavar="N", help="Largest number of views per experiment.")
     _add_data(command)
     command.add_argument("--out", type=output, help="Folder of the results. Default: RUN/eval/...")
@@ -87,14 +85,14 @@ def _likelihood_options(command: Parser) -> None:
     from sitdist.flow.names import Solver
 
     command.add_argument("run", type=Path, help="Folder of the run.")
-    command.add_argument("--split", default="test", help="Split of the dataset. Default: test.")
+    command.add_argument("--split", default="test", help="Split of the dataset.")
     _add_data(command)
     command.add_argument("--views", type=positive, metavar="N", help="Use only the first N views. Default: all.")
-    command.add_argument("--probes", type=positive, default=4, help="Number of Hutchinson probes per view. Default: 4.")
-    command.add_argument("--method", choices=get_args(Solver), default="heun", help="Solver. Default: heun.")
-    command.add_argument("--steps", type=positive, default=25, help="Number of steps of the solver. Default: 25.")
-    command.add_argument("--batch", type=positive, default=64, help="Number of views per batch. Default: 64.")
-    command.add_argument("--seed", type=seed, default=0, help="Seed of the probes. Default: 0.")
+    command.add_argument("--probes", type=positive, default=4, help="Number of Hutchinson probes per view.")
+    command.add_argument("--method", choices=get_args(Solver), default="heun", help="Solver.")
+    command.add_argument("--steps", type=positive, default=25, help="Number of steps of the solver.")
+    command.add_argument("--batch", type=positive, default=64, help="Number of views per batch.")
+    command.add_argument("--seed", type=seed, default=0, help="Seed of the probes.")
     add_device(command)
     command.add_argument("--out", type=output, metavar="FILE", help="Also write a CSV with a row for each view.")
     add_overwrite(command)

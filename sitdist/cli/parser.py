@@ -41,6 +41,14 @@ class Parser(argparse.ArgumentParser):
             add_options(self)
         return self
 
+    def add_argument(self, *names: str, **given: Any) -> argparse.Action:  # type: ignore[override]
+        """argparse's, which also tells the default in the help."""
+        default = given.get("default")
+        if default is not None and default != [] and default is not argparse.SUPPRESS:
+            shown = f"{default:g}" if isinstance(default, float) else default
+            given["help"] = f"{given.get('help', '')} Default: {shown}.".lstrip()
+        return super().add_argument(*names, **given)
+
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         self.complete()
         namespace, rest = super().parse_known_args(args, namespace)

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 def _options(command: Parser) -> None:
     command.add_argument("run", help="A run, an exported folder, or a hub id.")
     command.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="Picture files, or folders of them.")
-    command.add_argument("--format", choices=FORMATS, default="jsonl", help="Output format. Default: jsonl.")
+    command.add_argument("--format", choices=FORMATS, default="jsonl", help="Output format.")
     command.add_argument("--out", type=output, help="Output file; for colmap, a new folder. Default: print.")
     add_overwrite(command)
     command.add_argument(
@@ -40,12 +40,10 @@ def _options(command: Parser) -> None:
     command.add_argument(
         "--masks", type=Path, metavar="FOLDER", help="Folder of masks with the same names, white on the object."
     )
-    command.add_argument(
-        "--frame", choices=("dataset", "user"), default="dataset", help="Frame of the poses. Default: dataset."
-    )
-    command.add_argument("--label", type=whole(0), default=0, help="Label of the object. Default: 0.")
+    command.add_argument("--frame", choices=("dataset", "user"), default="dataset", help="Frame of the poses.")
+    command.add_argument("--label", type=whole(0), default=0, help="Label of the object.")
     add_evaluate_keys(command, "estimator", "estimator_steps", "readout", "refine")
-    command.add_argument("--batch", type=positive, default=64, help="Number of pictures per batch. Default: 64.")
+    command.add_argument("--batch", type=positive, default=64, help="Number of pictures per batch.")
     add_device(command)
 
 

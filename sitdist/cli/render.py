@@ -47,16 +47,12 @@ def _options(command: Parser) -> None:
         "--radius", type=positive_number, help="Radius of the turntable. Default: the middle of the training radii."
     )
     command.add_argument("--elevation", type=elevation, help="Elevation of the turntable in degrees. Default: 20.")
-    command.add_argument(
-        "--frame", choices=("dataset", "user"), default="dataset", help="Frame of --poses. Default: dataset."
-    )
-    command.add_argument("--label", type=whole(0), default=0, help="Label of the object. Default: 0.")
-    command.add_argument("--seed", type=seed, default=0, help="Seed of the noise. Default: 0.")
+    command.add_argument("--frame", choices=("dataset", "user"), default="dataset", help="Frame of --poses.")
+    command.add_argument("--label", type=whole(0), default=0, help="Label of the object.")
+    command.add_argument("--seed", type=seed, default=0, help="Seed of the noise.")
     add_evaluate_keys(command, "generator", "generator_steps")
-    command.add_argument(
-        "--fps", type=number(0.01, 1000.0), default=16.0, help="Frames per second of a GIF or MP4. Default: 16."
-    )
-    command.add_argument("--batch", type=positive, default=64, help="Number of pictures per batch. Default: 64.")
+    command.add_argument("--fps", type=number(0.01, 1000.0), default=16.0, help="Frames per second of a GIF or MP4.")
+    command.add_argument("--batch", type=positive, default=64, help="Number of pictures per batch.")
     add_device(command)
 
 

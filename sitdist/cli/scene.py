@@ -63,7 +63,7 @@ def _fit_options(command: Parser) -> None:
     command.add_argument(
         "--steps", type=positive, nargs="+", metavar="N", help="Number of steps at each level. Default: 200 300 450."
     )
-    command.add_argument("--seed", type=seed, default=0, help="Seed of the choice of rays. Default: 0.")
+    command.add_argument("--seed", type=seed, default=0, help="Seed of the choice of rays.")
     add_device(command)
     add_lpips(command)
 
@@ -76,22 +76,18 @@ def _render_options(command: Parser) -> None:
         "--turntable", type=positive, metavar="N", help="Render N views on a closed circle, and a GIF of them."
     )
     which.add_argument("--recipe", type=Path, help="Render the cameras of a recipe's --split.")
-    command.add_argument("--split", default="train", help="Split of the recipe. Default: train.")
-    command.add_argument("--radius", type=positive_number, default=4.0, help="Radius of the turntable. Default: 4.")
+    command.add_argument("--split", default="train", help="Split of the recipe.")
+    command.add_argument("--radius", type=positive_number, default=4.0, help="Radius of the turntable.")
+    command.add_argument("--elevation", type=elevation, default=20.0, help="Elevation of the turntable in degrees.")
+    command.add_argument("--fov", type=positive_number, default=40.0, help="Field of view of the turntable in degrees.")
     command.add_argument(
-        "--elevation", type=elevation, default=20.0, help="Elevation of the turntable in degrees. Default: 20."
-    )
-    command.add_argument(
-        "--fov", type=positive_number, default=40.0, help="Field of view of the turntable in degrees. Default: 40."
-    )
-    command.add_argument(
-        "--size", type=whole(1, 16384), default=256, help="Side of the turntable's pictures in pixels. Default: 256."
+        "--size", type=whole(1, 16384), default=256, help="Side of the turntable's pictures in pixels."
     )
     command.add_argument(
         "--supersample",
         type=whole(1, 16),
         default=2,
-        help="Supersampling factor N: each pixel averages N x N rays. Default: 2.",
+        help="Supersampling factor N: each pixel averages N x N rays.",
     )
     command.add_argument(
         "--background", type=share, nargs=3, metavar=("R", "G", "B"), help="Overrides the scene's background."

@@ -19,9 +19,7 @@ def add(commands: Any) -> None:
 
 def _options(command: Parser) -> None:
     command.add_argument("run", help="A run, an exported folder, or a hub id.")
-    command.add_argument(
-        "--port", type=whole(0, 65535), default=8642, help="Port on 127.0.0.1; 0 takes a free one. Default: 8642."
-    )
+    command.add_argument("--port", type=whole(0, 65535), default=8642, help="Port on 127.0.0.1; 0 takes a free one.")
     add_device(command)
 
 

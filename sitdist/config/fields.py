@@ -6,6 +6,7 @@ import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 BOUNDS = ("gt", "ge", "lt", "le", "multiple_of", "pattern")
@@ -23,3 +24,11 @@ def type_and_bounds(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any,
             return type_and_bounds(kinds[0], metadata)
     bounds = {name: getattr(each, name) for each in metadata for name in BOUNDS if hasattr(each, name)}
     return annotation, bounds
+
+
+def schemas_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every schema in an annotation, once."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found = [schema for argument in get_args(annotation) for schema in schemas_in(argument)]
+    return list(dict.fromkeys(found))

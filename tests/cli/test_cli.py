@@ -40,23 +40,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def refused(capsys):
-    """Run a command that has to fail with one line; gives the line without its beginning."""
-
-    def run(*arguments):
-        code = cli.run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert code == 2
-        assert printed.out == ""
-        assert printed.err.startswith("sitdist: error: ")
-        assert printed.err.count("\n") == 1
-        assert printed.err.endswith("\n")
-        return printed.err.removeprefix("sitdist: error: ").rstrip()
-
-    return run
-
-
 def write(path, values):
     path.write_text(yaml.safe_dump(values))
     return path
@@ -387,14 +370,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").rglob("*.t*"))
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, refused):
-    (tmp_path / "file").write_text("")
-    recipe = write(tmp_path / "recipe.yaml", RECIPE)
-    message = refused("shards", "build", recipe, "--out", tmp_path / "file" / "out")
-    assert message.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written (Not a directory)")
-
-
-def test_verify_names_the_shard_and_the_sample_that_are_damaged(tmp_path, refused, tiny_dataset):
+def test_verify_names_the_shards_and_the_sample_that_are_damaged(tmp_path, refused, capsys, tiny_dataset):
     damaged = shutil.copytree(tiny_dataset, tmp_path / "damaged")
     tar = damaged / "train" / "00001.tar"
     whole, start = tar.read_bytes(), int(load_index(tar.with_suffix(".index.npz"))["moments"][2])
@@ -403,18 +379,11 @@ def test_verify_names_the_shard_and_the_sample_that_are_damaged(tmp_path, refuse
     assert refused("shards", "verify", damaged) == expected
     os.truncate(tar, start)
     assert "train/00001.tar: truncated: " in refused("shards", "verify", damaged)
-
-
-def test_verify_names_everything_that_is_damaged(tmp_path, capsys, tiny_dataset):
-    damaged = shutil.copytree(tiny_dataset, tmp_path / "damaged")
-    for tar in ("train/00000.tar", "test/00000.tar"):
-        (damaged / tar).unlink()
+    (damaged / "test" / "00000.tar").unlink()
     assert cli.run(["shards", "verify", str(damaged)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    missing = "00000.tar: cannot be read (No such file or directory); build the dataset again"
-    assert lines[0] == f"test/{missing}"
-    assert lines[1].endswith(f"train/{missing} (and 1 more, above)")
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("test/00000.tar: cannot be read (No such file or directory)")
+    assert last.endswith("samples lost; build again (and 1 more, above)")
 
 
 @pytest.mark.parametrize("action", ["verify", "info"])
@@ -434,19 +403,11 @@ def test_a_dataset_that_is_not_there_is_named_with_how_to_make_one(tmp_path, ref
         (["shards", "build", "RECIPE"], ["splits.train.views=1000000000"], "the cameras of 1,000,000,000 views: about"),
         (
             ["shards", "build", "RECIPE"],
-            ["splits.train.radius_augmentation={range: [1.0, 2.0], copies: 1000000000}"],
-            "the cameras of 5 views",
-        ),
-        (
-            ["shards", "build", "RECIPE"],
             ["image_size=16384", "splits.train.views=100000", "codec.fit_views=99999"],
             "199,998 pictures of 16384x16384 pixels at once",
         ),
-        (["shards", "cameras", "RECIPE", "--split", "train"], ["splits.train.views=1000000000"], "the cameras of"),
         (["codec", "fit", "RECIPE", "--channels", "100000", "100000"], [], "fitting a codec of 2,000,000 M weights"),
-        (["codec", "fit", "RECIPE", "--batch", "1000000000"], [], "with 1000000000 views a step"),
         (["scene", "render", "built-in", "--turntable", "1000000000"], [], "a turntable of 1,000,000,000 views"),
-        (["scene", "render", "built-in", "--turntable", "1000000", "--size", "16384"], [], "a GIF of 1,000,000 views"),
         (
             ["scene", "render", "built-in", "--turntable", "1", "--size", "16384", "--supersample", "16"],
             [],
@@ -469,7 +430,6 @@ def test_too_large_a_request_is_refused_with_what_it_needs(tmp_path, capsys, arg
     ("changes", "message"),
     [
         (["model.hidden_size=65536", "model.num_heads=16", "model.depth=1000"], "a model of 77,3"),
-        (["model.num_classes=1000000", "model.hidden_size=65536"], "a model of 220,1"),
         (["model.hidden_size=256", "model.depth=4", "train.global_batch=1000000"], "with 1000000 samples at a time"),
     ],
 )
@@ -492,20 +452,6 @@ def test_a_wrong_config_is_refused_before_a_run_is_begun(tmp_path, refused):
     message = refused("train", config, "--out", run)
     assert message.startswith("nowhere: no dataset: manifest.json is missing; make one with")
     assert not run.exists()
-
-
-def test_training_on_a_dataset_with_an_altered_byte_stops_with_its_shard_and_sample(tmp_path, refused, tiny_dataset):
-    damaged = shutil.copytree(tiny_dataset, tmp_path / "damaged")
-    for shard in range(3):
-        tar = damaged / "train" / f"0000{shard}.tar"
-        data = bytearray(tar.read_bytes())
-        for start in load_index(tar.with_suffix(".index.npz"))["moments"]:
-            data[int(start) + 200] ^= 1
-        tar.write_bytes(data)
-    config = write(tmp_path / "config.yaml", CONFIG | {"data": str(damaged)})
-    message = refused("train", config, "--out", tmp_path / "run")
-    assert "altered bytes (CRC differs)" in message
-    assert f"{damaged}/train/0000" in message
 
 
 def test_a_warning_of_a_command_that_shows_no_log_is_one_line_that_names_us():
