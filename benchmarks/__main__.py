@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sitdist.checks import find_device
-from sitdist.cli.arguments import add_device, count, output, positive
-from sitdist.cli.main import Parser, add_overwrite, run
+from sitdist.cli.arguments import add_device, add_overwrite, count, output, positive
+from sitdist.cli.main import run
 from sitdist.cli.outcome import show, tell
+from sitdist.cli.parser import Parser
 
 
 def make_parser() -> Parser:
@@ -18,55 +19,58 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks", description="Measure sitdist beside named baselines.")
     benchmarks = parser.add_subparsers(required=True, metavar="NAME")
     command = benchmarks.add_parser(
-        "data", help="reading samples beside stock webdataset; rendering, encoding and building views"
+        "data", help="Read samples beside stock webdataset; render, encode and build views."
     )
-    command.add_argument("dataset", help="folder or URL of a dataset")
-    command.add_argument("--split", default="train")
-    command.add_argument("--batch", type=positive, default=256)
-    command.add_argument("--samples", type=positive, default=20_000, help="samples a measure")
-    command.add_argument("--synthetic", type=count, metavar="N", help="also the order of N samples, such as 1e9")
-    command.add_argument("--views", type=positive, default=128, metavar="N", help="views to render, encode and build")
-    command.add_argument("--scene", metavar="FOLDER", help="fitted scene to render (default: the recipe's, if any)")
+    command.add_argument("dataset", help="Folder or URL of a dataset.")
+    command.add_argument("--split", default="train", help="Split of the dataset.")
+    command.add_argument("--batch", type=positive, default=256, help="Samples per batch.")
+    command.add_argument("--samples", type=positive, default=20_000, help="Number of samples per measurement.")
+    command.add_argument("--synthetic", type=count, metavar="N", help="Also time the order of N samples, such as 1e9.")
+    command.add_argument("--views", type=positive, default=128, metavar="N", help="Number of views to build.")
+    command.add_argument("--scene", metavar="FOLDER", help="Fitted scene to render. Default: the recipe's.")
     command.set_defaults(command=_bench_data)
-    command = benchmarks.add_parser("train", help="training steps beside a plain loop, in pairs")
-    command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
-    command.add_argument("--latent", type=positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
-    command.add_argument("--batch", type=positive, default=32, help="samples a step (default: 32)")
+    command = benchmarks.add_parser("train", help="Time training steps beside a plain loop, in pairs.")
+    command.add_argument("--model", default="SiT-S/2", help="Published size.")
+    command.add_argument("--latent", type=positive, default=16, metavar="L", help="4 x L x L latents.")
+    command.add_argument("--batch", type=positive, default=32, help="Samples per step.")
     command.add_argument(
-        "--backends", nargs="+", help="such as bf16-full (default: fp32, and bf16 where the device computes in it)"
+        "--backends", nargs="+", help="Such as bf16-full. Default: fp32, and bf16 where the device computes in it."
     )
     command.add_argument(
-        "--baseline", choices=("latents", "vae"), default="latents", help="latents computed before, or in the step"
+        "--baseline",
+        choices=("latents", "vae"),
+        default="latents",
+        help="Latents from before, or made in the step.",
     )
-    command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
-    command.add_argument("--steps", type=positive, default=1, help="steps of either side of a pair (default: 1)")
+    command.add_argument("--pairs", type=positive, default=5, help="Number of pairs.")
+    command.add_argument("--steps", type=positive, default=1, help="Steps of either side of a pair.")
     command.set_defaults(command=_bench_train)
 
-    command = benchmarks.add_parser("checkpoint", help="what saving costs the steps, beside a save that they wait for")
-    command.add_argument("--model", default="SiT-S/2", help="published size (default: SiT-S/2)")
-    command.add_argument("--latent", type=positive, default=16, metavar="L", help="4xLxL latents (default: 16)")
-    command.add_argument("--batch", type=positive, default=32, help="samples a step (default: 32)")
-    command.add_argument("--backend", default="fp32", help="such as bf16-full (default: fp32)")
-    command.add_argument("--pairs", type=positive, default=5, help="(default: 5)")
+    command = benchmarks.add_parser("checkpoint", help="Measure what saving costs, beside a save that steps wait for.")
+    command.add_argument("--model", default="SiT-S/2", help="Published size.")
+    command.add_argument("--latent", type=positive, default=16, metavar="L", help="4 x L x L latents.")
+    command.add_argument("--batch", type=positive, default=32, help="Samples per step.")
+    command.add_argument("--backend", default="fp32", help="Such as bf16-full.")
+    command.add_argument("--pairs", type=positive, default=5, help="Number of pairs.")
     command.set_defaults(command=_bench_checkpoint)
 
-    command = benchmarks.add_parser("pose", help="errors and speed of every estimator, beside the source's protocol")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    command.add_argument("--split", default="test", help="(default: test)")
-    command.add_argument("--views", type=positive, metavar="N", help="its first N views (default: all)")
-    command.add_argument("--batch", type=positive, default=64, help="(default: 64)")
+    command = benchmarks.add_parser("pose", help="Measure every estimator beside the source's protocol.")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="Folder of a run.")
+    command.add_argument("--split", default="test", help="Split of the dataset.")
+    command.add_argument("--views", type=positive, metavar="N", help="Use only its first N views. Default: all.")
+    command.add_argument("--batch", type=positive, default=64, help="Views per batch.")
     add_device(command)
-    command.add_argument("--json", type=output, metavar="FILE", help="also write the numbers to this file")
+    command.add_argument("--json", type=output, metavar="FILE", help="Also write the numbers to this file.")
     add_overwrite(command)
     command.set_defaults(command=_bench_pose)
 
-    command = benchmarks.add_parser("ablate", help="train and evaluate the method's known mistakes, one by one")
-    command.add_argument("dataset", type=Path)
+    command = benchmarks.add_parser("ablate", help="Train and evaluate the method's known mistakes, one by one.")
+    command.add_argument("dataset", type=Path, help="Folder of the dataset.")
     command.add_argument(
-        "--out", type=output, required=True, help="folder of the runs and the table; started again, it goes on"
+        "--out", type=output, required=True, help="Folder of the runs and the table. Started again, it goes on."
     )
-    command.add_argument("--steps", type=positive, default=1500, help="steps of every run")
-    command.add_argument("--split", help="split to evaluate (default: the first that is neither train nor val)")
+    command.add_argument("--steps", type=positive, default=1500, help="Steps of every run.")
+    command.add_argument("--split", help="Split to evaluate. Default: the first that is neither train nor val.")
     command.set_defaults(command=_ablate)
     return parser
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.dataset.format import BUILD_AGAIN
-from sitdist.dataset.index import index_name
+from sitdist.dataset.format import BUILD_AGAIN, index_name
 from sitdist.dataset.manifest import ShardEntry, load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import open_store

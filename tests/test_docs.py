@@ -1,6 +1,7 @@
 """The documentation builds, and every command that it shows is one that the command line takes."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -53,6 +54,13 @@ def test_a_command_that_does_not_exist_is_seen() -> None:
     assert complaint("sitdist trian CONFIG --out RUN")
     assert complaint("sitdist train CONFIG --out RUN --resmue")
     assert sum(len(in_blocks(page.read_text())) for page in PAGES) > 40
+
+
+def test_the_reference_is_what_its_generator_writes() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]()
+    assert (ROOT / "docs" / "reference.md").read_text() == written, "run: python docs/make_reference.py"
+    for line in ("### `sitdist shards info`", "### `evaluate`", "### `splits`, kind npz"):
+        assert line in written.splitlines()
 
 
 @pytest.mark.distributed

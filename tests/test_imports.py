@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import sitdist
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sitdist"
 
@@ -31,7 +33,7 @@ LEVELS = {
     "cli": 8,
     "__main__": 9,
 }
-SAME_LEVEL = {("io", "geometry"), ("build", "train")}  # a camera read from a file; a codec is trained, too
+SAME_LEVEL = {("io", "geometry"), ("build", "train"), ("config", "flow")}  # cameras in files; a codec is trained; names
 MATHS = ("geometry", "flow", "model")
 
 
@@ -101,14 +103,39 @@ def test_the_maths_sees_tensors_only(own):
 HEAVY = ("torch", "numpy", "diffusers", "accelerate", "webdataset", "pydantic")
 
 
+ANSWERS = [  # arguments, exit code, and what they do not import
+    (["--help"], 0, HEAVY),
+    (["shards", "bild"], 2, HEAVY),
+    (["render", "RUN", "--turntable", "x"], 2, ("torch",)),
+    (["shards", "info", "DATASET"], 0, ("torch",)),
+    (["shards", "info", "nowhere"], 2, ("torch",)),
+    (["checkpoint", "list", "RUN"], 0, ("torch",)),
+    (["checkpoint", "list", "nowhere"], 2, ("torch",)),
+    (["train", "nowhere.yaml", "--out", "out"], 2, ("torch",)),
+    (["eval", "nowhere"], 2, ("torch",)),
+]
+
+
 @pytest.mark.distributed
-def test_the_package_and_the_command_line_do_not_import_what_is_heavy():
-    code = f"""
+def test_what_needs_no_tensor_is_answered_without_importing_what_is_heavy(tiny_dataset, tiny_run, tmp_path):
+    for words, code, heavy in ANSWERS:
+        arguments = [{"DATASET": str(tiny_dataset), "RUN": str(tiny_run)}.get(word, word) for word in words]
+        program = f"""
 import sys
 import sitdist
-from sitdist.cli.main import run
-code = run(["shards", "bild"])
-print(code, [name for name in {HEAVY!r} if name in sys.modules])
+from sitdist.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    print(end.code or 0, [name for name in {heavy!r} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "2 []\n"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout.splitlines()[-1] == f"{code} []", words
+
+
+def test_the_public_names_are_there():
+    assert set(sitdist.__all__) == set(dir(sitdist))
+    for name in sitdist.__all__:
+        assert getattr(sitdist, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        sitdist.lode  # noqa: B018

@@ -1,19 +1,19 @@
-"""What words of the command line mean; argparse shows what is wrong with one."""
+"""What the arguments of the command line mean, and options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from sitdist.checks import LARGEST, LARGEST_SEED
-from sitdist.errors import shown
+from sitdist.errors import CheckpointError, shown
 
-ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom")
-READOUTS = ("svd", "weighted", "look_at")
+METAVARS = {"refine": "SCENE", "lpips_backbone": "FILE"}
 
 if TYPE_CHECKING:
     from sitdist.flow.sample import SampleOptions
@@ -95,50 +95,76 @@ def radii(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def add_device(command: argparse.ArgumentParser) -> None:
-    """Where a command computes."""
+def check_run(run: Path) -> None:
+    """CheckpointError unless the folder is there, before anything slow is imported. Several processes look together."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not os.path.isdir(run):
+        raise CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`, or train first")
+
+
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    """Whether an output file may be overwritten."""
+    command.add_argument("--overwrite", action="store_true", help="Overwrite the output file if it exists.")
+
+
+def add_set(command: argparse.ArgumentParser, example: str = "train.steps=100") -> None:
+    """Changes to single keys of a config or a recipe."""
     command.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"Change one key, such as {example}."
     )
 
 
-def add_estimator(command: argparse.ArgumentParser) -> None:
-    """How poses are read off pictures; `estimate_arguments` reads it."""
-    command.add_argument("--estimator", choices=ESTIMATORS, help="(default: as the run's config says)")
-    command.add_argument("--estimator-steps", type=positive, metavar="N", help="(default: as the run's config says)")
-    command.add_argument("--readout", choices=READOUTS, help="(default: as the run's config says)")
-    command.add_argument("--refine", metavar="SCENE", help="move poses to where this scene (or built-in) shows them")
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Where a command computes."""
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto: a GPU if there is one.")
+
+
+def add_lpips(command: argparse.ArgumentParser) -> None:
+    """Weights that LPIPS needs, where they are not a key of the config."""
+    command.add_argument("--lpips-backbone", metavar="FILE", help="File of torchvision's AlexNet or VGG weights.")
+
+
+def add_evaluate_keys(command: argparse.ArgumentParser, *names: str) -> None:
+    """Options that override keys of the config's `evaluate`; type, bounds, choices and help are the key's own."""
+    from sitdist.config.experiment import EvaluateConfig  # pydantic is slow to import
+    from sitdist.config.fields import type_and_bounds
+
+    for name in names:
+        field = EvaluateConfig.model_fields[name]
+        kind, bounds = type_and_bounds(field.annotation, field.metadata)
+        given: dict[str, Any] = {"metavar": METAVARS.get(name, name.upper())}
+        if get_origin(kind) is Literal:
+            given["choices"] = get_args(kind)
+        elif kind is int:
+            low, high = bounds.get("ge", bounds.get("gt", -1) + 1), bounds.get("le", bounds.get("lt", LARGEST + 1) - 1)
+            given |= {"type": whole(low, high), "metavar": "N"}
+        text = str(field.description).replace("%", "%%")
+        choices = f" One of {', '.join(given['choices'])}." if "choices" in given else ""
+        command.add_argument(f"--{name.replace('_', '-')}", help=f"{text}{choices} Default: the run's config.", **given)
+
+
+def changes(options: argparse.Namespace, **names: str) -> dict[str, Any]:
+    """Those of the options that were given, under other names: `changes(options, steps="estimator_steps")`."""
+    values = {name: getattr(options, option) for name, option in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def estimate_arguments(options: argparse.Namespace, flow: Flow) -> dict[str, Any]:
     """The arguments of `Flow.estimate` by the command line, and otherwise by the run's config."""
     from dataclasses import replace
 
-    estimator = options.estimator or flow.run.config.evaluate.estimator
-    many = estimator == "multi_zoom"
-    given = {
-        "estimator": None if many else options.estimator,
-        "steps": options.estimator_steps,
-        "readout": options.readout,
-    }
+    given = changes(options, estimator="estimator", steps="estimator_steps", readout="readout")
+    many = (options.estimator or flow.run.config.evaluate.estimator) == "multi_zoom"
+    if many:
+        given.pop("estimator", None)
     return {
-        "options": replace(
-            flow.estimate_options, **{name: value for name, value in given.items() if value is not None}
-        ),
+        "options": replace(flow.estimate_options, **given),
         "zooms": flow.zooms if many else None,
         "scene": options.refine,
     }
 
 
-def add_generator(command: argparse.ArgumentParser) -> None:
-    """How pictures are rendered; `sample_options` reads it."""
-    command.add_argument("--generator", metavar="SOLVER", help="(default: as the run's config says)")
-    command.add_argument("--generator-steps", type=positive, metavar="N", help="(default: as the run's config says)")
-
-
 def sample_options(options: argparse.Namespace, flow: Flow) -> SampleOptions:
-    """As the command line says, and otherwise as the run's config does."""
+    """How pictures are rendered by the command line, and otherwise by the run's config."""
     from dataclasses import replace
 
-    given = {"generator": options.generator, "steps": options.generator_steps}
-    return replace(flow.sample_options, **{name: value for name, value in given.items() if value is not None})
+    return replace(flow.sample_options, **changes(options, generator="generator", steps="generator_steps"))

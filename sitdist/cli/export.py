@@ -6,20 +6,26 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sitdist.cli.arguments import output, positive
+from sitdist.cli.arguments import check_run, output, positive
 from sitdist.cli.outcome import tell
+from sitdist.cli.parser import Parser
 
 
 def add(commands: Any) -> None:
-    """Add the command to the subparsers of the command line."""
-    command = commands.add_parser("export", help="write what inference needs of a run to a folder, with a model card")
-    command.add_argument("run", type=Path, help="folder of the run")
-    command.add_argument("out", type=output, metavar="DIR", help="new folder, ready to be uploaded to a hub")
-    command.add_argument("--step", type=positive, help="the checkpoint to export (default: the newest)")
-    command.set_defaults(command=_run)
+    """Add the command to the command line."""
+    commands.add_parser(
+        "export", help="Write what inference needs of a run to a folder, with a model card.", options=_options, run=_run
+    )
+
+
+def _options(command: Parser) -> None:
+    command.add_argument("run", type=Path, help="Folder of the run.")
+    command.add_argument("out", type=output, metavar="DIR", help="New folder, ready to be uploaded to a hub.")
+    command.add_argument("--step", type=positive, help="Step of the checkpoint. Default: the newest.")
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_run(options.run)
     from sitdist.evaluate.report.card import results_markdown
     from sitdist.inference.export import export_run
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from sitdist.cli.arguments import (
     add_device,
-    add_generator,
+    add_evaluate_keys,
+    add_overwrite,
     elevation,
     number,
     output,
@@ -19,41 +20,45 @@ from sitdist.cli.arguments import (
     whole,
 )
 from sitdist.cli.outcome import tell
+from sitdist.cli.parser import Parser
 from sitdist.errors import ConfigError
 
 
 def add(commands: Any) -> None:
-    """Add the command to the subparsers of the command line."""
-    command = commands.add_parser("render", help="render pictures with a trained model")
-    command.add_argument("run", help="a run, an exported folder, or a hub id")
+    """Add the command to the command line."""
+    commands.add_parser("render", help="Render pictures with a trained model.", options=_options, run=_run)
+
+
+def _options(command: Parser) -> None:
+    command.add_argument("run", help="A run, an exported folder, or a hub id.")
     command.add_argument(
-        "--out", type=output, required=True, help="new folder of PNGs and transforms.json; or a file, .gif or .mp4"
+        "--out", type=output, required=True, help="New folder of PNGs and transforms.json, or a .gif or .mp4 file."
     )
-    command.add_argument("--overwrite", action="store_true", help="overwrite the output file if it exists")
+    add_overwrite(command)
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--turntable", type=positive, metavar="N", help="N views on a closed circle")
+    which.add_argument("--turntable", type=positive, metavar="N", help="Render N views on a closed circle.")
     which.add_argument(
-        "--poses", type=Path, metavar="FILE", help="transforms.json, camera path, .npy, .npz, or a COLMAP folder"
+        "--poses",
+        type=Path,
+        metavar="FILE",
+        help="Render the poses in a transforms.json, a camera path, an .npy, an .npz, or a COLMAP folder.",
     )
-    command.add_argument("--radius", type=positive_number, help="of the turntable (default: amid the training radii)")
-    command.add_argument("--elevation", type=elevation, help="of the turntable in degrees (default: 20)")
     command.add_argument(
-        "--frame", choices=("dataset", "user"), default="dataset", help="of --poses (default: dataset)"
+        "--radius", type=positive_number, help="Radius of the turntable. Default: the middle of the training radii."
     )
-    command.add_argument("--label", type=whole(0), default=0, help="of the object (default: 0)")
-    command.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
-    add_generator(command)
-    command.add_argument("--fps", type=number(0.01, 1000.0), default=16.0, help="of a GIF or MP4 (default: 16)")
-    command.add_argument("--batch", type=positive, default=64, help="pictures at once (default: 64)")
+    command.add_argument("--elevation", type=elevation, help="Elevation of the turntable in degrees. Default: 20.")
+    command.add_argument("--frame", choices=("dataset", "user"), default="dataset", help="Frame of --poses.")
+    command.add_argument("--label", type=whole(0), default=0, help="Label of the object.")
+    command.add_argument("--seed", type=seed, default=0, help="Seed of the noise.")
+    add_evaluate_keys(command, "generator", "generator_steps")
+    command.add_argument("--fps", type=number(0.01, 1000.0), default=16.0, help="Frames per second of a GIF or MP4.")
+    command.add_argument("--batch", type=positive, default=64, help="Number of pictures per batch.")
     add_device(command)
-    command.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.poses is not None and (options.radius or options.elevation is not None):
         raise ConfigError("--radius, --elevation: are the turntable's; give them with --turntable")
-    if not 0.01 <= options.fps <= 1000.0:
-        raise ConfigError(f"--fps {options.fps:g}: expected 0.01 to 1000 pictures per second")
     from sitdist.inference.load import load
     from sitdist.io.pose_files import read_poses
     from sitdist.io.video import check_out, write_rendered

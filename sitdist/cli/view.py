@@ -7,17 +7,20 @@ from typing import Any
 
 from sitdist.cli.arguments import add_device, whole
 from sitdist.cli.outcome import tell
+from sitdist.cli.parser import Parser
 
 
 def add(commands: Any) -> None:
-    """Add the command to the subparsers of the command line."""
-    command = commands.add_parser("view", help="move a camera in a browser and see what the model renders")
-    command.add_argument("run", help="a run, an exported folder, or a hub id")
-    command.add_argument(
-        "--port", type=whole(0, 65535), default=8642, help="on 127.0.0.1; 0: any that is free (default: 8642)"
+    """Add the command to the command line."""
+    commands.add_parser(
+        "view", help="Move a camera in a browser and see what the model renders.", options=_options, run=_run
     )
+
+
+def _options(command: Parser) -> None:
+    command.add_argument("run", help="A run, an exported folder, or a hub id.")
+    command.add_argument("--port", type=whole(0, 65535), default=8642, help="Port on 127.0.0.1; 0 takes a free one.")
     add_device(command)
-    command.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> None:

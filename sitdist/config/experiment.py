@@ -25,6 +25,15 @@ from sitdist.config.schema import (
     Steps,
     Word,
 )
+from sitdist.flow.names import (
+    Diffusion,
+    Estimator,
+    Generator,
+    GuidedChannels,
+    LastStep,
+    Readout,
+    StochasticSolver,
+)
 
 SIT_SIZES: dict[str, tuple[int, int, int]] = {  # name: (depth, hidden_size, num_heads), Ma et al. 2024, table 1
     "S": (12, 384, 6),
@@ -37,23 +46,29 @@ SIT_PRESETS = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in (2,
 
 
 class ModelConfig(Schema):
-    """Size of the transformer: a published preset such as SiT-B/8, or free sizes. The data give the latent's shape.
+    """The transformer: a published size such as SiT-B/8, or free sizes. The dataset gives the latent's shape."""
 
-    `mlp`: the perceptrons, gelu as published, or swiglu with as many weights (better on the chair: docs/backbone.md).
-    `init_from`: a file of weights to start from, a published SiT checkpoint (.pt) or a .safetensors.
-    """
-
-    preset: str | None = None
-    patch_size: Pixels | None = None
-    hidden_size: Annotated[int, Field(gt=0, le=65536, multiple_of=4)] | None = None
-    depth: Annotated[int, Field(gt=0, le=1000)] | None = None
-    num_heads: Annotated[int, Field(gt=0, le=4096)] | None = None
-    mlp_ratio: Annotated[float, Field(ge=0.25, le=64)] = 4.0
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    num_classes: Annotated[int, Field(gt=0, le=10**6)] = 1
-    class_dropout_prob: Share = 0.1
-    learn_sigma: bool = False
-    init_from: Word | None = None
+    preset: str | None = Field(None, description="Published size, such as SiT-B/8. Give it, or the next four keys.")
+    patch_size: Pixels | None = Field(None, description="Side of a patch, in numbers of the latent.")
+    hidden_size: Annotated[int, Field(gt=0, le=65536, multiple_of=4)] | None = Field(
+        None, description="Width of the transformer; a multiple of num_heads."
+    )
+    depth: Annotated[int, Field(gt=0, le=1000)] | None = Field(None, description="Number of blocks.")
+    num_heads: Annotated[int, Field(gt=0, le=4096)] | None = Field(None, description="Number of attention heads.")
+    mlp_ratio: Annotated[float, Field(ge=0.25, le=64)] = Field(
+        4.0, description="Hidden width of a block's perceptron, relative to hidden_size."
+    )
+    mlp: Literal["gelu", "swiglu"] = Field(
+        "gelu", description="Perceptron of a block: gelu as published, or swiglu with as many weights."
+    )
+    num_classes: Annotated[int, Field(gt=0, le=10**6)] = Field(1, description="Number of labels.")
+    class_dropout_prob: Share = Field(
+        0.1, description="Probability of dropping the label in training, which classifier-free guidance needs."
+    )
+    learn_sigma: bool = Field(False, description="Double the output channels and ignore half, as published weights do.")
+    init_from: Word | None = Field(
+        None, description="File of weights to start from: a published SiT checkpoint (.pt), or a .safetensors."
+    )
 
     @field_validator("preset")
     @classmethod
@@ -86,22 +101,29 @@ class ModelConfig(Schema):
 
 
 class FlowConfig(Schema):
-    """The interpolant: its path, its t = 0 end, and how t is drawn.
+    """The interpolant: its path, its end at t = 0, and how t is drawn in training."""
 
-    `endpoint` pose: x0 = gain * pack(pose) + sigma * noise, the entries of a row as quadrants or interleaved
-    (`layout`). `endpoint` gaussian: x0 is noise (sigma 1), and the model gets the pose as a condition.
-    """
-
-    path: Literal["linear", "gvp", "vp"] = "linear"
-    endpoint: Literal["pose", "gaussian"] = "pose"
-    sigma: NonNegativeNumber = 0.1
-    gain: PositiveNumber = 1.0
-    layout: Literal["quadrants", "interleaved"] = "quadrants"
-    prediction: Literal["velocity", "x0", "score"] = "velocity"
-    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
-    share_at_one: Share = 0.25
-    share_at_zero: Share = 0.15
-    weight_at_one: PositiveNumber = 1.0
+    path: Literal["linear", "gvp", "vp"] = Field("linear", description="Path of the interpolant.")
+    endpoint: Literal["pose", "gaussian"] = Field(
+        "pose",
+        description="What x0 is: gain * pack(pose) + sigma * noise, or gaussian noise with the pose as a condition.",
+    )
+    sigma: NonNegativeNumber = Field(
+        0.1, description="Standard deviation of the noise on the packed pose; 1 with the gaussian endpoint."
+    )
+    gain: PositiveNumber = Field(1.0, description="Factor of the packed pose.")
+    layout: Literal["quadrants", "interleaved"] = Field(
+        "quadrants", description="How the four entries of a row of the pose are laid out in their channel."
+    )
+    prediction: Literal["velocity", "x0", "score"] = Field(
+        "velocity", description="What the network predicts; score needs the gaussian endpoint."
+    )
+    loss_weight: Literal["none", "velocity", "likelihood"] = Field(
+        "none", description="Weight of the loss over t, for predictions other than the velocity."
+    )
+    share_at_one: Share = Field(0.25, description="Share of the samples with t = 1, which trains reading poses.")
+    share_at_zero: Share = Field(0.15, description="Share of the samples with t = 0, which trains rendering.")
+    weight_at_one: PositiveNumber = Field(1.0, description="Weight of the loss of the samples with t = 1.")
 
     @model_validator(mode="before")
     @classmethod
@@ -172,33 +194,34 @@ class FlowConfig(Schema):
 
 
 class OptimizerConfig(Schema):
-    """torch.optim.AdamW or SGD."""
+    """The optimizer: torch.optim.AdamW or SGD."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveNumber = 1e-4
-    betas: Betas = (0.9, 0.999)
-    weight_decay: NonNegativeNumber = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_norm: PositiveNumber | None = 1.0
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="AdamW or SGD.")
+    lr: PositiveNumber = Field(1e-4, description="Largest learning rate.")
+    betas: Betas = Field((0.9, 0.999), description="AdamW's decay rates of the two moments.")
+    weight_decay: NonNegativeNumber = Field(0.0, description="Weight decay.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="SGD's momentum.")
+    clip_norm: PositiveNumber | None = Field(1.0, description="Largest norm of the gradient; null does not clip.")
 
 
 class ScheduleConfig(Schema):
-    """Learning rate over the steps: linear warm-up, then constant or half a cosine down to final_ratio."""
+    """The learning rate over the steps: a linear warm-up, then constant or half a cosine."""
 
-    kind: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: NonNegative = 0
-    final_ratio: Share = 0.0
+    kind: Literal["constant", "cosine"] = Field("cosine", description="Course after the warm-up.")
+    warmup_steps: NonNegative = Field(0, description="Number of steps of the linear warm-up.")
+    final_ratio: Share = Field(0.0, description="Last learning rate of the cosine, relative to the largest.")
 
 
 class AveragesConfig(Schema):
-    """Averages of the weights beside that of `ema_decay`: further decays, and power profiles by relative width.
+    """Averages of the weights beside that of ema_decay, saved with every checkpoint, for `sitdist ema`."""
 
-    They are kept with every checkpoint that is, and every `snapshot_every` steps for good, for `sitdist ema`.
-    """
-
-    decays: list[Annotated[float, Field(ge=0, lt=1)]] = []
-    sigma_rels: list[Annotated[float, Field(gt=0, lt=0.288)]] = []
-    snapshot_every: Positive | None = None
+    decays: list[Annotated[float, Field(ge=0, lt=1)]] = Field([], description="Decay rates of exponential averages.")
+    sigma_rels: list[Annotated[float, Field(gt=0, lt=0.288)]] = Field(
+        [], description="Relative widths of averages by power profiles."
+    )
+    snapshot_every: Positive | None = Field(
+        None, description="Also keep the averages of every N-th step, for good; null keeps none."
+    )
 
     @model_validator(mode="after")
     def _some(self) -> AveragesConfig:
@@ -210,58 +233,68 @@ class AveragesConfig(Schema):
 
 
 class ProfileConfig(Schema):
-    """Which steps to profile: `steps` of them, after the first `start`."""
+    """Which steps to profile."""
 
-    start: NonNegative = 10
-    steps: Positive = 3
+    start: NonNegative = Field(10, description="Number of steps before the first profiled one.")
+    steps: Positive = Field(3, description="Number of profiled steps.")
 
 
 class NonFiniteConfig(Schema):
-    """A step whose loss or gradient is not finite changes nothing. After `in_a_row` of them the run goes back to the
-    weights of its last checkpoint before them, and on with the next batches; after more than `budget` in all it stops.
-    """
+    """What happens when a loss or a gradient is not finite: the step changes nothing, and the run goes on."""
 
-    in_a_row: Positive = 10
-    budget: NonNegative = 100
+    in_a_row: Positive = Field(
+        10, description="After so many in a row, go back to the weights of the last checkpoint before them."
+    )
+    budget: NonNegative = Field(100, description="After more than so many in all, stop.")
 
 
 class TrainConfig(Schema):
-    """One training run. The world size is no part of it: accumulation follows from it and global_batch.
+    """One training run. Gradient accumulation follows from global_batch and the number of processes."""
 
-    `precision` auto: bf16 where the device computes in it, else fp32. The newest `keep_checkpoints` stay, and
-    those of every `keep_every`-th step (null: no others); `checkpoint_async`: they are written while training goes on,
-    from a copy on the host. `compile`: every block by itself, the model in full, or that
-    and replayed as a CUDA graph (graphs), for small models whose kernels are shorter than their launches.
-    `activation_checkpointing`: what blocks compute again in the backward pass and do not keep, all but the results
-    of matrix products (selective), or all. `layer_norms_every`: steps between norms of every layer. `tracker`: one of
-    Accelerate's, such as wandb, beside TensorBoard. `loss_spike`: a loss that many times the median of the last lines
-    is told (null: none is).
-    """
-
-    steps: Positive
-    global_batch: Annotated[int, Field(gt=0, le=10**6)]
-    max_batch_per_device: Positive | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    deterministic: bool = False
-    compile: Literal["off", "blocks", "full", "graphs"] = "off"
-    activation_checkpointing: Literal["off", "selective", "all"] = "off"
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    averages: AveragesConfig | None = None
-    log_every: Positive = 10
-    validate_every: Positive | None = None
-    validation_views: Positive = 64
-    picture_views: Positive = 8
-    checkpoint_every: Positive | None = None
-    keep_checkpoints: Positive = 3
-    keep_every: Positive | None = None
-    checkpoint_async: bool = True
-    layer_norms_every: Positive | None = None
-    loss_spike: Annotated[float, Field(gt=1)] | None = 3.0
-    non_finite: NonFiniteConfig = NonFiniteConfig()
-    profile: ProfileConfig | None = None
-    tracker: Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"] | None = None
+    steps: Positive = Field(description="Number of steps.")
+    global_batch: Annotated[int, Field(gt=0, le=10**6)] = Field(
+        description="Samples per step, of all processes together."
+    )
+    max_batch_per_device: Positive | None = Field(
+        None, description="Largest batch of one forward pass on a device; larger ones are accumulated."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Precision of the forward pass; auto is bf16 where the device computes in it, else fp32."
+    )
+    deterministic: bool = Field(False, description="Use deterministic algorithms only.")
+    compile: Literal["off", "blocks", "full", "graphs"] = Field(
+        "off",
+        description="torch.compile: every block by itself, the full model, or that and replayed as a CUDA graph.",
+    )
+    activation_checkpointing: Literal["off", "selective", "all"] = Field(
+        "off",
+        description="What blocks compute again in the backward pass: all but matrix products (selective), or all.",
+    )
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over the steps.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9999, description="Decay of the average of the weights.")
+    averages: AveragesConfig | None = Field(None, description="Further averages of the weights.")
+    log_every: Positive = Field(10, description="Steps between log lines.")
+    validate_every: Positive | None = Field(None, description="Steps between validations; null validates never.")
+    validation_views: Positive = Field(64, description="Number of views in a validation.")
+    picture_views: Positive = Field(8, description="Number of views whose pictures a validation logs.")
+    checkpoint_every: Positive | None = Field(
+        None, description="Steps between checkpoints; null writes only the last one."
+    )
+    keep_checkpoints: Positive = Field(3, description="Number of newest checkpoints to keep.")
+    keep_every: Positive | None = Field(None, description="Also keep the checkpoint of every N-th step, for good.")
+    checkpoint_async: bool = Field(True, description="Write checkpoints from a host copy while training goes on.")
+    layer_norms_every: Positive | None = Field(
+        None, description="Steps between logs of the norms of every layer; null logs none."
+    )
+    loss_spike: Annotated[float, Field(gt=1)] | None = Field(
+        3.0, description="Warn of a loss that is this many times the median of the last ones; null never warns."
+    )
+    non_finite: NonFiniteConfig = Field(NonFiniteConfig(), description="When a loss or a gradient is not finite.")
+    profile: ProfileConfig | None = Field(None, description="Which steps to profile; null profiles none.")
+    tracker: Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"] | None = Field(
+        None, description="A tracker of Accelerate's to log to, beside TensorBoard."
+    )
 
     @model_validator(mode="after")
     def _layers_to_be_seen(self) -> TrainConfig:
@@ -272,89 +305,94 @@ class TrainConfig(Schema):
         return self
 
 
-FixedSolver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams"]
-AdaptiveSolver = Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"]
-StochasticSolver = Literal["euler_maruyama", "stochastic_heun"]
-
-
 class EvaluateConfig(Schema):
-    """How pictures are generated and poses estimated in validation and evaluation.
+    """How pictures are generated and poses estimated in validation, in evaluation, and by a loaded model."""
 
-    `average`: the weights, one of the run's train.averages such as decay_0.99, or a file that `sitdist ema` wrote.
-    Adaptive generators (dopri5 and those after it) choose their own steps, by an error of at most `tolerance` taken
-    over the whole batch. Stochastic ones (euler_maruyama, stochastic_heun) need the gaussian endpoint; `diffusion` and
-    the two after it are theirs, and last_step null leaves the last step out. `guidance` is the scale of classifier-free
-    guidance (null: none), which needs labels dropped in training.
-
-    `estimator`: one_step, the posterior mean; euler, heun, midpoint backward in `estimator_steps` steps; source, 249
-    explicit Euler steps; exact, which undoes the generator; renoised, the mean over `estimator_draws` copies at
-    `estimator_time`; draws, over as many draws of a vae's latent; multi_zoom, the weighted mean over the picture in
-    all `zooms` about its centre (`background` around it, by default the recipe's). `readout`:
-    svd, weighted, or look_at where all training cameras look at the origin upright. `refine`: the folder of a scene in
-    the dataset's frame, fitted from training views alone, or built-in; poses are moved to where it shows the picture.
-    """
-
-    estimator: Literal[
-        "one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom"
-    ] = "one_step"
-    estimator_steps: Steps = 50
-    estimator_draws: Steps = 4
-    estimator_time: Annotated[float, Field(gt=0, lt=1)] = 0.97
-    readout: Literal["svd", "weighted", "look_at"] = "svd"
-    zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = [
-        0.75,
-        0.9,
-        1.0,
-        1.1,
-        1.25,
-    ]
-    background: Colour | None = None
-    refine: Word | None = None
-    generator: Literal[FixedSolver, AdaptiveSolver, StochasticSolver] = "heun"
-    generator_steps: Steps = 10
-    tolerance: PositiveNumber = 1e-6
-    guidance: NonNegativeNumber | None = None
-    guidance_channels: Literal["all", "three"] = "all"
-    diffusion: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "SBDM"
-    diffusion_norm: PositiveNumber = 1.0
-    last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
-    last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
-    batch: Positive = 64
-    average: Word | None = None
-    seed: Seed = 0
-    lpips_backbone: Word | None = None
+    estimator: Estimator = Field(
+        "one_step",
+        description="How a pose is read: the posterior mean at t = 1 (one_step); integrating backward (euler, heun, "
+        "midpoint); 249 explicit Euler steps (source); undoing the generator (exact); the mean over noisy copies at "
+        "estimator_time (renoised) or over draws of a vae's latent (draws); the weighted mean over zooms (multi_zoom).",
+    )
+    estimator_steps: Steps = Field(50, description="Number of steps of the estimators euler, heun and midpoint.")
+    estimator_draws: Steps = Field(4, description="Number of copies of renoised, or of draws of draws.")
+    estimator_time: Annotated[float, Field(gt=0, lt=1)] = Field(0.97, description="Time t of the copies of renoised.")
+    readout: Readout = Field(
+        "svd",
+        description="How a pose is fitted to its sixteen entries: nearest rotation (svd), weighted by variance "
+        "(weighted), or a level camera that looks at the origin (look_at).",
+    )
+    zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = Field(
+        [0.75, 0.9, 1.0, 1.1, 1.25], description="Zooms about the picture's centre of the estimator multi_zoom."
+    )
+    background: Colour | None = Field(
+        None, description="Colour around a picture that is zoomed out; null takes the recipe's."
+    )
+    refine: Word | None = Field(
+        None,
+        description="Move poses to where a scene shows the picture: a fitted scene's folder, or built-in. The scene "
+        "has to be fitted to training views alone.",
+    )
+    generator: Generator = Field(
+        "heun",
+        description="Solver that renders. Adaptive ones (from dopri5 on) choose their steps for the whole batch; "
+        "euler_maruyama and stochastic_heun need the gaussian endpoint.",
+    )
+    generator_steps: Steps = Field(10, description="Number of steps of the generator.")
+    tolerance: PositiveNumber = Field(1e-6, description="Error tolerance of adaptive generators and implicit_adams.")
+    guidance: NonNegativeNumber | None = Field(
+        None, description="Scale of classifier-free guidance; null is off. Needs model.class_dropout_prob above 0."
+    )
+    guidance_channels: GuidedChannels = Field("all", description="Channels that are guided: all, or the first three.")
+    diffusion: Diffusion = Field("SBDM", description="Diffusion coefficient of stochastic generators.")
+    diffusion_norm: PositiveNumber = Field(1.0, description="Factor of the diffusion coefficient.")
+    last_step: LastStep | None = Field(
+        "Mean", description="Last step of stochastic generators, without noise; null leaves it out."
+    )
+    last_step_size: Annotated[float, Field(gt=0, lt=1)] = Field(0.04, description="Size of that last step, in t.")
+    batch: Positive = Field(64, description="Number of views per batch.")
+    average: Word | None = Field(
+        None,
+        description="Weights to use: one of train.averages such as decay_0.99, or a file that `sitdist ema` wrote; "
+        "null takes the average of ema_decay.",
+    )
+    seed: Seed = Field(0, description="Seed of the noise.")
+    lpips_backbone: Word | None = Field(
+        None, description="File of torchvision's AlexNet or VGG weights, which LPIPS needs; null leaves LPIPS out."
+    )
 
 
 class ReaderConfig(Schema):
-    """How the training samples are read; but for `split_by_node` none of it changes which samples a batch holds, while
-    none is damaged.
+    """How training samples are read. Only split_by_node and replaced samples change what a batch holds."""
 
-    `workers` threads read ahead; `resident`: all samples are kept on the device. A damaged sample stops the run, or
-    another is put in its place, for at most `max_bad_samples` of them in a process. `cache`: the folder in which files
-    of a dataset behind a URL are kept (default: ~/.cache/sitdist), and `cache_gb` how many GB of them.
-    `split_by_node`: every node reads only its own share of the shards, which depends on the number of nodes.
-    """
-
-    workers: Annotated[int, Field(gt=0, le=1024)] = 2
-    resident: bool = False
-    on_bad_sample: Literal["stop", "replace"] = "stop"
-    max_bad_samples: NonNegative = 10
-    cache: Word | None = None
-    cache_gb: PositiveNumber = 50.0
-    split_by_node: bool = False
+    workers: Annotated[int, Field(gt=0, le=1024)] = Field(2, description="Number of threads that read ahead.")
+    resident: bool = Field(False, description="Keep all samples on the device.")
+    on_bad_sample: Literal["stop", "replace"] = Field(
+        "stop", description="Stop at a damaged sample, or replace it by another."
+    )
+    max_bad_samples: NonNegative = Field(10, description="Number of samples that a process may replace.")
+    cache: Word | None = Field(
+        None, description="Folder of the files of datasets behind a URL; null is ~/.cache/sitdist."
+    )
+    cache_gb: PositiveNumber = Field(50.0, description="Size of that folder in GB.")
+    split_by_node: bool = Field(
+        False, description="Let every node read only its own share of the shards; batches then depend on the nodes."
+    )
 
 
 class Config(Schema):
-    """A whole experiment: which dataset, which model, which flow, how it is trained and evaluated."""
+    """An experiment: which dataset, which model, which flow, how it is trained and evaluated."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
-    data: Word
-    seed: Seed = 0
-    model: ModelConfig
-    flow: FlowConfig = FlowConfig()
-    train: TrainConfig
-    reader: ReaderConfig = ReaderConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)] = Field(
+        description="Name of the experiment."
+    )
+    data: Word = Field(description="Folder or fsspec URL of the dataset.")
+    seed: Seed = Field(0, description="Seed of the weights, the sample order and the noise.")
+    model: ModelConfig = Field(description="The transformer.")
+    flow: FlowConfig = Field(FlowConfig(), description="The interpolant.")
+    train: TrainConfig = Field(description="The training run.")
+    reader: ReaderConfig = Field(ReaderConfig(), description="How training samples are read.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="How pictures are generated and poses estimated.")
 
     @model_validator(mode="after")
     def _generates(self) -> Config:

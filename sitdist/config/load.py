@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
+from sitdist.config.fields import schemas_in
 from sitdist.config.schema import S, Schema
 from sitdist.errors import ConfigError, one_line, shortened, shown
 
@@ -186,18 +187,12 @@ def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> set[str]:
     for place, part in enumerate(location):
         tagged = [choice for choice in schemas if place in _tag_places(location) and part in _kinds(choice)]
         fields = [choice.model_fields[part] for choice in schemas if part in choice.model_fields]
-        schemas = tagged or [inner for field in fields for inner in _schemas_in(field.annotation)] or schemas
+        schemas = tagged or [inner for field in fields for inner in schemas_in(field.annotation)] or schemas
     return {key for choice in schemas for key in choice.model_fields}
 
 
 def _kinds(schema: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(schema.model_fields["kind"].annotation) if "kind" in schema.model_fields else ()
-
-
-def _schemas_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [schema for argument in get_args(annotation) for schema in _schemas_in(argument)]
 
 
 def dump_yaml(value: Schema) -> str:

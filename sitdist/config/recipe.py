@@ -34,17 +34,16 @@ from sitdist.config.schema import (
 
 
 class RadiusAugmentation(Schema):
-    """Training views once more, `copies` times each, as from a distance that is uniform in `range`.
-
-    The picture is zoomed about its centre by r / r', the outside filled with `background` (by default the source's
-    own; .npz files have none), and the camera moved along its line of sight from r to r'. That is exact for an object
-    that is small against both.
+    """Training views once more, as from another distance: the picture is zoomed about its centre and the camera moved
+    along its line of sight. That is exact for an object that is small against both distances.
     """
 
-    range: RadiusRange
-    copies: Positive = 1
-    background: Colour | None = None
-    seed: Seed = 0
+    range: RadiusRange = Field(description="Smallest and largest distance; it is drawn uniformly between them.")
+    copies: Positive = Field(1, description="Number of copies of every view.")
+    background: Colour | None = Field(
+        None, description="Colour around a picture that is zoomed out; null takes the source's. npz sources need it."
+    )
+    seed: Seed = Field(0, description="Seed of the distances.")
 
     @model_validator(mode="after")
     def _ordered(self) -> RadiusAugmentation:
@@ -56,31 +55,41 @@ class RadiusAugmentation(Schema):
 class SceneSource(Schema):
     """Views of the built-in object, or of a scene fitted to photos, rendered when the shards are built.
 
-    Cameras stand on a shell about the origin and look at it, upright; the options say otherwise. `radius_bins`: edges
-    of bins with equally many views each, in the place of `radius`; `elevation_deg`: in the place of `sphere`;
-    `fov_range_deg`: the field of view varies, in the place of `fov_deg`; `target_jitter`: they look at points of a ball
-    of this radius about the origin; `roll_deg`: they are rolled by up to this angle to either side; `background`: in
-    the place of the scene's own. `scene`: folder of a fitted scene, in the place of the built-in object.
+    Cameras stand on a shell about the origin, look at it, and are upright, unless the options say otherwise.
     """
 
-    kind: Literal["scene"]
-    views: Positive
-    radius: RadiusRange = (3.0, 5.0)
-    radius_bins: Annotated[list[PositiveNumber], Field(min_length=2)] | None = None
-    sphere: Literal["upper", "full"] = "upper"
-    elevation_deg: ElevationRange | None = None
-    azimuth_deg: AzimuthRange = (0.0, 360.0)
-    fov_deg: Fov = 40.0
-    fov_range_deg: FovRange | None = None
-    target_jitter: NonNegativeNumber = 0.0
-    roll_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
-    background: Colour | None = None
-    scene: Word | None = None
-    supersample: Annotated[int, Field(ge=1, le=8)] = 2
-    seed: Seed = 0
-    label: Label = 0
-    name: Title | None = None
-    radius_augmentation: RadiusAugmentation | None = None
+    kind: Literal["scene"] = Field(description="Rendered views.")
+    views: Positive = Field(description="Number of views.")
+    radius: RadiusRange = Field((3.0, 5.0), description="Smallest and largest distance to the origin.")
+    radius_bins: Annotated[list[PositiveNumber], Field(min_length=2)] | None = Field(
+        None, description="Edges of bins of the distance with equally many views each; replaces radius."
+    )
+    sphere: Literal["upper", "full"] = Field("upper", description="Cameras above the horizon only, or everywhere.")
+    elevation_deg: ElevationRange | None = Field(
+        None, description="Smallest and largest elevation in degrees; replaces sphere."
+    )
+    azimuth_deg: AzimuthRange = Field((0.0, 360.0), description="Smallest and largest azimuth in degrees.")
+    fov_deg: Fov = Field(40.0, description="Field of view in degrees.")
+    fov_range_deg: FovRange | None = Field(
+        None, description="Smallest and largest field of view in degrees; replaces fov_deg."
+    )
+    target_jitter: NonNegativeNumber = Field(
+        0.0, description="Radius of a ball about the origin; cameras look at random points in it."
+    )
+    roll_deg: Annotated[float, Field(ge=0, le=180)] = Field(
+        0.0, description="Largest roll of a camera in degrees, to either side."
+    )
+    background: Colour | None = Field(None, description="Overrides the scene's background.")
+    scene: Word | None = Field(None, description="Folder of a fitted scene; null is the built-in object.")
+    supersample: Annotated[int, Field(ge=1, le=8)] = Field(
+        2, description="Supersampling factor N: each pixel averages N x N rays."
+    )
+    seed: Seed = Field(0, description="Seed of the cameras.")
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -137,13 +146,15 @@ def _numbers(value: Any) -> list[float]:
 
 
 class NpzSource(Schema):
-    """Posed pictures in .npz files (images, poses, focal): one file, several, or a folder of them."""
+    """Posed pictures in .npz files with the arrays images, poses and focal."""
 
-    kind: Literal["npz"]
-    paths: Annotated[list[Word], Field(min_length=1)]
-    label: Label = 0
-    name: Title | None = None
-    radius_augmentation: RadiusAugmentation | None = None
+    kind: Literal["npz"] = Field(description="Pictures in .npz files.")
+    paths: Annotated[list[Word], Field(min_length=1)] = Field(description="Files, or folders of them.")
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
 
     @model_validator(mode="after")
     def _background_known(self) -> NpzSource:
@@ -158,12 +169,14 @@ class NpzSource(Schema):
 class TransformsSource(Schema):
     """Posed pictures named by a Blender or nerfstudio transforms.json."""
 
-    kind: Literal["transforms"]
-    path: Word
-    background: Colour = (1.0, 1.0, 1.0)
-    label: Label = 0
-    name: Title | None = None
-    radius_augmentation: RadiusAugmentation | None = None
+    kind: Literal["transforms"] = Field(description="Pictures named by a transforms.json.")
+    path: Word = Field(description="The transforms.json, or the folder that holds it.")
+    background: Colour = Field((1.0, 1.0, 1.0), description="Colour behind transparent pictures.")
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
@@ -174,47 +187,52 @@ Sources = Annotated[
 
 
 class PcaCodecConfig(Schema):
-    """Closed-form linear patch codec, fitted on the first training views."""
+    """A closed-form linear patch codec, fitted on the first training views."""
 
-    kind: Literal["pca"]
-    channels: Annotated[int, Field(gt=0, le=4096, multiple_of=4)] = 4
-    patch: Annotated[int, Field(gt=0, le=64)] = 4
-    fit_views: Positive = 1000
+    kind: Literal["pca"] = Field(description="Linear patch codec.")
+    channels: Annotated[int, Field(gt=0, le=4096, multiple_of=4)] = Field(4, description="Channels of the latent.")
+    patch: Annotated[int, Field(gt=0, le=64)] = Field(4, description="Side of a patch in pixels.")
+    fit_views: Positive = Field(1000, description="Number of training views to fit on.")
 
 
 class VaeCodecConfig(Schema):
-    """diffusers AutoencoderKL from a local folder or a hub id."""
+    """An AutoencoderKL of diffusers."""
 
-    kind: Literal["vae"]
-    path: Word
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    kind: Literal["vae"] = Field(description="AutoencoderKL of diffusers.")
+    path: Word = Field(description="Local folder, or hub id.")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the network.")
 
 
 class DatasetCodecConfig(Schema):
     """The codec of a finished dataset, so that a run trained on one can be tested on the other."""
 
-    kind: Literal["dataset"]
-    path: Word
+    kind: Literal["dataset"] = Field(description="Codec of another dataset.")
+    path: Word = Field(description="Folder of that dataset.")
 
 
 Codec = Annotated[PcaCodecConfig | VaeCodecConfig | DatasetCodecConfig, Field(discriminator="kind")]
 
 
 class Recipe(Schema):
-    """How a dataset is made: each split's views (of one source or of a list), the codec, and the shards' size.
+    """How a dataset is made: the views of each split, the codec, and the size of the shards."""
 
-    `packing`: what the last row of a packed pose carries, nothing (pose) or the normalized intrinsics.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
-    image_size: Pixels
-    codec: Codec
-    packing: Literal["pose", "intrinsics"] = "pose"
-    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)], Sources]
-    val_views: NonNegative = 64
-    samples_per_shard: Annotated[int, Field(gt=0, le=10**7)] = 1000
-    encode_batch: Positive = 64
-    seed: Seed = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)] = Field(
+        description="Name of the dataset."
+    )
+    image_size: Pixels = Field(description="Side of the pictures in pixels.")
+    codec: Codec = Field(description="How pictures become latents.")
+    packing: Literal["pose", "intrinsics"] = Field(
+        "pose", description="Last row of a packed pose: constant (pose), or the normalized intrinsics."
+    )
+    splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)], Sources] = Field(
+        description="The source of each split's views, or a list of sources; one of the splits is train."
+    )
+    val_views: NonNegative = Field(
+        64, description="Number of training views to hold out as the split val; 0 where the recipe has one."
+    )
+    samples_per_shard: Annotated[int, Field(gt=0, le=10**7)] = Field(1000, description="Number of samples per shard.")
+    encode_batch: Positive = Field(64, description="Number of views that are encoded at once.")
+    seed: Seed = Field(0, description="Seed of the choice of views to hold out.")
 
     @model_validator(mode="before")
     @classmethod

@@ -12,14 +12,16 @@ import io
 import math
 import tarfile
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sitdist.errors import DataError
-from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.io.json_file import parse_json
+
+if TYPE_CHECKING:
+    from sitdist.geometry.camera import Intrinsics
 
 MEMBERS = ("camera_to_world.npy", "meta.json", "moments.npy", "packed_pose.npy")
 IMAGE_MEMBER = "image.png"  # in every split but train
@@ -71,7 +73,14 @@ class SampleMeta(StrictModel):
 
     @property
     def camera(self) -> Intrinsics:
+        from sitdist.geometry.camera import Intrinsics  # torch is slow to import, and a manifest needs none of it
+
         return Intrinsics(self.fx, self.fy, self.cx, self.cy, self.width, self.height)
+
+
+def index_name(tar: str) -> str:
+    """The name of a tar's index."""
+    return tar.removesuffix(".tar") + ".index.npz"
 
 
 def npy_header(dtype: Any, shape: tuple[int, ...]) -> bytes:
@@ -104,6 +113,8 @@ def parse_meta(data: bytes, image_size: int, where: str) -> SampleMeta:
         raise DataError(f"{where}: damaged ({first_problem(error)}); {BUILD_AGAIN}") from None
     if not meta.width == meta.height == image_size:
         raise DataError(f"{where}: {meta.width}x{meta.height} pixels but pictures have {image_size}; {BUILD_AGAIN}")
+    from sitdist.geometry.camera import check_intrinsics
+
     check_intrinsics(meta.camera, where)
     return meta
 

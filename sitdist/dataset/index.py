@@ -27,11 +27,6 @@ from sitdist.geometry.pose import are_rigid, check_rigid
 from sitdist.io.npz import load_arrays
 
 
-def index_name(tar: str) -> str:
-    """The file name of a tar's index."""
-    return tar.removesuffix(".tar") + ".index.npz"
-
-
 def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:
     """The columns of a shard's index, each with one entry per sample; DataError if the file is damaged.
 

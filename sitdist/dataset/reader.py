@@ -23,12 +23,13 @@ from sitdist.dataset.format import (
     IMAGE_MEMBER,
     MEMBERS,
     SampleMeta,
+    index_name,
     npy_header,
     parse_meta,
     sample_key,
     sample_members,
 )
-from sitdist.dataset.index import check_index, check_split, index_name, load_index
+from sitdist.dataset.index import check_index, check_split, load_index
 from sitdist.dataset.lru_cache import LruCache
 from sitdist.dataset.manifest import MANIFEST, load_manifest
 from sitdist.dataset.order import WINDOW

@@ -19,17 +19,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sitdist.config.experiment import Config
-from sitdist.dataset.index import index_name
+from sitdist.dataset.format import index_name
 from sitdist.dataset.manifest import MANIFEST, load_manifest, read_manifest
 from sitdist.errors import ConfigError, DataError
 from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, remove_leftovers, temporary_name
 from sitdist.io.json_file import MAX_BYTES, read_json, write_json
 from sitdist.io.ownership import check_ours, mark
+
+if TYPE_CHECKING:
+    from sitdist.config.experiment import Config
 
 log = logging.getLogger(__name__)
 REMOTE = "remote.json"  # in a cached dataset's folder: its URL, and the cache's limit

@@ -1,4 +1,4 @@
-"""Describe and verify a finished dataset, without changing a file.
+"""Verify a finished dataset, without changing a file.
 
 Hashes and checksums find accidents. They do not prove who made a dataset: whoever alters one can write new hashes. So
 verifying also reads every array, label, pose, camera and picture as training and evaluation would.
@@ -184,23 +184,3 @@ class _Samples:
         if not torch.allclose(expected.float(), torch.from_numpy(arrays["packed_pose"]), atol=1e-6):
             return "packed_pose is not camera_to_world standardized with the manifest's statistics"
         return None
-
-
-def info(dataset: str | Path) -> str:
-    """A few lines that describe a dataset, given as a folder or an fsspec URL."""
-    manifest = load_manifest(open_store(dataset).folder)
-    latent, psnr = manifest.latent, manifest.codec_psnr
-    lines = [
-        f"{manifest.name}: {manifest.image_size}x{manifest.image_size} pixels, latents "
-        f"{latent.channels}x{latent.height}x{latent.width}, codec {manifest.codec['kind']}"
-        + (f" (round trip {psnr.mean:.2f} dB on {psnr.n} views of {psnr.split})" if psnr else "")
-    ]
-    for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards) / 1e6
-        low, high = split.radius
-        augmented = f" ({split.radius_augmented} of them radius augmented)" if split.radius_augmented else ""
-        lines.append(
-            f"  {name}: {split.count} views{augmented}, radius {low:.2f} to {high:.2f}, {len(split.shards)} shards, "
-            f"{size:.1f} MB"
-        )
-    return "\n".join(lines)

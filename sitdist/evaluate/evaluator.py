@@ -40,6 +40,7 @@ from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate import metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
 from sitdist.evaluate.coverage import coverage_counts
+from sitdist.evaluate.experiments import EXPERIMENTS
 from sitdist.evaluate.summary import label_rows, summary_rows, with_symmetries
 from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.tasks import Producer, Task, do_left, do_tasks, merge, plan_conflict, prepare
@@ -61,7 +62,6 @@ from sitdist.model.codec import latent_mean
 from sitdist.runs.averages import use_average
 
 VIEWS_AT_MOST = 2_000_000
-EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def split_likelihood(
     steps: int = 25,
     batch: int = 64,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     out: Path | None = None,
     overwrite: bool = False,
 ) -> SplitLikelihood:
@@ -73,7 +73,7 @@ def split_likelihood(
     for name, value in (("views", views), ("probes", probes), ("batch", batch)):
         if value is not None:
             checks.whole(f"--{name}", value, 1)
-    loaded = load_run(run, device)
+    loaded = load_run(run, checks.find_device(device))
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:
         raise ConfigError(f"{run}: {why_not}, and has no flow to integrate; choose another run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sitdist.flow.draws import normal
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.exact import Inversion, invert_exactly
 from sitdist.flow.interpolant import Interpolant
+from sitdist.flow.names import LatentEstimator
 from sitdist.flow.readout import READOUTS, read_camera
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import MOST_STEPS, SOLVERS, Model, function_evaluations, invert, invert_at_arrival
@@ -21,8 +23,7 @@ from sitdist.geometry.packing import PoseStatistics, entries, packed_intrinsics
 from sitdist.geometry.pose import project_to_so3
 
 SOURCE_STEPS = 249
-INTEGRATED = ("euler", "heun", "midpoint")
-ESTIMATORS = ("one_step", *INTEGRATED, "source", "exact", "renoised", "draws")
+ESTIMATORS = get_args(LatentEstimator)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sitdist.errors import ConfigError
 from sitdist.flow.interpolant import Interpolant, check_prediction
+from sitdist.flow.names import GuidedChannels
 
-GUIDED_CHANNELS = ("all", "three")
+GUIDED_CHANNELS = get_args(GuidedChannels)
 
 
 def require_gaussian(endpoint: str, what: str) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
+from sitdist.flow.names import Readout
 from sitdist.geometry.packing import PoseStatistics, entries
 from sitdist.geometry.pose import project_to_so3
 
-READOUTS = ("svd", "weighted", "look_at")
+READOUTS = get_args(Readout)
 ITERATIONS = 30
 LEAST_SPREAD = 1e-6  # of a standardized entry: one that is constant is known, but not without end
 

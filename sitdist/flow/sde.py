@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from torch import Tensor
 from sitdist import checks
 from sitdist.errors import ConfigError
 from sitdist.flow.interpolant import EPSILON, Interpolant
+from sitdist.flow.names import Diffusion, LastStep
 from sitdist.flow.predict import require_gaussian
 from sitdist.flow.solve import MOST_STEPS, Model
 
 SDE_METHODS = ("euler_maruyama", "heun")
-DIFFUSIONS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
-LAST_STEPS = ("Mean", "Tweedie", "Euler")
+DIFFUSIONS = get_args(Diffusion)
+LAST_STEPS = get_args(LastStep)
 PUBLISHED_SPELLING = {"inccreasing-decreasing": "increasing-decreasing"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torchdiffeq import odeint
 
 from sitdist.errors import ConfigError
 from sitdist.flow.interpolant import Interpolant
+from sitdist.flow.names import AdaptiveSolver, MultiStepSolver
 
 Model = Callable[..., Tensor]
 
@@ -24,8 +25,8 @@ FIXED_STEP = {
     "rk4": ("rk4", 4),
 }
 # Steps of a fixed size too, from the velocities of earlier ones; the implicit one iterates to the tolerance.
-MULTI_STEP = ("explicit_adams", "implicit_adams")
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+MULTI_STEP = get_args(MultiStepSolver)
+ADAPTIVE = get_args(AdaptiveSolver)
 MOST_STEPS = 10**6  # so that in float32 times differ
 SOLVERS = (*FIXED_STEP, *MULTI_STEP, *ADAPTIVE)
 

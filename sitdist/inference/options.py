@@ -13,15 +13,15 @@ from sitdist.flow.sample import SampleOptions
 def build_sampling(config: EvaluateConfig) -> SampleOptions:
     """How latents are generated."""
     return SampleOptions(
-        config.generator,
-        config.generator_steps,
-        config.tolerance,
-        config.guidance,
-        config.guidance_channels,
-        config.diffusion,
-        config.diffusion_norm,
-        config.last_step,
-        config.last_step_size,
+        generator=config.generator,
+        steps=config.generator_steps,
+        tolerance=config.tolerance,
+        guidance=config.guidance,
+        guidance_channels=config.guidance_channels,
+        diffusion=config.diffusion,
+        diffusion_norm=config.diffusion_norm,
+        last_step=config.last_step,
+        last_step_size=config.last_step_size,
     )
 
 

@@ -16,7 +16,7 @@ from sitdist.errors import CheckpointError, CodecError
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.interpolant import Interpolant, get_interpolant
 from sitdist.flow.predict import velocity_model
-from sitdist.io.tensors import read_hashed
+from sitdist.io.files import read_hashed
 from sitdist.model.codec import Codec
 from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
 from sitdist.runs.checkpoint import (

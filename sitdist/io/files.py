@@ -1,4 +1,4 @@
-"""Regular files from anyone, opened without hanging."""
+"""Regular files from anyone, opened without hanging, and files with a recorded hash."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sitdist.errors import DataError, SitdistError
+from sitdist.io.memory import require_memory
 
 
 @contextmanager
@@ -39,6 +40,17 @@ def open_file(
             yield file
         except OSError as failure:
             raise error(f"{path}: cannot be read ({failure.strerror or failure}); {remedy}") from None
+
+
+def read_hashed(path: Path, sha256: str | None, remedy: str, error: type[SitdistError] = DataError) -> bytes:
+    """The bytes of a file; `error`, which ends with `remedy`, if they cannot be read, or their SHA-256 is another."""
+    with open_file(path, remedy, error=error) as file:
+        require_memory(os.fstat(file.fileno()).st_size, str(path), remedy)
+        data = file.read()
+    found = hashlib.sha256(data).hexdigest() if sha256 is not None else None
+    if found != sha256:
+        raise error(f"{path}: damaged or altered: SHA-256 is {found}, not {sha256} as recorded; {remedy}")
+    return data
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -12,21 +11,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from sitdist.errors import DataError, SitdistError
-from sitdist.io.files import open_file
-from sitdist.io.memory import require_memory
+from sitdist.io.files import read_hashed
 
 FLOAT32 = (torch.float32,)
-
-
-def read_hashed(path: Path, sha256: str | None, remedy: str, error: type[SitdistError] = DataError) -> bytes:
-    """The bytes of a file; `error`, which ends with `remedy`, if they cannot be read, or their SHA-256 is another."""
-    with open_file(path, remedy, error=error) as file:
-        require_memory(os.fstat(file.fileno()).st_size, str(path), remedy)
-        data = file.read()
-    found = hashlib.sha256(data).hexdigest() if sha256 is not None else None
-    if found != sha256:
-        raise error(f"{path}: damaged or altered: SHA-256 is {found}, not {sha256} as recorded; {remedy}")
-    return data
 
 
 def read_tensors(

@@ -17,19 +17,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from sitdist.config.experiment import Config
 from sitdist.config.load import parse
 from sitdist.config.schema import NonNegative, Positive, S, Schema
 from sitdist.errors import CheckpointError, ConfigError, one_line
 from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, remove, temporary_name, write_folder
+from sitdist.io.files import read_hashed
 from sitdist.io.json_file import parse_json, read_json, write_json
-from sitdist.io.tensors import read_hashed, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -101,6 +102,13 @@ def folder_of(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The inverse of `folder_of`."""
     return int(folder.name.removeprefix("step_"))
+
+
+def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    from safetensors import torch  # which imports torch itself
+
+    torch.save_file(tensors, path)
 
 
 def save_checkpoint(
@@ -193,6 +201,8 @@ def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkp
         raise CheckpointError(f"{path}: of step {state['step']!r:.40}, which is not this folder's; {REMEDY}")
     tensors = {}
     for name in files:
+        from sitdist.io.tensors import read_tensors  # torch is slow to import, and the state needs none of it
+
         path = folder / f"{name}.safetensors"
         tensors[name] = read_tensors(path, known[path.name].sha256, REMEDY, CheckpointError)
     return Checkpoint(folder, state, tensors)

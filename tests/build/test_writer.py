@@ -20,9 +20,10 @@ from sitdist.build.writer import build, open_splits
 from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.dataset.index import load_index
+from sitdist.dataset.info import info
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
-from sitdist.dataset.verify import info, verify
+from sitdist.dataset.verify import verify
 from sitdist.errors import CodecError, DataError
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.ownership import LOCK, mark

@@ -18,9 +18,11 @@ from PIL import Image
 
 from sitdist.build import shard as shard_module
 from sitdist.cli import main as cli
-from sitdist.dataset import verify
+from sitdist.config.experiment import EvaluateConfig
+from sitdist.dataset import info as info_module
 from sitdist.dataset.index import load_index
-from sitdist.errors import RunInterrupted
+from sitdist.errors import ConfigError, RunInterrupted
+from sitdist.evaluate import likelihood
 from sitdist.geometry.camera import look_at
 
 RECIPE = {
@@ -36,23 +38,6 @@ CONFIG = {
     "model": {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2},
     "train": {"steps": 10, "global_batch": 8},
 }
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command that has to fail with one line; gives the line without its beginning."""
-
-    def run(*arguments):
-        code = cli.run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert code == 2
-        assert printed.out == ""
-        assert printed.err.startswith("sitdist: error: ")
-        assert printed.err.count("\n") == 1
-        assert printed.err.endswith("\n")
-        return printed.err.removeprefix("sitdist: error: ").rstrip()
-
-    return run
 
 
 def write(path, values):
@@ -88,14 +73,14 @@ def test_interruptions_have_exit_codes_of_their_own(monkeypatch, capsys):
         def stop(*_, error=error):
             raise error
 
-        monkeypatch.setattr(verify, "info", stop)
+        monkeypatch.setattr(info_module, "info", stop)
         assert cli.run(["shards", "info", "x"]) == code
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def commands(parser, words=()):
     """Every command of a parser that does something, with its words."""
-    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    inner = [action for action in parser.complete()._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
         yield words, parser
     for action in inner:
@@ -149,11 +134,63 @@ def test_no_value_of_any_option_is_more_than_one_line(words, parser, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_options_of_the_config_take_what_the_config_takes():
+    """Choices and bounds of an option are those of its key, so the two refuse the same values."""
+    compared = 0
+    for words, parser in COMMANDS:
+        if words[0] not in ("eval", "calibrate", "pose", "render"):
+            continue
+        for option in parser._actions:
+            if option.metavar in ("N", option.dest.upper(), "SCENE") and option.dest in EvaluateConfig.model_fields:
+                for value in ("0", "1", "-1", "1000000", "1000001", "10000000000", "svd", "euler", "exact", "dopri5"):
+                    key = int(value) if option.metavar == "N" and value.lstrip("-").isdigit() else value
+                    assert accepts(parser, option, value) == allows(option.dest, key), (words, option.dest, value)
+                    compared += 1
+    assert compared > 150
+
+
+def accepts(parser, option, value):
+    try:
+        parser._check_value(option, parser._get_value(option, value))
+    except argparse.ArgumentError:
+        return False
+    return True
+
+
+def allows(key, value):
+    try:
+        EvaluateConfig(**{key: value})
+    except ValueError:
+        return False
+    return True
+
+
+def test_every_command_with_a_device_finds_one_by_itself():
+    devices = {
+        words: option.default for words, parser in COMMANDS for option in parser._actions if option.dest == "device"
+    }
+    assert set(devices.values()) == {"auto"}
+    assert {("scene", "fit"), ("likelihood",), ("pose",), ("render",), ("view",)} <= set(devices)
+
+
+def test_likelihood_runs_on_the_device_that_is_asked_for(refused, monkeypatch, tmp_path):
+    def loaded(run, device, *_):
+        raise ConfigError(f"loaded on {device}")
+
+    monkeypatch.setattr(likelihood, "load_run", loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert refused("likelihood", tmp_path) == "loaded on cuda"
+    assert refused("likelihood", tmp_path, "--device", "cuda:1") == "loaded on cuda:1"
+    assert refused("likelihood", tmp_path, "--device", "cpu") == "loaded on cpu"
+    assert "device 'cuda:2': there is none here" in refused("likelihood", tmp_path, "--device", "cuda:2")
+
+
 def fail_with(monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(verify, "info", fail)
+    monkeypatch.setattr(info_module, "info", fail)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +216,7 @@ def test_what_the_system_refuses_is_one_line_with_the_remedy(refused, monkeypatc
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(10**15), lambda: np.empty(10**15), lambda: bytearray(10**15)])
 def test_an_allocation_that_cannot_be_is_one_line(refused, monkeypatch, allocate):
-    monkeypatch.setattr(verify, "info", lambda *_: allocate())
+    monkeypatch.setattr(info_module, "info", lambda *_: allocate())
     assert refused("shards", "info", "x").startswith("not enough memory")
 
 
@@ -198,7 +235,7 @@ def recurse():
 def test_what_nobody_expected_is_one_line_and_a_traceback_that_only_its_owner_reads(
     monkeypatch, tmp_path, capsys, fail, name
 ):
-    monkeypatch.setattr(verify, "info", lambda *_: fail())
+    monkeypatch.setattr(info_module, "info", lambda *_: fail())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert cli.run(["shards", "info", "x"]) == 1
     printed = capsys.readouterr()
@@ -209,7 +246,7 @@ def test_what_nobody_expected_is_one_line_and_a_traceback_that_only_its_owner_re
     assert printed.err.rstrip().endswith(str(saved))
     assert saved.stat().st_mode & 0o777 == 0o600
     assert f"\n{name}" in saved.read_text()
-    assert "in _shards_info" in saved.read_text()
+    assert "in _info" in saved.read_text()
     monkeypatch.setenv("SITDIST_TRACEBACK", "1")
     assert cli.run(["shards", "info", "x"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
@@ -278,34 +315,15 @@ def test_a_dataset_is_built_described_and_verified(tmp_path, capsys):
     assert capsys.readouterr().out == built + "verified: every sample and every hash is right\n"
 
 
-def views(folder, **changes):
-    """A recipe of four posed pictures, of which a test spoils something."""
-    poses = look_at(torch.tensor([[3.0, i, 1.0] for i in range(4)])).numpy()
-    arrays = {"images": np.full((4, 8, 8, 3), 0.5, np.float32), "poses": poses, "focal": 9.0} | changes
-    np.savez(folder / "views.npz", **{name: array for name, array in arrays.items() if array is not None})
-    return RECIPE | {"splits": {"train": {"kind": "npz", "paths": [str(folder / "views.npz")]}}}
-
-
-def spoiled(array, place, value):
-    array = array.copy()
-    array[place] = value
-    return array
-
-
 def missing_views(folder):
     return RECIPE | {"splits": {"train": {"kind": "npz", "paths": [str(folder / "nowhere")]}}}
 
 
 def pose_that_is_not_rigid(folder):
-    return views(folder, poses=spoiled(np.stack([np.eye(4)] * 4), (2, 0, 0), 1.5))
-
-
-def nan_pixel(folder):
-    return views(folder, images=spoiled(np.full((4, 8, 8, 3), 0.5), (1, 4, 4, 0), np.nan))
-
-
-def pixels_up_to_255(folder):
-    return views(folder, images=np.full((4, 8, 8, 3), 200.0))
+    poses = look_at(torch.tensor([[3.0, i, 1.0] for i in range(4)])).numpy()
+    poses[2, 0, 0] = 1.5
+    np.savez(folder / "views.npz", images=np.full((4, 8, 8, 3), 0.5, np.float32), poses=poses, focal=9.0)
+    return RECIPE | {"splits": {"train": {"kind": "npz", "paths": [str(folder / "views.npz")]}}}
 
 
 def images_of_several_sizes(folder):
@@ -324,17 +342,11 @@ def missing_vae(folder):
     ("recipe", "message"),
     [
         (lambda _: RECIPE | {"image_sise": 8}, "recipe.yaml: unknown key 'image_sise'; did you mean 'image_size'?"),
-        (lambda _: RECIPE | {"image_size": "8"}, "recipe.yaml: image_size = '8': input should be a valid integer"),
-        (lambda _: RECIPE | {"val_views": -1}, "val_views = -1: input should be greater than or equal to 0"),
         (lambda _: RECIPE | {"val_views": 5}, "val_views 5 leaves none of the 5 training views to train on"),
         (missing_views, "nowhere: no such file or folder; set the recipe's paths to your posed pictures"),
-        (lambda folder: views(folder, focal=None), "views.npz: no array 'focal'"),
-        (pose_that_is_not_rigid, "views.npz: view 2: pose is not rigid (determinant 1.5"),
-        (nan_pixel, "views.npz: image 1: pixels hold NaN or infinity; repair or remove the picture"),
-        (pixels_up_to_255, "views.npz: image 0: pixels from 200 to 200; float pictures are in [0, 1] (divide by 255?)"),
+        (pose_that_is_not_rigid, "views.npz: view 2: pose is not rigid (determinant"),
         (images_of_several_sizes, "10.png: 10x10 pixels but the recipe's image_size is 8; all pictures of a dataset"),
         (missing_vae, "vae: no such folder; give a diffusers AutoencoderKL folder or a hub id such as"),
-        (lambda _: RECIPE | {"codec": {"kind": "pca", "channels": 64}}, "a patch of 4x4 pixels has only 48 numbers"),
     ],
 )
 def test_views_that_cannot_be_used_are_named_before_anything_is_written(tmp_path, refused, recipe, message):
@@ -358,22 +370,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").rglob("*.t*"))
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, refused):
-    (tmp_path / "file").write_text("")
-    recipe = write(tmp_path / "recipe.yaml", RECIPE)
-    message = refused("shards", "build", recipe, "--out", tmp_path / "file" / "out")
-    assert message.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written (Not a directory)")
-
-
-def test_a_finished_dataset_is_not_built_again(tmp_path, refused, tiny_dataset):
-    recipe = write(tmp_path / "recipe.yaml", RECIPE)
-    message = refused("shards", "build", recipe, "--out", tiny_dataset)
-    assert message == (
-        f"{tiny_dataset}: a finished dataset is there; give another --out, or remove the folder to build again"
-    )
-
-
-def test_verify_names_the_shard_and_the_sample_that_are_damaged(tmp_path, refused, tiny_dataset):
+def test_verify_names_the_shards_and_the_sample_that_are_damaged(tmp_path, refused, capsys, tiny_dataset):
     damaged = shutil.copytree(tiny_dataset, tmp_path / "damaged")
     tar = damaged / "train" / "00001.tar"
     whole, start = tar.read_bytes(), int(load_index(tar.with_suffix(".index.npz"))["moments"][2])
@@ -382,18 +379,11 @@ def test_verify_names_the_shard_and_the_sample_that_are_damaged(tmp_path, refuse
     assert refused("shards", "verify", damaged) == expected
     os.truncate(tar, start)
     assert "train/00001.tar: truncated: " in refused("shards", "verify", damaged)
-
-
-def test_verify_names_everything_that_is_damaged(tmp_path, capsys, tiny_dataset):
-    damaged = shutil.copytree(tiny_dataset, tmp_path / "damaged")
-    for tar in ("train/00000.tar", "test/00000.tar"):
-        (damaged / tar).unlink()
+    (damaged / "test" / "00000.tar").unlink()
     assert cli.run(["shards", "verify", str(damaged)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    missing = "00000.tar: cannot be read (No such file or directory); build the dataset again"
-    assert lines[0] == f"test/{missing}"
-    assert lines[1].endswith(f"train/{missing} (and 1 more, above)")
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("test/00000.tar: cannot be read (No such file or directory)")
+    assert last.endswith("samples lost; build again (and 1 more, above)")
 
 
 @pytest.mark.parametrize("action", ["verify", "info"])
@@ -413,19 +403,11 @@ def test_a_dataset_that_is_not_there_is_named_with_how_to_make_one(tmp_path, ref
         (["shards", "build", "RECIPE"], ["splits.train.views=1000000000"], "the cameras of 1,000,000,000 views: about"),
         (
             ["shards", "build", "RECIPE"],
-            ["splits.train.radius_augmentation={range: [1.0, 2.0], copies: 1000000000}"],
-            "the cameras of 5 views",
-        ),
-        (
-            ["shards", "build", "RECIPE"],
             ["image_size=16384", "splits.train.views=100000", "codec.fit_views=99999"],
             "199,998 pictures of 16384x16384 pixels at once",
         ),
-        (["shards", "cameras", "RECIPE", "--split", "train"], ["splits.train.views=1000000000"], "the cameras of"),
         (["codec", "fit", "RECIPE", "--channels", "100000", "100000"], [], "fitting a codec of 2,000,000 M weights"),
-        (["codec", "fit", "RECIPE", "--batch", "1000000000"], [], "with 1000000000 views a step"),
         (["scene", "render", "built-in", "--turntable", "1000000000"], [], "a turntable of 1,000,000,000 views"),
-        (["scene", "render", "built-in", "--turntable", "1000000", "--size", "16384"], [], "a GIF of 1,000,000 views"),
         (
             ["scene", "render", "built-in", "--turntable", "1", "--size", "16384", "--supersample", "16"],
             [],
@@ -448,7 +430,6 @@ def test_too_large_a_request_is_refused_with_what_it_needs(tmp_path, capsys, arg
     ("changes", "message"),
     [
         (["model.hidden_size=65536", "model.num_heads=16", "model.depth=1000"], "a model of 77,3"),
-        (["model.num_classes=1000000", "model.hidden_size=65536"], "a model of 220,1"),
         (["model.hidden_size=256", "model.depth=4", "train.global_batch=1000000"], "with 1000000 samples at a time"),
     ],
 )
@@ -459,45 +440,18 @@ def test_training_that_cannot_have_room_is_refused_with_what_it_needs(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------ codec, training, results
-
-
-def test_a_codec_is_not_fitted_into_a_folder_that_is_there(tmp_path, refused):
-    recipe = write(tmp_path / "recipe.yaml", RECIPE)
-    message = refused("codec", "fit", recipe, "--out", tmp_path)
-    assert message == f"{tmp_path}: already exists; give another name"
+# --------------------------------------------------------------------------------------------------------- training
 
 
 def test_a_wrong_config_is_refused_before_a_run_is_begun(tmp_path, refused):
     config, run = write(tmp_path / "config.yaml", CONFIG), tmp_path / "run"
     message = refused("train", config, "--out", run, "--set", "train.stpes=3")
     assert message == f"{config}: unknown key 'train.stpes'; did you mean 'steps'?"
-    message = refused("train", config, "--out", run, "--set", "train.steps=-3")
-    assert message == f"{config}: train.steps = -3: input should be greater than 0"
     message = refused("train", tmp_path / "nowhere.yaml", "--out", run)
     assert message == f"{tmp_path / 'nowhere.yaml'}: no such file; give the path of a YAML config"
+    message = refused("train", config, "--out", run)
+    assert message.startswith("nowhere: no dataset: manifest.json is missing; make one with")
     assert not run.exists()
-
-
-def test_training_without_its_dataset_is_refused_before_a_run_is_begun(tmp_path, refused):
-    config = write(tmp_path / "config.yaml", CONFIG | {"data": str(tmp_path / "nowhere")})
-    message = refused("train", config, "--out", tmp_path / "run")
-    assert message.startswith(f"{tmp_path / 'nowhere'}: no dataset: manifest.json is missing; make one with")
-    assert not (tmp_path / "run").exists()
-
-
-def test_training_on_a_dataset_with_an_altered_byte_stops_with_its_shard_and_sample(tmp_path, refused, tiny_dataset):
-    damaged = shutil.copytree(tiny_dataset, tmp_path / "damaged")
-    for shard in range(3):
-        tar = damaged / "train" / f"0000{shard}.tar"
-        data = bytearray(tar.read_bytes())
-        for start in load_index(tar.with_suffix(".index.npz"))["moments"]:
-            data[int(start) + 200] ^= 1
-        tar.write_bytes(data)
-    config = write(tmp_path / "config.yaml", CONFIG | {"data": str(damaged)})
-    message = refused("train", config, "--out", tmp_path / "run")
-    assert "altered bytes (CRC differs)" in message
-    assert f"{damaged}/train/0000" in message
 
 
 def test_a_warning_of_a_command_that_shows_no_log_is_one_line_that_names_us():

@@ -6,13 +6,17 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import yaml
+from pydantic import Field
 
 from sitdist.config.experiment import Config
+from sitdist.config.fields import schemas_in, type_and_bounds
 from sitdist.config.load import dump_yaml, load_yaml, parse
 from sitdist.config.recipe import Recipe
+from sitdist.config.schema import Positive, Word
 from sitdist.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,29 +56,23 @@ def refusal(schema, values):
     [
         # unknown keys, with the nearest right one
         ("train.step", 3, "unknown key 'train.step'; did you mean 'steps'?"),
-        ("trian", {}, "unknown key 'trian'; did you mean 'train'?"),
         ("train.optimizer", {"learning": 1}, "unknown key 'train.optimizer.learning'; known keys: betas, clip_norm,"),
-        ("evaluate.generator_step", 3, "unknown key 'evaluate.generator_step'; did you mean 'generator_steps'?"),
+        ("trian", {}, "unknown key 'trian'; did you mean 'train'?"),
         # wrong types: nothing is cast
         ("train.steps", "10", "train.steps = '10': input should be a valid integer"),
         ("train.steps", 10.0, "train.steps = 10.0: input should be a valid integer"),
         ("train.steps", True, "train.steps = True: input should be a valid integer"),
-        ("train.deterministic", "yes", "train.deterministic = 'yes': input should be a valid boolean"),
         ("train.deterministic", 1, "train.deterministic = 1: input should be a valid boolean"),
-        ("train.optimizer", {"lr": "1e-4"}, "train.optimizer.lr = '1e-4': input should be a valid number"),
         ("train.optimizer", {"betas": [0.9, "0.99"]}, "train.optimizer.betas.1 = '0.99': input should be a valid"),
         ("train.optimizer", {"betas": [0.9]}, "'train.optimizer.betas.1' is missing"),
         ("train", 3, "train = 3: input should be a valid"),
-        ("name", 7, "name = 7: input should be a valid string"),
         ("data", None, "data = None: input should be a valid string"),
         # out of range
         ("train.steps", 0, "train.steps = 0: input should be greater than 0"),
-        ("seed", -1, "seed = -1: input should be greater than or equal to 0"),
         ("flow.sigma", -0.1, "flow.sigma = -0.1: input should be greater than or equal to 0"),
         ("flow.sigma", float("nan"), "flow.sigma = nan: input should be a finite number"),
         ("train.ema_decay", 1, "train.ema_decay = 1: input should be less than 1"),
         ("train.precision", "fp8", "train.precision = 'fp8': input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
-        ("flow.path", "cubic", "flow.path = 'cubic': input should be 'linear', 'gvp' or 'vp'"),
         ("data", "", "data = '': string should have at least 1 character"),
         ("name", "a/b", "name = 'a/b': string should match pattern"),
         # keys that are wrong together
@@ -86,18 +84,11 @@ def refusal(schema, values):
         ),
         (
             "flow",
-            {"endpoint": "gaussian", "gain": 2.0},
-            "flow: the gaussian endpoint is N(0, 1) and packs no pose, but",
-        ),
-        (
-            "flow",
             {"endpoint": "gaussian", "share_at_one": 1.0, "share_at_zero": 0.0},
             "flow: the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one",
         ),
-        ("flow.gain", 0.0, "flow.gain = 0.0: input should be greater than 0"),
         ("flow", {"weight_at_one": 10, "share_at_one": 0}, "flow: weight_at_one is 10, but no times are 1; raise"),
         ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set share_at_one and"),
-        ("flow.prediction", "noise", "flow.prediction = 'noise': input should be 'velocity', 'x0' or 'score'"),
         ("flow", {"prediction": "score"}, "flow: prediction score needs the gaussian endpoint, not 'pose', because"),
         ("flow", {"loss_weight": "velocity"}, "flow: loss_weight velocity weights the errors of x0 or the score, and"),
         (
@@ -113,13 +104,8 @@ def refusal(schema, values):
         ("model.depth", ..., "model: give preset, or all of patch_size, hidden_size, depth, num_heads; missing: "),
         ("model.num_heads", 3, "model: hidden_size 16 is no multiple of num_heads 3"),
         ("model.hidden_size", 34, "model.hidden_size = 34: input should be a multiple of 4"),
-        ("model.hidden_size", 10**7, "model.hidden_size = 10000000: input should be less than or equal to 65536"),
-        ("model.depth", 10**6, "model.depth = 1000000: input should be less than or equal to 1000"),
         ("seed", 2**64, "seed = 18446744073709551616: input should be less than 9223372036854775808"),
-        ("seed", 10**99, "seed = 1000000000"),
-        ("train.global_batch", 10**12, "train.global_batch = 1000000000000: input should be less than or equal to"),
         ("data", "a\0b", "data = 'a\\x00b': holds a NUL, which no name can have"),
-        ("data", "x" * 5000, "data = 'xxx"),
         ("evaluate", {"zooms": [float("nan")]}, "evaluate.zooms.0 = nan: input should be"),
         # missing
         ("data", ..., "'data' is missing; it is required"),
@@ -135,7 +121,6 @@ def test_a_wrong_config_is_one_line_with_the_key_the_value_and_the_remedy(key, v
     ("key", "value", "message"),
     [
         ("image_sise", 3, "unknown key 'image_sise'; did you mean 'image_size'?"),
-        ("splits.train.view", 3, "unknown key 'splits.train.view'; did you mean 'views'?"),
         (
             "splits.npz",
             {"kind": "scene", "views": 2, "foV_deg": 3},
@@ -144,26 +129,19 @@ def test_a_wrong_config_is_one_line_with_the_key_the_value_and_the_remedy(key, v
         ("codec.chanels", 3, "unknown key 'codec.chanels'; did you mean 'channels'?"),
         ("codec", {"kind": "vae", "paht": "x"}, "unknown key 'codec.paht'; did you mean 'path'? (and 1 more)"),
         ("splits.train.kind", "scen", "splits.train.kind = 'scen': should be one of 'scene', 'npz', 'transforms'"),
-        ("codec.kind", "svd", "codec.kind = 'svd': should be one of 'pca', 'vae'"),
         ("codec", 3, "codec = 3: input should be a valid dictionary"),
         ("codec.channels", 6, "codec.channels = 6: input should be a multiple of 4"),
-        ("splits.train.views", 2.5, "splits.train.views = 2.5: input should be a valid integer"),
         ("splits.train.radius", [5, 3], "splits.train: radius [5.0, 3.0] runs backwards; write [smaller, larger]"),
-        ("splits.train.radius", [0, 3], "splits.train.radius.0 = 0: input should be greater than 0"),
         ("splits.train.radius", ["3", 5], "splits.train.radius.0 = '3': input should be a valid number"),
         ("splits", {}, "Recipe: splits has no 'train'; the pose statistics and the codec come from the training views"),
         ("splits.test", {"kind": "npz", "paths": []}, "splits.test.paths = []: list should have at least 1 item"),
-        ("splits.test", {"kind": "npz", "paths": [""]}, "splits.test.paths.0 = '': string should have at least 1 char"),
         ("splits.test", {"kind": "npz", "paths": "a.npz"}, "splits.test.paths = 'a.npz': input should be a valid list"),
-        ("splits.test", {"kind": "transforms", "path": ""}, "splits.test.path = '': string should have at least 1"),
         (
             "splits.test",
             {"kind": "scene", "views": 5},
             "Recipe: splits 'train' and 'test' have the same seed 0, so the",
         ),
         ("image_size", 20, "Recipe: image_size 20 is no multiple of 8 (twice codec.patch)"),
-        ("image_size", 10**6, "image_size = 1000000: input should be less than or equal to 16384"),
-        ("splits.train.views", 10**12, "splits.train.views = 1000000000000: input should be less than or equal to"),
         ("splits.train.radius", [1e300, 1e300], "splits.train.radius.0 = 1e+300: input should be less than or equal"),
     ],
 )
@@ -208,21 +186,13 @@ def write(folder, text):
 
 def test_set_changes_single_keys_with_the_types_of_yaml(tmp_path):
     path = write(tmp_path, yaml.safe_dump(CONFIG))
-    overrides = [
-        "train.steps=20",
-        "train.optimizer.lr=1e-3",
-        "train.optimizer.betas=[0.8, 0.9]",
-        "train.optimizer.clip_norm=null",
-        "evaluate.lpips_backbone=weights.pth",
-        "data=a=b",
-    ]
+    optimizer = ["lr=1e-3", "betas=[0.8, 0.9]", "clip_norm=null"]
+    overrides = ["train.steps=20", "data=a=b", *(f"train.optimizer.{each}" for each in optimizer)]
     config = load_yaml(Config, path, overrides)
-    assert config.train.steps == 20
+    assert (config.train.steps, config.data) == (20, "a=b")
     assert config.train.optimizer.lr == 1e-3
     assert config.train.optimizer.betas == (0.8, 0.9)
     assert config.train.optimizer.clip_norm is None
-    assert config.evaluate.lpips_backbone == "weights.pth"
-    assert config.data == "a=b"
     assert config.train.global_batch == 8  # the rest is as it was
 
 
@@ -230,7 +200,6 @@ def test_set_changes_single_keys_with_the_types_of_yaml(tmp_path):
     ("override", "message"),
     [
         ("train.steps", "--set train.steps: expected KEY=VALUE, such as --set train.steps=100"),
-        ("=3", "--set =3: expected KEY=VALUE"),
         ("train.stpes=3", "unknown key 'train.stpes'; did you mean 'steps'?"),
         ("train.steps=ten", "train.steps = 'ten': input should be a valid integer"),
         ("name.first=x", "--set name.first=x: name is 'tiny', which has no keys below it"),
@@ -248,9 +217,7 @@ def test_a_wrong_set_is_named(tmp_path, override, message):
         ("name: a\ndata: x\nname: b\n", r"not valid YAML: .*key 'name' is given twice .*line 3"),
         ("train: {steps: 1, steps: 2}", r"key 'steps' is given twice"),
         ("? [a, b]\n: 1\n", r"\['a', 'b'\] is no key"),
-        ("- a\n- b\n", r"holds list, not a mapping"),
         ("", r"holds NoneType, not a mapping"),
-        ("a: [1, 2\n", r"not valid YAML"),
         ("1: 2\n", r"1 = 2: keys should be strings|missing"),
     ],
 )
@@ -265,10 +232,7 @@ def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
     [
         (b"name: 2020-13-45", "'data' is missing"),  # a name like any other
         (b"seed: !!int abc", "tags, anchors and aliases are not read; write the value itself .*line 1, column 7"),
-        (b"a: !!python/object:os.system x", "tags, anchors and aliases are not read"),
         (b"a: !!python/object/apply:os.system [touch x]", "tags, anchors and aliases are not read"),
-        (b"a: !!timestamp x", "tags, anchors and aliases are not read"),
-        (b"a: !!bool x", "tags, anchors and aliases are not read"),
         (b"%TAG ! tag:x,2000:\n---\n!foo a: 1", "tags, anchors and aliases are not read"),
         (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "tags, anchors and aliases are not read"),
         (b"a: &a {x: *a}", "tags, anchors and aliases are not read"),
@@ -278,8 +242,6 @@ def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
         (b"seed: " + b":".join([b"1"] * 5000), "a number of too many digits"),
         (b"seed: 0b_", "not valid YAML"),
         (b"[" * 10_000, "nested too deeply .*column 33"),
-        (b"{a: " * 10_000, "nested too deeply"),
-        (b"- " * 10_000, "nested too deeply"),
         (b"? " * 10_000, "nested too deeply"),
         (b"".join(b" " * depth + b"a:\n" for depth in range(500)), "nested too deeply"),
         (b"name: a\n---\nname: b", "expected a single document"),
@@ -292,9 +254,7 @@ def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
         (b'name: "\\ud800"', "name = .*ud800': input should be a valid string"),
         (b'"\\ud800": 1', "ud800"),
         (b"? " + b"x" * 5000 + b"\n: 1", "unknown key 'xxx.*did you|known keys"),
-        (b"null: 1", "is missing"),
         (b"name: " + b"x" * 2**20, "more than 262,144 bytes"),
-        (b"x", "holds str, not a mapping"),
     ],
 )
 def test_yaml_that_strangers_write_is_one_short_line(tmp_path, data, message):
@@ -318,7 +278,7 @@ def test_what_is_no_file_or_too_large_for_one_is_refused_before_it_is_read(tmp_p
         ("/dev/zero", "not a file"),
         (tmp_path / "large", "more than 262,144 bytes"),
         (tmp_path / ("n" * 300), "File name too long"),
-        ("a\0b", "no such file"),
+        ("a\0b", "no such file; give the path of a YAML config"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_yaml(Config, path)
@@ -387,11 +347,6 @@ def test_whatever_stands_at_a_key_is_explained(schema, values):
     assert len(explained) > 20 * len(list(every_key(whole)))
 
 
-def test_a_missing_file_is_named_with_what_it_should_be(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file; give the path of a YAML recipe"):
-        load_yaml(Recipe, tmp_path / "nowhere.yaml")
-
-
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     text = yaml.safe_dump(CONFIG) + "flow: {sigma: 1e-2}\n"
     assert load_yaml(Config, write(tmp_path, text)).flow.sigma == 0.01
@@ -416,6 +371,30 @@ def test_what_is_dumped_is_read_back_the_same(tmp_path):
 def test_names_that_look_like_numbers_stay_names(tmp_path, name):
     config = parse(Config, {**CONFIG, "data": name}, "test")
     assert load_yaml(Config, write(tmp_path, dump_yaml(config))) == config
+
+
+def test_every_key_has_a_help():
+    schemas, keys = [Config, Recipe], 0
+    for schema in schemas:
+        for name, field in schema.model_fields.items():
+            assert (field.description or "").endswith("."), f"{schema.__name__}.{name}"
+            schemas += [inner for inner in schemas_in(field.annotation) if inner not in schemas]
+            keys += 1
+    assert keys > 120
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        (Positive, (int, {"gt": 0, "le": 10**9})),
+        (Positive | None, (int, {"gt": 0, "le": 10**9})),
+        (Annotated[int, Field(ge=0, multiple_of=4)], (int, {"ge": 0, "multiple_of": 4})),
+        (Literal["a", "b"] | None, (Literal["a", "b"], {})),
+        (Word, (str, {})),
+    ],
+)
+def test_a_fields_type_and_bounds_are_found_inside_its_annotation(annotation, expected):
+    assert type_and_bounds(annotation) == expected
 
 
 @pytest.mark.parametrize("folder", ["configs", "shards"])

@@ -10,9 +10,10 @@ from sitdist.build.sources import open_source
 from sitdist.build.writer import build, open_splits
 from sitdist.config.load import parse
 from sitdist.config.recipe import NpzSource, Recipe, SceneSource
+from sitdist.dataset.info import info
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
-from sitdist.dataset.verify import info, verify
+from sitdist.dataset.verify import verify
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.packing import PoseStatistics

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sitdist.config.experiment import AdaptiveSolver
 from sitdist.evaluate.report.stored import Metrics, Row, parse_metrics
 from sitdist.evaluate.schema import damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS
 from sitdist.evaluate.symmetry import Symmetries
+from sitdist.flow.names import AdaptiveSolver
 
 LINE = 108  # characters of the terminal's table
 NEAREST_POSE = (
