@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sitdist.checks import LARGEST, LARGEST_SEED
 from sitdist.errors import shown
-
-ESTIMATORS = ("one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom")
-READOUTS = ("svd", "weighted", "look_at")
+from sitdist.flow.choices import ESTIMATORS, READOUTS
 
 if TYPE_CHECKING:
     from sitdist.flow.sample import SampleOptions

@@ -21,8 +21,6 @@ from sitdist import __version__
 from sitdist.checks import find_device
 from sitdist.cli import export, pose, render, view
 from sitdist.cli.arguments import (
-    ESTIMATORS,
-    READOUTS,
     add_device,
     elevation,
     names,
@@ -36,11 +34,9 @@ from sitdist.cli.arguments import (
 )
 from sitdist.cli.outcome import EXIT_RESUME, EXIT_USAGE, check_launcher, exit_code, prepare_output, show, tell
 from sitdist.errors import ConfigError, DataError, RunInterrupted, one_line, shortened
+from sitdist.flow.choices import ESTIMATORS, GENERATORS, READOUTS, SOLVERS
 
-FIXED_STEP = ("euler", "midpoint", "heun", "heun3", "rk4", "explicit_adams", "implicit_adams")
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 EXPERIMENTS = ("radii", "turntable", "interpolation", "cycle", "solvers", "all")
-GENERATORS = (*FIXED_STEP, *ADAPTIVE, "euler_maruyama", "stochastic_heun")
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,7 +254,7 @@ def make_parser() -> Parser:
     command.add_argument("--data", help="folder or URL of a dataset (default: the one trained on)")
     command.add_argument("--views", type=positive, metavar="N", help="the first N views (default: all)")
     command.add_argument("--probes", type=positive, default=4, help="Hutchinson probes a view (default: 4)")
-    command.add_argument("--method", choices=(*FIXED_STEP, *ADAPTIVE), default="heun", help="(default: heun)")
+    command.add_argument("--method", choices=SOLVERS, default="heun", help="(default: heun)")
     command.add_argument("--steps", type=positive, default=25, help="(default: 25)")
     command.add_argument("--batch", type=positive, default=64)
     command.add_argument("--seed", type=seed, default=0, help="of the probes")

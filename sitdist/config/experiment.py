@@ -25,6 +25,7 @@ from sitdist.config.schema import (
     Steps,
     Word,
 )
+from sitdist.flow.choices import RENAMED_ESTIMATORS
 
 SIT_SIZES: dict[str, tuple[int, int, int]] = {  # name: (depth, hidden_size, num_heads), Ma et al. 2024, table 1
     "S": (12, 384, 6),
@@ -286,21 +287,16 @@ class EvaluateConfig(Schema):
     the two after it are theirs, and last_step null leaves the last step out. `guidance` is the scale of classifier-free
     guidance (null: none), which needs labels dropped in training.
 
-    `estimator`: one_step, the posterior mean; euler, heun, midpoint backward in `estimator_steps` steps; source, 249
-    explicit Euler steps; exact, which undoes the generator; renoised, the mean over `estimator_draws` copies at
-    `estimator_time`; draws, over as many draws of a vae's latent; multi_zoom, the weighted mean over the picture in
-    all `zooms` about its centre (`background` around it, by default the recipe's). `readout`:
-    svd, weighted, or look_at where all training cameras look at the origin upright. `refine`: the folder of a scene in
-    the dataset's frame, fitted from training views alone, or built-in; poses are moved to where it shows the picture.
+    `estimator`: one_step, the posterior mean; euler, heun, midpoint backward in `estimator_steps` steps; euler_249,
+    249 explicit Euler steps; exact, which undoes the generator; multi_zoom, the weighted mean over the picture in all
+    `zooms` about its centre (`background` around it, by default the recipe's). `readout`: svd, or look_at
+    where all training cameras look at the origin upright. `refine`: the folder of a scene in the dataset's frame,
+    fitted from training views alone, or built-in; poses are moved to where it shows the picture.
     """
 
-    estimator: Literal[
-        "one_step", "euler", "heun", "midpoint", "source", "exact", "renoised", "draws", "multi_zoom"
-    ] = "one_step"
+    estimator: Literal["one_step", "euler", "heun", "midpoint", "euler_249", "exact", "multi_zoom"] = "one_step"
     estimator_steps: Steps = 50
-    estimator_draws: Steps = 4
-    estimator_time: Annotated[float, Field(gt=0, lt=1)] = 0.97
-    readout: Literal["svd", "weighted", "look_at"] = "svd"
+    readout: Literal["svd", "look_at"] = "svd"
     zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = [
         0.75,
         0.9,
@@ -323,6 +319,11 @@ class EvaluateConfig(Schema):
     average: Word | None = None
     seed: Seed = 0
     lpips_backbone: Word | None = None
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _renamed(cls, name: Any) -> Any:
+        return RENAMED_ESTIMATORS.get(name, name) if isinstance(name, str) else name
 
 
 class ReaderConfig(Schema):

@@ -1,4 +1,4 @@
-"""How far an estimated pose is to be believed: error bars and a trust score, fitted on views that were held out.
+"""Error bars and a trust score of an estimated pose, fitted on held-out views.
 
 Every picture has scores that grow with its error and need no true pose: how far the estimated rotation is from SO(3),
 how much the places of the latent disagree, and how well the model's own picture of the estimate resembles the input.

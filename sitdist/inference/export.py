@@ -104,6 +104,7 @@ def _description(loaded: LoadedRun, preprocess: Preprocess, weights_sha256: str)
     config = loaded.config.model_dump(mode="json")
     config["data"] = loaded.manifest.name
     config["evaluate"]["refine"] = None
+    config["evaluate"]["average"] = None  # the weights are that average already
     if config["model"].get("init_from"):
         config["model"]["init_from"] = Path(config["model"]["init_from"]).name
     return {

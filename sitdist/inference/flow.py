@@ -14,9 +14,8 @@ that of the photos where a scene was fitted to them. Results are on the CPU, whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +27,7 @@ from sitdist.checks import LARGEST_SEED, array, choice, find_device, number, who
 from sitdist.errors import ConfigError, DataError, PoseError, as_told, shown
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.flow.sample import SampleOptions, sample_latents
-from sitdist.geometry.camera import Intrinsics, look_at
+from sitdist.geometry.camera import Intrinsics, full_turn, orbit
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import check_rigid
 from sitdist.geometry.similarity import Similarity
@@ -115,19 +114,20 @@ class Flow:
         """
         views = whole("views", views, 1)
         require_memory(700 * views, f"a turntable of {views:,} views", "ask for fewer")
-        angle = torch.arange(views, dtype=torch.float64) * (2.0 * math.pi / views)
-        return look_at(self.position(angle.rad2deg(), elevation_deg, radius))
+        return self.orbit(full_turn(views), elevation_deg, radius)
 
-    def position(self, azimuth_deg: Tensor, elevation_deg: float, radius: float | None = None) -> Tensor:
-        """Points [..., 3] float64 about the origin: azimuths [...] from +x towards +y, elevation above the horizon."""
+    def orbit(self, azimuth_deg: Any, elevation_deg: float, radius: float | None = None) -> Tensor:
+        """Poses [..., 4, 4] float64 that look at the origin, in the dataset's frame.
+
+        azimuth_deg: [...], from +x towards +y. elevation_deg: above the horizon. radius: as for `turntable`.
+        """
         azimuth = array("azimuth_deg", azimuth_deg)
         if not (azimuth.abs() <= 1e6).all():  # a NaN is not, either
-            raise ConfigError("azimuth_deg: angles in degrees, within a million, and no NaN; give such")
-        azimuth, elevation = azimuth.deg2rad(), math.radians(number("elevation_deg", elevation_deg, -90.0, 90.0))
-        ring = math.cos(elevation)
-        up = torch.full_like(azimuth, math.sin(elevation))
-        direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), up], dim=-1)
-        return (0.5 * sum(self.training_radius) if radius is None else number("radius", radius, 1e-6)) * direction
+            raise ConfigError("azimuth_deg: expected angles in degrees between -1e6 and 1e6")
+        elevation = number("elevation_deg", elevation_deg, -90.0, 90.0)
+        return orbit(
+            azimuth, elevation, 0.5 * sum(self.training_radius) if radius is None else number("radius", radius, 1e-6)
+        )
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -280,7 +280,7 @@ class Flow:
             )
             for start in range(0, len(pictures), batch)
         ]
-        return self._to_frame(_joined(parts), label, frame)
+        return self._to_frame(PoseEstimate.concatenated(parts), label, frame)
 
     def check_estimates(
         self,
@@ -351,14 +351,13 @@ class Flow:
         """The poses of pictures [B, 3, S, S] that are like the training pictures, in the dataset's frame."""
         images = images.to(self.device)
         moments, labels = self.run.codec.encode_moments(images), torch.full((len(images),), label, device=self.device)
-        positions = torch.arange(len(images), device=self.device)
         camera = [0.0, 0.0, 0.5, 0.5] if self.camera is None else self.camera.normalized()
         intrinsics = torch.tensor(camera).expand(len(images), 4)
-        estimate = reader.read(images, moments, labels, positions, intrinsics)
+        estimate = reader.read(images, moments, labels, intrinsics)
         calibration = None if reader.zooms is not None else self.calibration(reader.options)
         if calibration is not None:
             estimate = calibration.fill(self.run, estimate, latent_mean(moments), labels)
-        return _joined([reader.refined(estimate, images, intrinsics)])
+        return reader.refined(estimate, images, intrinsics).cpu()
 
     def calibration(self, options: EstimateOptions | None = None) -> RunCalibration | None:
         """The error bars and the trust that `sitdist calibrate` fitted for poses read so; None where it did not."""
@@ -463,12 +462,3 @@ def _as_list(images: Any, channels: bool = True) -> list[Picture]:
     if not images:
         raise DataError("no pictures; give one or more")
     return list(images)
-
-
-def _joined(parts: list[PoseEstimate]) -> PoseEstimate:
-    """Estimates one behind the other, on the CPU."""
-    values: dict[str, Any] = {}
-    for field in fields(PoseEstimate):
-        columns = [getattr(part, field.name) for part in parts]
-        values[field.name] = None if columns[0] is None else torch.cat([column.cpu() for column in columns])
-    return PoseEstimate(**values)

@@ -18,6 +18,7 @@ from sitdist.flow.interpolant import Interpolant, get_interpolant
 from sitdist.flow.predict import velocity_model
 from sitdist.io.tensors import read_hashed
 from sitdist.model.codec import Codec
+from sitdist.runs.averages import use_average
 from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
 from sitdist.runs.checkpoint import (
     Checkpoint,
@@ -29,10 +30,12 @@ from sitdist.runs.checkpoint import (
     stored_config,
 )
 
+AS_CONFIGURED = ""  # no average has this name
+
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model of the velocity and everything that is needed to use it: EMA weights, in eval mode."""
+    """A trained model of the velocity, in eval mode, and everything that is needed to use it."""
 
     model: nn.Module
     interpolant: Interpolant
@@ -43,10 +46,13 @@ class LoadedRun:
     endpoint: Endpoint
 
 
-def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = None) -> LoadedRun:
+def load_run(
+    run: Path, device: torch.device | str = "cpu", step: int | None = None, average: str | None = AS_CONFIGURED
+) -> LoadedRun:
     """Load the newest checkpoint of `run` that reads back whole, or the one of `step`, onto `device`.
 
     The config is the checkpoint's; of RUN/config.yaml, where there is one, `name`, `data` and `evaluate` are used.
+    `average`: the weights, as `evaluate.average` names them (None: the EMA); by default those of the config.
     ConfigError, with both values, where that file disagrees in anything else that a run that goes on may not change.
     """
     run = Path(run)
@@ -56,7 +62,11 @@ def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = N
     config = _config_of(run, checkpoint)
     manifest = _dataset_of(run, checkpoint, config)
     weights = checkpoint.folder / "ema.safetensors"
-    return assemble(config, manifest, checkpoint.tensors["ema"], weights, run / "codec", checkpoint.step, device)
+    loaded = assemble(config, manifest, checkpoint.tensors["ema"], weights, run / "codec", checkpoint.step, device)
+    average = config.evaluate.average if average == AS_CONFIGURED else average
+    if average is not None:
+        use_average(loaded.model, run, loaded.step, average)
+    return loaded
 
 
 def _config_of(run: Path, checkpoint: Checkpoint) -> Config:

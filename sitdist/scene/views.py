@@ -85,10 +85,10 @@ def open_scene(folder: str | None, device: torch.device | str = "cpu") -> Solids
     return load_scene(Path(folder), device)
 
 
-def scene_background(folder: str | None) -> Tensor:
-    """The colour [3] behind the built-in object, or behind the scene in a folder."""
-    scene = open_scene(folder)
-    return torch.tensor(BACKGROUND) if isinstance(scene, Solids) else scene.field.background
+def border_pixels(images: Tensor) -> Tensor:
+    """The pixels [P, 3] along the borders of images [N, 3, H, W]."""
+    edges = [images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]]  # [N, 3, W or H]
+    return torch.cat([edge.transpose(1, 2).reshape(-1, 3) for edge in edges])
 
 
 def scene_files(folder: str) -> list[Path]:
@@ -114,14 +114,18 @@ def look(scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics,
 
 
 def render(
-    scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int, background: Colour | None
+    scene: Solids | Scene,
+    camera_to_world: Tensor,
+    intrinsics: Intrinsics,
+    supersample: int,
+    background: Colour | None = None,
 ) -> Tensor:
-    """The same as a picture [3, H, W], float32 in steps of 1/255; `background`: in the place of the scene's own."""
+    """The same as a picture [3, H, W], float32 in steps of 1/255; `background` overrides the scene's own."""
     seen = look(scene, camera_to_world, intrinsics, supersample).on(backdrop(scene, background))
     return (seen.permute(2, 0, 1).clamp(0.0, 1.0) * 255.0).round() / 255.0
 
 
-def backdrop(scene: Solids | Scene, background: Colour | None) -> Tensor:
+def backdrop(scene: Solids | Scene, background: Colour | None = None) -> Tensor:
     """The colour [3] behind a scene: `background`, or else its own."""
     if background is not None:
         return torch.tensor(background)

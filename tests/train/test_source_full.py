@@ -40,7 +40,7 @@ def test_the_published_numbers_are_in_the_recipe_and_the_config():
     assert (config.train.global_batch, config.train.optimizer.lr, config.train.ema_decay) == (150, 1e-4, 0.9999)
     assert config.train.precision == "bf16"
     assert (config.evaluate.estimator, config.evaluate.generator, config.evaluate.generator_steps) == (
-        *("source", "euler", 249),
+        *("euler_249", "euler", 249),
     )
 
 
