@@ -202,7 +202,6 @@ def _name(settings: EvaluateConfig) -> str:
 
 
 def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Protocols:
-    reader = PoseReader.open(loaded, _settings(loaded, {"estimator": "one_step"}))
     latents, labels, true = latent_mean(views.moments), views.labels, views.camera_to_world
     need = 4 * batch * latents[0].numel()
     require_memory(need, f"a batch of {batch:,} views", "give a smaller --batch")
@@ -211,12 +210,12 @@ def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Pr
     device, few = labels.device, min(PROTOCOL_VIEWS, len(labels))
 
     def one_step(x1: Tensor, y: Tensor) -> PoseEstimate:
-        return estimate_pose(loaded.model, loaded.interpolant, x1, y, reader.statistics, endpoint=loaded.endpoint)
+        return estimate_pose(loaded.model, loaded.interpolant, x1, y, loaded.statistics, endpoint=loaded.endpoint)
 
     def source() -> Tensor:
         model, options = guided(loaded.model, 1.0), EstimateOptions("euler_249")  # at scale 1 guidance changes no pose
         one = [
-            estimate_pose(model, loaded.interpolant, x1, y, reader.statistics, options, loaded.endpoint).camera_to_world
+            estimate_pose(model, loaded.interpolant, x1, y, loaded.statistics, options, loaded.endpoint).camera_to_world
             for x1, y in zip(latents[:few].split(1), labels[:few].split(1), strict=True)
         ]
         return torch.cat(one)

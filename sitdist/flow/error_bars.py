@@ -128,7 +128,7 @@ def conformal_rank(level: float, n: int) -> int:
 
 @dataclass(frozen=True)
 class Trust:
-    """How usual a picture's worst score is: `mean`, `std` [S] of the log scores, `worst` [N] sorted, of held-out views.
+    """How usual a picture's worst score is. `mean`, `std` [S] are of held-out log scores, `worst` [N] is sorted.
 
     A score counts by how many deviations it lies above the mean.
     """

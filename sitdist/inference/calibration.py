@@ -25,8 +25,7 @@ from sitdist.dataset.store import store_of
 from sitdist.errors import ConfigError, DataError
 from sitdist.flow.choices import PICTURE_ESTIMATORS, RENAMED_ESTIMATORS
 from sitdist.flow.error_bars import BAR_LEVELS, FEWEST, LEVELS, Calibration, fit_calibration, rendered_mean
-from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
-from sitdist.geometry.packing import PoseStatistics
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference.options import build_estimate
 from sitdist.inference.run import LoadedRun, check_codec, load_run
@@ -71,9 +70,8 @@ class RunCalibration:
 
     def fill(self, loaded: LoadedRun, estimate: PoseEstimate, latents: Tensor, labels: Tensor) -> PoseEstimate:
         """The estimate of latents [B, C, h, w], labels [B], with its error bars and its trust."""
-        statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
         scores = self.calibration.scores(
-            loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
+            loaded.model, loaded.interpolant, loaded.endpoint, loaded.statistics, estimate, latents, labels
         )
         return self.calibration.filled(estimate, scores)
 
@@ -219,7 +217,7 @@ def _check_split(data: Path, manifest: DatasetManifest, loaded: LoadedRun, split
 
 @torch.no_grad()
 def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch: int) -> Calibration:
-    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
+    statistics = loaded.statistics
     renders = loaded.config.flow.why_no_picture() is None
     device = next(loaded.model.parameters()).device
     estimates, residuals = [], []
@@ -227,9 +225,7 @@ def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch
         indices = list(range(start, min(start + batch, len(reader))))
         latents = latent_mean(reader.moments(indices).float()).to(device)
         labels = reader.labels()[indices].to(device)
-        estimate = estimate_pose(
-            loaded.model, loaded.interpolant, latents, labels, statistics, options, loaded.endpoint
-        )
+        estimate = loaded.estimate(latents, labels, options)
         estimates.append(estimate)
         if renders:
             rendered = rendered_mean(

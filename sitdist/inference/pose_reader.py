@@ -1,10 +1,9 @@
-"""The poses of views by the estimator that the settings name, those that need the picture and the codec among them."""
+"""Read poses off pictures with a run's model, by the estimator that the settings name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from sitdist.dataset.manifest import DatasetManifest
 from sitdist.dataset.recipe_of import train_sources
 from sitdist.errors import ConfigError
 from sitdist.flow.choices import FIXED_STEP
-from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
-from sitdist.flow.predict import guided
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.flow.readout import read_camera
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import project_to_so3
@@ -31,7 +29,7 @@ LEAST_VARIANCE = 1e-12  # of standardized entries: below it, all estimates are a
 
 @dataclass(frozen=True)
 class PoseReader:
-    """Reads poses off pictures with a run's model; `open` says what cannot be done.
+    """Reads poses off pictures with a run's model; `open` checks the settings.
 
     options: how a latent is read. zooms: read every picture at all of them, with `background` [3] around one that is
     made smaller; None reads its latent. refiner: of the scene by which poses are refined. guidance: scale and channels
@@ -61,11 +59,6 @@ class PoseReader:
             None if settings.guidance is None else (settings.guidance, settings.guidance_channels),
         )
 
-    @cached_property
-    def statistics(self) -> PoseStatistics:
-        """Of the dataset's packing."""
-        return PoseStatistics.from_dict(self.loaded.manifest.statistics)
-
     def estimate(self, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """What `read` and then `refined` give."""
         return self.refined(self.read(images, moments, labels, intrinsics), images, intrinsics)
@@ -84,11 +77,8 @@ class PoseReader:
         return self._multi_zoom(self.zooms, images, labels, intrinsics)
 
     def _of_moments(self, moments: Tensor, labels: Tensor) -> PoseEstimate:
-        model = self.loaded.model
-        if self.options.estimator == "exact" and self.guidance is not None:
-            model = guided(model, *self.guidance)  # type: ignore[assignment]
-        loaded, latent = self.loaded, latent_mean(moments)
-        return estimate_pose(model, loaded.interpolant, latent, labels, self.statistics, self.options, loaded.endpoint)
+        guidance = self.guidance if self.options.estimator == "exact" else None
+        return self.loaded.estimate(latent_mean(moments), labels, self.options, guidance)
 
     def _multi_zoom(self, zooms: tuple[float, ...], images: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """The mean over several zooms of every picture, each moved back to the true distance.
@@ -103,7 +93,7 @@ class PoseReader:
             camera_to_world = estimate.camera_to_world.clone()
             camera_to_world[:, :3, 3] *= zoom
             estimates.append(replace(estimate, camera_to_world=camera_to_world))
-        return combined(estimates, self.statistics, self.options.readout)
+        return combined(estimates, self.loaded.statistics, self.options.readout)
 
     def _encoded(self, images: Tensor, zoom: float, intrinsics: Tensor) -> Tensor:
         if zoom != 1.0:

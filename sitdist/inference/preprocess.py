@@ -1,4 +1,4 @@
-"""Pictures of any size and kind as the training pictures were: size, intrinsics, background; and back."""
+"""Bring pictures of any size and kind to the training pictures' size, intrinsics and background, and back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELD_OUT_PICTURES = 16  # whose borders tell the background where no recipe does
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What all training pictures have in common, so what a picture must be made like.
+    """What all training pictures have in common.
 
     camera: of the square training pictures, None where it is not known. backgrounds: colours in [0, 1] by label, of
     the labels whose colour is known.
@@ -54,7 +54,7 @@ class Preprocess:
         return replace(self, camera=square_camera(normalized, self.size))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` gives the same framing back."""
+        """JSON-able; `from_dict` gives the same one back."""
         camera = None if self.camera is None else self.camera.normalized()
         colours = {str(label): list(colour) for label, colour in self.backgrounds.items()}
         return {"size": self.size, "camera": camera, "backgrounds": colours}
@@ -156,6 +156,14 @@ def centred(preprocess: Preprocess, width: int, height: int) -> Intrinsics | Non
     side = min(width, height)
     fx, fy, cx, cy = (value * side / preprocess.size for value in preprocess.camera.to_list())
     return Intrinsics(fx, fy, 0.5 * (width - side) + cx, 0.5 * (height - side) + cy, width, height)
+
+
+def nearest_square(camera: Intrinsics, size: int) -> Intrinsics:
+    """The camera of a picture of size x size pixels about the middle of what `camera` shows, just containing it."""
+    side = max(camera.width, camera.height)
+    left, top = 0.5 * (side - camera.width), 0.5 * (side - camera.height)
+    fx, fy, cx, cy = (size / side * value for value in (camera.fx, camera.fy, camera.cx + left, camera.cy + top))
+    return Intrinsics(fx, fy, cx, cy, size, size)
 
 
 def framed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,8 +15,12 @@ from sitdist.config.load import read_yaml
 from sitdist.dataset.manifest import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, CodecError
 from sitdist.flow.endpoint import Endpoint
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.interpolant import Interpolant, get_interpolant
-from sitdist.flow.predict import velocity_model
+from sitdist.flow.predict import guided, velocity_model
+from sitdist.flow.sample import SampleOptions, sample_latents
+from sitdist.flow.solve import Model
+from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.tensors import read_hashed
 from sitdist.model.codec import Codec
 from sitdist.runs.averages import use_average
@@ -44,6 +49,46 @@ class LoadedRun:
     config: Config
     step: int
     endpoint: Endpoint
+
+    @cached_property
+    def statistics(self) -> PoseStatistics:
+        """The pose statistics of the training data."""
+        return PoseStatistics.from_dict(self.manifest.statistics)
+
+    def estimate(
+        self, latents: Tensor, labels: Tensor, options: EstimateOptions, guidance: tuple[float, str] | None = None
+    ) -> PoseEstimate:
+        """Poses of latents [B, C, h, w] of objects `labels` [B]; `guidance`: scale and channels of the velocity's."""
+        model: Model = self.model if guidance is None else guided(self.model, *guidance)
+        return estimate_pose(model, self.interpolant, latents, labels, self.statistics, options, self.endpoint)
+
+    def render(
+        self,
+        camera_to_world: Tensor,
+        intrinsics: Tensor | None,
+        labels: Tensor,
+        options: SampleOptions,
+        seed: int,
+        stream: str,
+        positions: Tensor,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] of poses [B, 4, 4]; `intrinsics` [B, 4] are normalized, where the dataset packs them.
+
+        Noise is keyed by (seed, stream, position).
+        """
+        latents = sample_latents(
+            self.model,
+            self.interpolant,
+            self.endpoint,
+            standardize(camera_to_world, self.statistics, intrinsics),
+            labels,
+            torch.Size([self.manifest.latent.channels, self.manifest.latent.height, self.manifest.latent.width]),
+            options,
+            seed,
+            stream,
+            positions,
+        )
+        return self.codec.decode(latents)
 
 
 def load_run(

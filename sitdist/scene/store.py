@@ -57,7 +57,7 @@ class Scene:
 
 @torch.no_grad()
 def look_at_field(field: VoxelField, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Rendered:
-    """What a camera [4, 4] in the field's frame sees, [H, W, 3], [H, W]; a pixel is the mean of supersample^2 rays."""
+    """Render a camera [4, 4] in the field's frame, [H, W, 3], [H, W]; each pixel averages supersample^2 rays."""
     pose = camera_to_world.to(field.box.device)
     return picture(partial(march_occupied, field, step=field.voxel), pose, intrinsics, supersample)
 

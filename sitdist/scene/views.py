@@ -1,4 +1,4 @@
-"""Random cameras about a scene, and their pictures: of the built-in object, or of a scene fitted to photos.
+"""Random cameras around a scene, and their pictures: of the built-in object or of a fitted scene.
 
 Camera i is a pure function of (seed, i).
 """
@@ -99,7 +99,7 @@ def scene_files(folder: str) -> list[Path]:
 
 
 def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
-    """What took the frame of the photos to that of the scene's poses; None where it is the same, or none is known."""
+    """The similarity from the photos' frame to the frame of the scene's poses; None where they are the same."""
     if isinstance(scene, Solids) or scene.frame == "capture":
         return None
     return scene.similarity.to_dict()
@@ -107,7 +107,7 @@ def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def look(scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int) -> Rendered:
-    """What a camera [4, 4] in the scene's frame sees, [H, W, 3], [H, W]; a pixel is the mean of supersample^2 rays."""
+    """Render a camera [4, 4] in the scene's frame, [H, W, 3], [H, W]; each pixel averages supersample^2 rays."""
     if isinstance(scene, Solids):
         return picture(partial(render_solids, scene), camera_to_world, intrinsics, supersample)
     return scene.look(camera_to_world, intrinsics, supersample)

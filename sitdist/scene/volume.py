@@ -1,6 +1,6 @@
 """Volume rendering: colour along a ray is what every stretch emits times what the stretches before it let through.
 
-One compositing rule serves solids, whose stretches are known in closed form, and any other field, by marching.
+One compositing rule serves solids, whose stretches are known in closed form, and voxel fields, by ray marching.
 Source: Max, "Optical models for direct volume rendering", 1995; the quadrature of Mildenhall et al., "NeRF", 2020.
 """
 
@@ -33,7 +33,7 @@ class SkippingField(Protocol):
         """The shortest edge of a cell."""
 
     def occupied(self, x: Tensor, y: Tensor, z: Tensor, near: bool = False) -> Tensor:
-        """Which of the points, by coordinates [...], are in cells that are not empty; or else have one NEAR them."""
+        """Which points, by coordinates [...], are in cells that are not empty, or with `near` have one nearby."""
 
     def density(self, points: Tensor) -> Tensor:
         """Density [P] at points [P, 3]."""
@@ -43,13 +43,13 @@ class SkippingField(Protocol):
 
 
 class Rendered(NamedTuple):
-    """What rays or pixels bring: the light of the scene alone, [..., 3], and the share of what is behind it, [...]."""
+    """Rendered rays or pixels: the light of the scene, [..., 3], and the transmittance to the background, [...]."""
 
     light: Tensor
     through: Tensor
 
     def on(self, background: Tensor) -> Tensor:
-        """Colours [..., 3] before a background [3]."""
+        """Colours [..., 3] composited on a background [3]."""
         return self.light + self.through[..., None] * background
 
 

@@ -16,6 +16,7 @@ from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
 from sitdist.errors import CheckpointError, CodecError, DataError, SitdistError
 from sitdist.evaluate.report import Row
+from sitdist.evaluate.report.card import results_markdown
 from sitdist.evaluate.summary import MEASURES
 from sitdist.flow.error_bars import LEVELS, Bars, Calibration, Trust
 from sitdist.inference.calibration import RunCalibration
@@ -91,7 +92,7 @@ def test_the_model_card_has_the_measured_results(tiny_run, tmp_path):
         metrics |= {"generator": "heun", "generator_steps": 10, "seed": 0, "sigma": 0.1, "noise_floor": None}
         metrics |= {"function_evaluations": 1, "lpips": "not measured", "training_radius": [3.0, 5.0], "versions": {}}
         write_json(run / "eval" / name / "metrics.json", metrics | {"training_views": {"count": 9, "compared": 9}})
-    export_run(run, tmp_path / "out")
+    export_run(run, tmp_path / "out", results=results_markdown)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sitdist\n")
     assert "| r in [3, 5]  b  n | 64 | 1.23 / 1.00 | 0.100 | 21.46 | 0.100 |" in card
@@ -267,5 +268,5 @@ def test_results_that_are_damaged_are_named_and_nothing_is_exported(tiny_run, tm
     (run / "eval" / "test").mkdir(parents=True)
     (run / "eval" / "test" / "metrics.json").write_text(text)
     with pytest.raises(DataError, match=r"metrics\.json: .*; run `sitdist eval` again"):
-        export_run(run, tmp_path / "out")
+        export_run(run, tmp_path / "out", results=results_markdown)
     assert not (tmp_path / "out").exists()
