@@ -25,7 +25,7 @@ from sitdist.train.trainer import train
 def averaged(tiny_yaml, tmp_path_factory):
     """A run that is evaluated with another average than its EMA; never write into it."""
     folder = tmp_path_factory.mktemp("averaged") / "run"
-    settings = ["train.steps=3", "train.averages={decays: [0.5]}", "evaluate.average=decay_0.5"]
+    settings = ["train.steps=3", "train.averages={sigma_rels: [0.1]}", "evaluate.average=sigma_rel_0.1"]
     train(load_yaml(Config, tiny_yaml, settings), folder)
     return folder
 
@@ -36,7 +36,7 @@ def has_weights(model, tensors) -> bool:
 
 
 def test_every_command_uses_the_average_that_the_config_names(averaged, tmp_path):
-    average, ema = read_average(averaged, 3, "decay_0.5"), read_checkpoint(folder_of(averaged, 3)).tensors["ema"]
+    average, ema = read_average(averaged, 3, "sigma_rel_0.1"), read_checkpoint(folder_of(averaged, 3)).tensors["ema"]
     assert has_weights(load_run(averaged).model, average)
     assert has_weights(load(averaged).run.model, average)
     assert has_weights(load_run(averaged, average=None).model, ema)
