@@ -29,16 +29,13 @@ from sitdist.model.codec import latent_mean
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"estimator": "one_step"},
-    {"estimator": "one_step", "readout": "weighted"},
     {"estimator": "one_step", "readout": "look_at"},
-    {"estimator": "renoised", "readout": "look_at"},
-    {"estimator": "draws", "readout": "look_at"},
     {"estimator": "multi_zoom", "readout": "look_at"},
     {"estimator": "euler", "estimator_steps": 50},
     {"estimator": "heun", "estimator_steps": 10},
     {"estimator": "midpoint", "estimator_steps": 10},
     {"estimator": "exact", "generator": "heun", "generator_steps": 10},
-    {"estimator": "source"},
+    {"estimator": "euler_249"},
 )
 PROTOCOL_VIEWS = 8  # read by the source's protocol, one at a time
 PIXEL_BYTES = 24  # of a view's pixels while they are loaded
@@ -169,8 +166,7 @@ def _row(
     run: Path, loaded: LoadedRun, reader: PoseReader, settings: EvaluateConfig, views: ViewBatch, batch: int
 ) -> Row:
     count = len(views.labels)
-    positions = torch.arange(count, device=views.labels.device)
-    columns = (views.images, views.moments, views.labels, positions, views.intrinsics)
+    columns = (views.images, views.moments, views.labels, views.intrinsics)
     reader.estimate(*(column[:2] for column in columns))  # whatever happens only once
 
     def read() -> list[PoseEstimate]:
@@ -199,10 +195,6 @@ def _name(settings: EvaluateConfig) -> str:
             return f"{settings.estimator}, {settings.estimator_steps} steps"
         case "exact":
             return f"exact, of {settings.generator}, {settings.generator_steps} steps"
-        case "renoised":
-            return f"renoised, {settings.estimator_draws} at t = {settings.estimator_time:g}"
-        case "draws":
-            return f"draws, {settings.estimator_draws}"
         case "multi_zoom":
             return f"multi_zoom, {len(settings.zooms)} zooms"
         case name:
@@ -210,7 +202,6 @@ def _name(settings: EvaluateConfig) -> str:
 
 
 def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Protocols:
-    reader = PoseReader.open(loaded, _settings(loaded, {"estimator": "one_step"}))
     latents, labels, true = latent_mean(views.moments), views.labels, views.camera_to_world
     need = 4 * batch * latents[0].numel()
     require_memory(need, f"a batch of {batch:,} views", "give a smaller --batch")
@@ -219,12 +210,12 @@ def _protocols(run: Path, loaded: LoadedRun, views: ViewBatch, batch: int) -> Pr
     device, few = labels.device, min(PROTOCOL_VIEWS, len(labels))
 
     def one_step(x1: Tensor, y: Tensor) -> PoseEstimate:
-        return estimate_pose(loaded.model, loaded.interpolant, x1, y, reader.statistics, endpoint=loaded.endpoint)
+        return estimate_pose(loaded.model, loaded.interpolant, x1, y, loaded.statistics, endpoint=loaded.endpoint)
 
     def source() -> Tensor:
-        model, options = guided(loaded.model, 1.0), EstimateOptions("source")  # at scale 1 guidance changes no pose
+        model, options = guided(loaded.model, 1.0), EstimateOptions("euler_249")  # at scale 1 guidance changes no pose
         one = [
-            estimate_pose(model, loaded.interpolant, x1, y, reader.statistics, options, loaded.endpoint).camera_to_world
+            estimate_pose(model, loaded.interpolant, x1, y, loaded.statistics, options, loaded.endpoint).camera_to_world
             for x1, y in zip(latents[:few].split(1), labels[:few].split(1), strict=True)
         ]
         return torch.cat(one)

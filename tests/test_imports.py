@@ -33,7 +33,11 @@ LEVELS = {
     "cli": 8,
     "__main__": 9,
 }
-SAME_LEVEL = {("io", "geometry"), ("build", "train"), ("config", "flow")}  # cameras in files; a codec is trained; names
+SAME_LEVEL = {  # a camera read from a file; a codec is trained, too; a config names solvers and estimators
+    ("io", "geometry"),
+    ("build", "train"),
+    ("config", "flow"),
+}
 MATHS = ("geometry", "flow", "model")
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sitdist.build.writer import open_splits
 from sitdist.config.recipe import Recipe, SceneSource
 from sitdist.errors import ConfigError
-from sitdist.geometry.camera import Intrinsics, look_at
+from sitdist.geometry.camera import Intrinsics, full_turn, orbit
 from sitdist.io.atomic import check_free, write_folder
 from sitdist.io.json_file import write_json
 from sitdist.io.memory import require_memory
@@ -41,11 +41,8 @@ def turntable_cameras(views: int, radius: float, elevation_deg: float, fov_deg: 
     if not 1.0 < fov_deg < 170.0:
         raise ConfigError(f"--fov {fov_deg:g}: a field of view is between 1 and 170 degrees")
     require_memory(350 * views, f"a turntable of {views:,} views", "ask for fewer views")
-    angle = torch.arange(views, dtype=torch.float64) * (2.0 * torch.pi / views)
-    elevation = torch.deg2rad(torch.tensor(elevation_deg, dtype=torch.float64))
-    ring = torch.stack([angle.cos() * elevation.cos(), angle.sin() * elevation.cos()], -1)
-    place = radius * torch.cat([ring, elevation.sin().expand(views, 1)], dim=-1)
-    return Cameras(look_at(place), [Intrinsics.from_fov(fov_deg, size, size)] * views)
+    cameras = orbit(full_turn(views), elevation_deg, radius)
+    return Cameras(cameras, [Intrinsics.from_fov(fov_deg, size, size)] * views)
 
 
 def recipe_cameras(recipe: Recipe, split: str) -> Cameras:

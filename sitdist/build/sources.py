@@ -23,12 +23,12 @@ from sitdist.io.memory import require_memory
 from sitdist.io.npz import PosedArray, npz_files, read_posed_array
 from sitdist.io.transforms import read_posed_files, transforms_file
 from sitdist.scene.views import (
+    backdrop,
     capture_similarity,
     open_scene,
     random_cameras,
     random_fov_deg,
     render,
-    scene_background,
     scene_files,
 )
 
@@ -91,7 +91,7 @@ def _background(config: SourceConfig) -> Tensor:
     colour = config.radius_augmentation.background
     if colour is None and not isinstance(config, NpzSource):
         colour = config.background
-    return scene_background(config.scene) if colour is None else torch.tensor(colour)  # type: ignore[union-attr]
+    return backdrop(open_scene(config.scene)) if colour is None else torch.tensor(colour)  # type: ignore[union-attr]
 
 
 class _MixedViews(ViewSource):

@@ -82,7 +82,7 @@ def _calibrate_options(command: Parser) -> None:
 
 
 def _likelihood_options(command: Parser) -> None:
-    from sitdist.flow.names import Solver
+    from sitdist.flow.choices import Solver
 
     command.add_argument("run", type=Path, help="Folder of the run.")
     command.add_argument("--split", default="test", help="Split of the dataset.")

@@ -25,7 +25,8 @@ from sitdist.config.schema import (
     Steps,
     Word,
 )
-from sitdist.flow.names import (
+from sitdist.flow.choices import (
+    RENAMED_ESTIMATORS,
     Diffusion,
     Estimator,
     Generator,
@@ -311,16 +312,14 @@ class EvaluateConfig(Schema):
     estimator: Estimator = Field(
         "one_step",
         description="How a pose is read: the posterior mean at t = 1 (one_step); integrating backward (euler, heun, "
-        "midpoint); 249 explicit Euler steps (source); undoing the generator (exact); the mean over noisy copies at "
-        "estimator_time (renoised) or over draws of a vae's latent (draws); the weighted mean over zooms (multi_zoom).",
+        "midpoint); 249 explicit Euler steps (euler_249); undoing the generator (exact); the weighted mean over zooms "
+        "(multi_zoom).",
     )
     estimator_steps: Steps = Field(50, description="Number of steps of the estimators euler, heun and midpoint.")
-    estimator_draws: Steps = Field(4, description="Number of copies of renoised, or of draws of draws.")
-    estimator_time: Annotated[float, Field(gt=0, lt=1)] = Field(0.97, description="Time t of the copies of renoised.")
     readout: Readout = Field(
         "svd",
-        description="How a pose is fitted to its sixteen entries: nearest rotation (svd), weighted by variance "
-        "(weighted), or a level camera that looks at the origin (look_at).",
+        description="How a pose is fitted to its sixteen entries: nearest rotation (svd), or a level "
+        "camera that looks at the origin (look_at).",
     )
     zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = Field(
         [0.75, 0.9, 1.0, 1.1, 1.25], description="Zooms about the picture's centre of the estimator multi_zoom."
@@ -360,6 +359,11 @@ class EvaluateConfig(Schema):
     lpips_backbone: Word | None = Field(
         None, description="File of torchvision's AlexNet or VGG weights, which LPIPS needs; null leaves LPIPS out."
     )
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _renamed(cls, name: Any) -> Any:
+        return RENAMED_ESTIMATORS.get(name, name) if isinstance(name, str) else name
 
 
 class ReaderConfig(Schema):

@@ -46,20 +46,21 @@ from sitdist.evaluate.symmetry import Symmetries, find_symmetries
 from sitdist.evaluate.tasks import Producer, Task, do_left, do_tasks, merge, plan_conflict, prepare
 from sitdist.evaluate.units import BINS_AT_MOST, RECORD, Unit, ViewRecord, make_units, merge_pictures, pictured, thinned
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
+from sitdist.flow.choices import PICTURE_ESTIMATORS
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference import calibration as calibrate
 from sitdist.inference.options import build_estimate, build_sampling
-from sitdist.inference.pose_reader import OF_PICTURES, PoseReader
+from sitdist.inference.pose_reader import PoseReader
 from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.atomic import write_atomically
 from sitdist.io.json_file import write_json
 from sitdist.io.npz import save_arrays
 from sitdist.io.ownership import check_ours, only_writer
+from sitdist.io.tensors import tensors_sha256
 from sitdist.model.codec import latent_mean
-from sitdist.runs.averages import use_average
 
 VIEWS_AT_MOST = 2_000_000
 
@@ -301,7 +302,7 @@ class _Evaluation:
         }
         flow, rendered = self.loaded.config.flow, None
         if flow.why_no_pose() is None:
-            values |= self._pose_errors(self._estimate(unit, images, moments, labels, intrinsics), true, intrinsics)
+            values |= self._pose_errors(self._estimate(images, moments, labels, intrinsics), true, intrinsics)
         if flow.why_no_picture() is None:
             rendered = codec.decode(self._generate(unit, true, intrinsics, labels, latents.shape[1:]))
             values |= self._picture_errors(rendered, images)
@@ -311,10 +312,8 @@ class _Evaluation:
         records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
         return records, to_uint8(images), None if rendered is None else to_uint8(rendered)
 
-    def _estimate(
-        self, unit: Unit, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor
-    ) -> PoseEstimate:
-        estimate = self.poses.estimate(images, moments, labels, self._positions(unit), intrinsics)
+    def _estimate(self, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
+        estimate = self.poses.estimate(images, moments, labels, intrinsics)
         if self.calibration is None:
             return estimate
         return self.calibration.fill(self.loaded, estimate, latent_mean(moments), labels)
@@ -458,8 +457,8 @@ class _Evaluation:
 def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     loaded = load_run(run, device)
     settings = _settings(options, loaded)
-    if settings.average is not None:
-        use_average(loaded.model, run, loaded.step, settings.average)
+    if settings.average != loaded.config.evaluate.average:
+        loaded = load_run(run, device, average=settings.average)
     data = store_of(loaded.config, options.data).folder
     manifest = load_manifest(data)
     check_codec(data, manifest, loaded)
@@ -516,7 +515,7 @@ def _calibration(
         return None, "--uncalibrated" if options.uncalibrated else ""
     if settings.refine is not None:
         return None, "they are of the estimate before it is refined"
-    if settings.estimator in OF_PICTURES:
+    if settings.estimator in PICTURE_ESTIMATORS:
         return None, f"error bars are for estimators that read one latent, and {settings.estimator} reads several"
     calibration, why_not = calibrate.load_calibration(run, loaded, build_estimate(settings))
     if calibration is None:
@@ -587,7 +586,7 @@ def _plan(
     return {
         "format": 2,
         "step": loaded.step,
-        "weights": calibrate.weights_sha256(loaded.model),
+        "weights": tensors_sha256(loaded.model.state_dict()),
         "dataset": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
         "split": title,
         "units": len(units),

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of (seed, stream, position): no state, the same on any number of processes.
+"""Random numbers as a pure function of (seed, stream, position): stateless, and equal on any number of processes.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain int64 tensor operations.
 The key comes from the seed and the stream's name, the counter from the global position of the sample and the number

@@ -1,4 +1,4 @@
-"""How far an estimated pose is to be believed: error bars and a trust score, fitted on views that were held out.
+"""Error bars and a trust score of an estimated pose, fitted on held-out views.
 
 Every picture has scores that grow with its error and need no true pose: how far the estimated rotation is from SO(3),
 how much the places of the latent disagree, and how well the model's own picture of the estimate resembles the input.
@@ -128,7 +128,7 @@ def conformal_rank(level: float, n: int) -> int:
 
 @dataclass(frozen=True)
 class Trust:
-    """How usual a picture's worst score is: `mean`, `std` [S] of the log scores, `worst` [N] sorted, of held-out views.
+    """How usual a picture's worst score is. `mean`, `std` [S] are of held-out log scores, `worst` [N] is sorted.
 
     A score counts by how many deviations it lies above the mean.
     """

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from sitdist import checks
-from sitdist.errors import ConfigError
-from sitdist.flow.draws import normal
+from sitdist.flow.choices import GENERATORS, LATENT_ESTIMATORS, READOUTS
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.exact import Inversion, invert_exactly
 from sitdist.flow.interpolant import Interpolant
-from sitdist.flow.names import LatentEstimator
-from sitdist.flow.readout import READOUTS, read_camera
-from sitdist.flow.sample import STOCHASTIC
-from sitdist.flow.solve import MOST_STEPS, SOLVERS, Model, function_evaluations, invert, invert_at_arrival
+from sitdist.flow.readout import read_camera
+from sitdist.flow.solve import MOST_STEPS, Model, function_evaluations, invert, invert_at_arrival
 from sitdist.geometry.packing import PoseStatistics, entries, packed_intrinsics
 from sitdist.geometry.pose import project_to_so3
 
 SOURCE_STEPS = 249
-ESTIMATORS = get_args(LatentEstimator)
 
 
 @dataclass(frozen=True)
@@ -31,12 +26,9 @@ class EstimateOptions:
     """How poses are read off latents.
 
     `one_step` is the posterior mean at t = 1. `euler`, `heun` and `midpoint` integrate backward on `steps` intervals;
-    `source` is the protocol of the work this system comes from: 249 explicit Euler steps, velocity at the time of
+    `euler_249` is the protocol of the work this system comes from: 249 explicit Euler steps, velocity at the time of
     arrival. `exact` undoes `generator` with `generator_steps` steps, each of which is solved to `tolerance` by at most
-    `max_iterations`. `renoised` takes the one-step pose as x0, `draws` times with new noise, and averages the posterior
-    means at t = `time` of what lies between it and the latent. `draws` averages the one-step x0 of `draws` latents
-    drawn from the codec's posterior. Noise is keyed by `seed` and the view's position. `readout`: how a rigid pose is
-    fitted to the sixteen entries, one of READOUTS.
+    `max_iterations`. `readout`: how a rigid pose is fitted to the sixteen entries, one of READOUTS.
     """
 
     estimator: str = "one_step"
@@ -45,19 +37,14 @@ class EstimateOptions:
     generator_steps: int = 10
     tolerance: float = 2e-6
     max_iterations: int = 50
-    draws: int = 4
-    time: float = 0.97
-    seed: int = 0
     readout: str = "svd"
 
     def __post_init__(self) -> None:
-        checks.choice("estimator", self.estimator, ESTIMATORS)
+        checks.choice("estimator", self.estimator, LATENT_ESTIMATORS)
         checks.choice("readout", self.readout, READOUTS)
-        checks.choice("estimator generator", self.generator, (*SOLVERS, *STOCHASTIC))
-        for name in ("steps", "generator_steps", "max_iterations", "draws"):
+        checks.choice("estimator generator", self.generator, GENERATORS)
+        for name in ("steps", "generator_steps", "max_iterations"):
             checks.whole(f"estimator {name}", getattr(self, name), 1, MOST_STEPS)
-        checks.whole("estimator seed", self.seed, 0, checks.LARGEST_SEED)
-        checks.number("estimator time", self.time, 1e-9, 1.0 - 1e-9)
         checks.number("estimator tolerance", self.tolerance, 1e-30)
 
 
@@ -94,6 +81,17 @@ class PoseEstimate:
     translation_bars: Tensor | None = None
     picture_error: Tensor | None = None
 
+    @classmethod
+    def concatenated(cls, estimates: Sequence[PoseEstimate]) -> PoseEstimate:
+        """The estimates of several batches as one."""
+        columns = {field.name: [getattr(each, field.name) for each in estimates] for field in fields(cls)}
+        return cls(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+
+    def cpu(self) -> PoseEstimate:
+        """The same on the CPU."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PoseEstimate(**{name: None if value is None else value.cpu() for name, value in values.items()})
+
 
 def posterior_mean_x0(model: Model, interpolant: Interpolant, x1: Tensor, y: Tensor) -> Tensor:
     """E[x0 | x1] [B, C, h, w] by one evaluation at t = 1: the pose with the endpoint's noise averaged out."""
@@ -110,51 +108,21 @@ def estimate_pose(
     statistics: PoseStatistics,
     options: EstimateOptions = EstimateOptions(),
     endpoint: Endpoint = Endpoint(),  # noqa: B008
-    positions: Tensor | None = None,
-    log_variance: Tensor | None = None,
 ) -> PoseEstimate:
     """Estimate the poses of latents [B, C, h, w] of objects `y` [B], which the flow ends in at `endpoint`.
 
-    `positions` [B] key the noise of `renoised` and `draws` (default: 0 to B - 1); `log_variance` [B, C, h, w] is that
-    of the codec's posterior, for `draws`. No noise is subtracted: an estimator cannot know it.
+    No noise is subtracted: an estimator cannot know it.
     """
-    solved = _solve(
-        model, interpolant, latent, y, options, endpoint, _Noise(latent, positions, options.seed), log_variance
-    )
+    solved = _solve(model, interpolant, latent, y, options)
     return read_pose(solved.x0, statistics, endpoint, solved.function_evaluations, solved.converged, options.readout)
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """Standard normal noise like `latent` [B, C, h, w], keyed by the seed, the positions of the views, and a number."""
-
-    latent: Tensor
-    positions: Tensor | None
-    seed: int
-
-    def __call__(self, stream: str, number: int) -> Tensor:
-        positions = torch.arange(len(self.latent)) if self.positions is None else self.positions
-        noise = normal(
-            self.seed, f"{stream} {number}", positions.to(self.latent.device), math.prod(self.latent.shape[1:])
-        )
-        return noise.reshape(self.latent.shape).to(self.latent)
-
-
-def _solve(
-    model: Model,
-    interpolant: Interpolant,
-    latent: Tensor,
-    y: Tensor,
-    options: EstimateOptions,
-    endpoint: Endpoint,
-    noise: _Noise,
-    log_variance: Tensor | None,
-) -> Inversion:
+def _solve(model: Model, interpolant: Interpolant, latent: Tensor, y: Tensor, options: EstimateOptions) -> Inversion:
     """x0 of the latents by the estimator that the options name."""
     match options.estimator:
         case "one_step":
             x0, evaluations = posterior_mean_x0(model, interpolant, latent, y), 1
-        case "source":
+        case "euler_249":
             x0, evaluations = invert_at_arrival(model, interpolant, latent, y, SOURCE_STEPS), SOURCE_STEPS
         case "exact":
             return invert_exactly(
@@ -167,52 +135,10 @@ def _solve(
                 options.tolerance,
                 options.max_iterations,
             )
-        case "renoised":
-            x0, evaluations = _renoised_x0(model, interpolant, latent, y, options, endpoint, noise), 1 + options.draws
-        case "draws":
-            x0, evaluations = _mean_of_draws(model, interpolant, latent, y, options, noise, log_variance), options.draws
         case _:
             x0 = invert(model, interpolant, latent, y, options.estimator, options.steps)
             evaluations = function_evaluations(options.estimator, options.steps)
     return Inversion(x0, torch.ones_like(y, dtype=torch.bool), torch.full_like(y, evaluations, dtype=torch.int64))
-
-
-def _renoised_x0(
-    model: Model,
-    interpolant: Interpolant,
-    latent: Tensor,
-    y: Tensor,
-    options: EstimateOptions,
-    endpoint: Endpoint,
-    noise: _Noise,
-) -> Tensor:
-    packed_pose = endpoint.packed_pose(posterior_mean_x0(model, interpolant, latent, y))
-    t = torch.full((len(latent),), min(options.time, interpolant.t_one), dtype=latent.dtype, device=latent.device)
-    total = torch.zeros_like(latent)
-    for number in range(options.draws):
-        x_t = interpolant.sample(endpoint.x0(packed_pose, noise("renoised", number)), latent, t).x_t
-        total += interpolant.posterior_x0(model(x_t, t, y), x_t, t)
-    return total / options.draws
-
-
-def _mean_of_draws(
-    model: Model,
-    interpolant: Interpolant,
-    latent: Tensor,
-    y: Tensor,
-    options: EstimateOptions,
-    noise: _Noise,
-    log_variance: Tensor | None,
-) -> Tensor:
-    if log_variance is None:
-        raise ConfigError(
-            "estimator 'draws': needs a codec whose latents have a variance to draw from, and the closed-form one has "
-            "none; use a vae codec, or estimator renoised"
-        )
-    deviation, total = (0.5 * log_variance).exp(), torch.zeros_like(latent)
-    for number in range(options.draws):
-        total += posterior_mean_x0(model, interpolant, latent + deviation * noise("draws", number), y)
-    return total / options.draws
 
 
 def read_pose(
@@ -227,7 +153,7 @@ def read_pose(
     packed_pose, spread = endpoint.packed_pose(x0.double()), endpoint.spread(x0.double())
     rotation = entries(packed_pose, statistics)[:, :3, :3]
     return PoseEstimate(
-        camera_to_world=read_camera(packed_pose, spread, statistics, readout),
+        camera_to_world=read_camera(packed_pose, statistics, readout),
         packed_pose=packed_pose,
         function_evaluations=evaluations,
         spread=spread,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError
+from sitdist.flow.choices import FIXED_STEP
 from sitdist.flow.interpolant import Interpolant
-from sitdist.flow.solve import FIXED_STEP, Model, integrate
+from sitdist.flow.solve import Model, integrate
 
 MEMORY = 5  # earlier iterates that Anderson's acceleration looks at
 RIDGE = 1e-10  # of its least squares, relative to the trace

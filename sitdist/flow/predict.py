@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sitdist.errors import ConfigError
+from sitdist.flow.choices import GuidedChannels
 from sitdist.flow.interpolant import Interpolant, check_prediction
-from sitdist.flow.names import GuidedChannels
 
 GUIDED_CHANNELS = get_args(GuidedChannels)
 

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from sitdist import checks
 from sitdist.flow import draws
+from sitdist.flow.choices import GENERATORS, STOCHASTIC
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.predict import GUIDED_CHANNELS, guided
 from sitdist.flow.sde import SdeOptions, generate_sde
-from sitdist.flow.solve import SOLVERS, Model, generate
-
-STOCHASTIC = {"euler_maruyama": "euler_maruyama", "stochastic_heun": "heun"}  # generators, and their SDE methods
+from sitdist.flow.solve import Model, generate
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class SampleOptions:
     last_step_size: float = 0.04
 
     def __post_init__(self) -> None:
-        checks.choice("generator", self.generator, (*SOLVERS, *STOCHASTIC))
+        checks.choice("generator", self.generator, GENERATORS)
         checks.number("generator tolerance", self.tolerance, 1e-30)
         checks.choice("guidance channels", self.guidance_channels, GUIDED_CHANNELS)
         if self.guidance is not None:

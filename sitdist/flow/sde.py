@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sitdist import checks
 from sitdist.errors import ConfigError
+from sitdist.flow.choices import Diffusion, LastStep
 from sitdist.flow.interpolant import EPSILON, Interpolant
-from sitdist.flow.names import Diffusion, LastStep
 from sitdist.flow.predict import require_gaussian
 from sitdist.flow.solve import MOST_STEPS, Model
 

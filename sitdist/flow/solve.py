@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
 from sitdist.errors import ConfigError
+from sitdist.flow.choices import ADAPTIVE, FIXED_STEP, MULTI_STEP, SOLVERS
 from sitdist.flow.interpolant import Interpolant
-from sitdist.flow.names import AdaptiveSolver, MultiStepSolver
 
 Model = Callable[..., Tensor]
 
-# Fixed-step methods by the field's names; torchdiffeq's own names where they differ. Evaluations per step.
-FIXED_STEP = {
-    "euler": ("euler", 1),
-    "midpoint": ("midpoint", 2),
-    "heun": ("heun2", 2),
-    "heun3": ("heun3", 3),
-    "rk4": ("rk4", 4),
-}
-# Steps of a fixed size too, from the velocities of earlier ones; the implicit one iterates to the tolerance.
-MULTI_STEP = get_args(MultiStepSolver)
-ADAPTIVE = get_args(AdaptiveSolver)
 MOST_STEPS = 10**6  # so that in float32 times differ
-SOLVERS = (*FIXED_STEP, *MULTI_STEP, *ADAPTIVE)
 
 
 def integrate(derivative: Callable[..., Any], state: Any, times: Tensor, method: str, tolerance: float) -> Any:

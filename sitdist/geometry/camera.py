@@ -40,14 +40,8 @@ class Intrinsics:
 
     def scaled(self, factor: int) -> Intrinsics:
         """The same camera with every pixel cut into factor^2."""
-        return Intrinsics(
-            factor * self.fx,
-            factor * self.fy,
-            factor * self.cx,
-            factor * self.cy,
-            factor * self.width,
-            factor * self.height,
-        )
+        fx, fy, cx, cy = (factor * value for value in self.to_list())
+        return Intrinsics(fx, fy, cx, cy, factor * self.width, factor * self.height)
 
     def shrunk(self, factor: int) -> Intrinsics:
         """The camera of the same picture with factor^2 pixels made one; what is left at the right and below is cut."""
@@ -126,6 +120,31 @@ def look_at(position: Tensor, target: Sequence[float] | Tensor = (0.0, 0.0, 0.0)
     return camera_to_world
 
 
+def orbit(
+    azimuth_deg: Tensor,
+    elevation_deg: Tensor | float,
+    radius: Tensor | float,
+    roll_deg: Tensor | float = 0.0,
+    target: Sequence[float] | Tensor = (0.0, 0.0, 0.0),
+) -> Tensor:
+    """Cameras [..., 4, 4] (float64) at azimuths [...] about `target`, which they look at.
+
+    Azimuth runs from +x towards +y, elevation is above the horizon. `roll_deg` turns each camera about its line of
+    sight, counterclockwise as it sees; 0 is upright. All numbers broadcast.
+    """
+    azimuth = azimuth_deg.to(torch.float64).deg2rad()
+    elevation = torch.as_tensor(elevation_deg).to(azimuth).deg2rad().expand_as(azimuth)
+    direction = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], -1)
+    target = torch.as_tensor(target).to(azimuth)
+    cameras = look_at(target + torch.as_tensor(radius).to(azimuth).expand_as(azimuth)[..., None] * direction, target)
+    return rolled(cameras, torch.as_tensor(roll_deg).to(azimuth).expand_as(azimuth))
+
+
+def full_turn(views: int) -> Tensor:
+    """Azimuths [views] in degrees, float64, evenly spaced on a closed circle."""
+    return torch.arange(views, dtype=torch.float64) * (360.0 / views)
+
+
 def shell_cameras(
     uniforms: Tensor,
     radius: tuple[float, float],
@@ -162,12 +181,12 @@ def shell_positions(
 
 
 def rolled(camera_to_world: Tensor, angle_deg: Tensor) -> Tensor:
-    """Cameras [N, 4, 4] turned about their own line of sight by angles [N] in degrees, counterclockwise as they see."""
-    angle = angle_deg.to(torch.float64).deg2rad()[:, None]
-    right, up = camera_to_world[:, :3, 0], camera_to_world[:, :3, 1]
+    """Cameras [..., 4, 4] turned about their line of sight by angles [...] in degrees, counterclockwise as they see."""
+    angle = angle_deg.to(torch.float64).deg2rad()[..., None]
+    right, up = camera_to_world[..., :3, 0], camera_to_world[..., :3, 1]
     turned = camera_to_world.clone()
-    turned[:, :3, 0] = angle.cos() * right + angle.sin() * up
-    turned[:, :3, 1] = angle.cos() * up - angle.sin() * right
+    turned[..., :3, 0] = angle.cos() * right + angle.sin() * up
+    turned[..., :3, 1] = angle.cos() * up - angle.sin() * right
     return turned
 
 

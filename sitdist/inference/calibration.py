@@ -1,4 +1,4 @@
-"""Fit error bars and trust on a split that was held out, keep them beside the run, and measure how well they hold.
+"""Fit error bars and trust on a held-out split, store them in the run, and measure how well they hold.
 
 RUN/calibration.json: what was fitted (`sitdist.flow.error_bars`), and on what: the weights, the estimator, the split.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,23 @@ from sitdist.dataset.manifest import DatasetManifest, load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import store_of
 from sitdist.errors import ConfigError, DataError
+from sitdist.flow.choices import PICTURE_ESTIMATORS, RENAMED_ESTIMATORS
 from sitdist.flow.error_bars import BAR_LEVELS, FEWEST, LEVELS, Calibration, fit_calibration, rendered_mean
-from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
-from sitdist.geometry.packing import PoseStatistics
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference.options import build_estimate
-from sitdist.inference.pose_reader import OF_PICTURES
 from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.json_file import read_json, write_json
 from sitdist.io.ownership import check_ours
+from sitdist.io.tensors import tensors_sha256
 from sitdist.model.codec import latent_mean
 
 FILE = "calibration.json"
 FORMAT = 1
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """What tells weights from others: a hash of their names and bytes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def split_fingerprint(manifest: DatasetManifest, split: str) -> str:
-    """What tells the views of a split from others: a hash of its shards' hashes."""
+    """Hash of a split's shards, which identifies its views."""
     shards = [shard.sha256 for shard in manifest.splits[split].shards]
     return hashlib.sha256("\n".join(shards).encode()).hexdigest()
 
@@ -58,7 +49,7 @@ def split_fingerprint(manifest: DatasetManifest, split: str) -> str:
 
 @dataclass(frozen=True)
 class RunCalibration:
-    """A calibration, the weights and the estimator that it is of, and the views that it must not be tested on."""
+    """A calibration with its weights, its estimator, and the views it was fitted on."""
 
     calibration: Calibration
     weights: str
@@ -74,14 +65,13 @@ class RunCalibration:
         return {"format": FORMAT, **values, "levels": LEVELS, "calibration": self.calibration.to_dict()}
 
     def sha256(self) -> str:
-        """What tells this calibration from others."""
+        """Hash that identifies this calibration."""
         return hashlib.sha256(json.dumps(self.to_dict(), allow_nan=False).encode()).hexdigest()
 
     def fill(self, loaded: LoadedRun, estimate: PoseEstimate, latents: Tensor, labels: Tensor) -> PoseEstimate:
         """The estimate of latents [B, C, h, w], labels [B], with its error bars and its trust."""
-        statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
         scores = self.calibration.scores(
-            loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
+            loaded.model, loaded.interpolant, loaded.endpoint, loaded.statistics, estimate, latents, labels
         )
         return self.calibration.filled(estimate, scores)
 
@@ -95,13 +85,13 @@ class RunCalibration:
 
 
 def load_calibration(run: Path, loaded: LoadedRun, options: EstimateOptions) -> tuple[RunCalibration | None, str]:
-    """The run's calibration for poses read so, or None and why there is none; ConfigError if the file is damaged."""
+    """The run's calibration for these options, or None and the reason. ConfigError if the file is damaged."""
     path = Path(run) / FILE
     again = f"`sitdist calibrate {run} --split SPLIT`"
     kept = read_calibration(run)
     if kept is None:
         return None, f"not calibrated; fit error bars with {again}"
-    if kept.weights != weights_sha256(loaded.model):
+    if kept.weights != tensors_sha256(loaded.model.state_dict()):
         return None, f"{path} is of other weights than those of step {loaded.step}; calibrate again with {again}"
     if kept.estimator != _plain(options):
         return None, f"{path} is of the estimator {kept.estimator}, not {_plain(options)}; calibrate again for it"
@@ -116,6 +106,13 @@ def load_calibration(run: Path, loaded: LoadedRun, options: EstimateOptions) -> 
 def _plain(options: EstimateOptions) -> dict[str, Any]:
     """The options as JSON gives them back."""
     return json.loads(json.dumps(asdict(options), allow_nan=False))
+
+
+def _current(estimator: dict[str, Any]) -> dict[str, Any]:
+    """What an older file says of the estimator, without options that are gone and by the name of today."""
+    kept = {name: value for name, value in estimator.items() if name not in ("draws", "time", "seed")}
+    name = kept.get("estimator")
+    return kept | {"estimator": RENAMED_ESTIMATORS.get(name, name)} if isinstance(name, str) else kept
 
 
 class _File(Schema):
@@ -142,6 +139,7 @@ def read_calibration(run: Path) -> RunCalibration | None:
         kept = dict(parse(_File, values, str(path)))
         if (kept.pop("format"), tuple(kept.pop("levels"))) != (FORMAT, LEVELS):
             raise ValueError(f"not of format {FORMAT}, or of other levels")
+        kept["estimator"] = _current(kept["estimator"])
         return RunCalibration(**kept | {"calibration": Calibration.from_dict(kept["calibration"])})
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = str(error).removeprefix(f"{path}: ")[:160]
@@ -153,7 +151,7 @@ def read_calibration(run: Path) -> RunCalibration | None:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What to calibrate on; None means as the run's config says. `split` is of the dataset `data`."""
+    """What to calibrate on: `split` of the dataset `data`. None means as the run's config says."""
 
     split: str
     data: str | Path | None = None
@@ -163,7 +161,7 @@ class CalibrateOptions:
 
 
 def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
-    """Fit the run's error bars and trust on a split, and write RUN/calibration.json in the place of any other.
+    """Fit the run's error bars and trust on a split, and write RUN/calibration.json, replacing any other.
 
     ConfigError for the training split, whose errors are smaller than others', and for a model that reads no poses.
     """
@@ -182,7 +180,7 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     _check_split(data, manifest, loaded, options.split)
     given = {"estimator": options.estimator, "estimator_steps": options.estimator_steps}
     settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
-    if settings.estimator in OF_PICTURES:
+    if settings.estimator in PICTURE_ESTIMATORS:
         raise ConfigError(
             f"estimator '{settings.estimator}': error bars are for estimators that read one latent; calibrate one_step"
         )
@@ -190,7 +188,7 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     fitted = _fit(loaded, ShardReader(data, options.split), how, options.batch or settings.batch)
     kept = RunCalibration(
         calibration=fitted,
-        weights=weights_sha256(loaded.model),
+        weights=tensors_sha256(loaded.model.state_dict()),
         estimator=_plain(how),
         dataset=str(data),
         split=options.split,
@@ -219,7 +217,7 @@ def _check_split(data: Path, manifest: DatasetManifest, loaded: LoadedRun, split
 
 @torch.no_grad()
 def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch: int) -> Calibration:
-    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
+    statistics = loaded.statistics
     renders = loaded.config.flow.why_no_picture() is None
     device = next(loaded.model.parameters()).device
     estimates, residuals = [], []
@@ -227,16 +225,14 @@ def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch
         indices = list(range(start, min(start + batch, len(reader))))
         latents = latent_mean(reader.moments(indices).float()).to(device)
         labels = reader.labels()[indices].to(device)
-        estimate = estimate_pose(
-            loaded.model, loaded.interpolant, latents, labels, statistics, options, loaded.endpoint
-        )
+        estimate = loaded.estimate(latents, labels, options)
         estimates.append(estimate)
         if renders:
             rendered = rendered_mean(
                 loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
             )
             residuals.append(latents - rendered)
-    whole = concatenated(estimates)
+    whole = PoseEstimate.concatenated(estimates)
     true = reader.camera_to_world().to(device)
     return fit_calibration(
         whole,
@@ -245,13 +241,6 @@ def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch
         translation_error(whole.camera_to_world, true),
         torch.cat(residuals) if renders else None,
     )
-
-
-def concatenated(estimates: Sequence[PoseEstimate]) -> PoseEstimate:
-    """Estimates of several batches as one."""
-    parts = {field.name: [getattr(each, field.name) for each in estimates] for field in fields(PoseEstimate)}
-    whole: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in parts.items()}
-    return replace(estimates[0], **whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage
@@ -272,23 +261,25 @@ def bar_columns(estimate: PoseEstimate) -> dict[str, Tensor]:
     }
 
 
-def coverage(errors: Sequence[float], bars_90: Sequence[float], factors: Sequence[float]) -> dict[str, Any]:
+def coverage(
+    errors: Sequence[float], bars_90: Sequence[float], factors: Sequence[float], calibrated_on: int
+) -> dict[str, Any]:
     """How often errors [N] are within the bars of every one of LEVELS, given their 90% bars and LEVELS' `factors`.
 
-    `largest_quarter` is the same over the quarter of the views with the largest bars; `standard_error` is binomial, of
-    the share that is expected.
+    `largest_quarter` is the same over the quarter of the views with the largest bars. `standard_error` is that of the
+    expected share: both the N views and the `calibrated_on` ones that the bars were fitted on are samples.
     """
     error, bar = (torch.tensor(list(values), dtype=torch.float64) for values in (errors, bars_90))
     quarter = bar.argsort(descending=True, stable=True)[: max(1, round(len(bar) / 4))]
     within = error[:, None] <= bar[:, None] * (torch.tensor(factors, dtype=torch.float64) / factors[-1])
-    return {**_shares(within), "largest_quarter": _shares(within[quarter])}
+    return {**_shares(within, calibrated_on), "largest_quarter": _shares(within[quarter], calibrated_on)}
 
 
-def _shares(within: Tensor) -> dict[str, Any]:
+def _shares(within: Tensor, calibrated_on: int) -> dict[str, Any]:
     n = len(within)
     return {
         "observed": within.double().mean(0).tolist(),
-        "standard_error": [math.sqrt(level * (1.0 - level) / n) for level in LEVELS],
+        "standard_error": [math.sqrt(level * (1.0 - level) * (1.0 / n + 1.0 / calibrated_on)) for level in LEVELS],
         "n": n,
     }
 
@@ -300,6 +291,7 @@ def coverage_summary(kept: RunCalibration, records: Sequence[Any]) -> dict[str, 
             [getattr(record, error) for record in records],
             [getattr(record, bar) for record in records],
             bars.factors,
+            kept.views,
         )
         for error, bar, bars in (
             ("rotation_error_deg", "rotation_bar_90_deg", kept.calibration.rotation),
@@ -327,13 +319,12 @@ def _median(records: Sequence[Any], name: str) -> float:
 
 
 def format_calibration(run: Path, kept: RunCalibration) -> str:
-    """What was fitted, for the terminal: the factors of a picture's predicted error at 50% and 90%."""
-    bars = (("rotation", kept.calibration.rotation), ("translation", kept.calibration.translation))
-    factors = ", ".join(
-        f"{name} {' / '.join(f'{each.factors[LEVELS.index(level)]:.2f}' for level in BAR_LEVELS)}"
-        for name, each in bars
-    )
+    """What was fitted, for the terminal: the error bars of a picture whose scores are the mean ones."""
+    fitted = kept.calibration
+    scores = torch.tensor([fitted.trust.mean], dtype=torch.float64)
+    rotation, translation = (bars.at(scores, BAR_LEVELS)[0].tolist() for bars in (fitted.rotation, fitted.translation))
     return (
-        f"{run / FILE}: {kept.views} views of {kept.split}, estimator {kept.estimator['estimator']}; 50% / 90% bars "
-        f"in units of the typical error that each picture predicts: {factors}"
+        f"{run / FILE}: {kept.views} views of {kept.split}, estimator {kept.estimator['estimator']}; for a typical "
+        f"picture, 50% of rotation errors are below {rotation[0]:.3g} deg and 90% below {rotation[1]:.3g} deg; of "
+        f"translation errors, 50% are below {translation[0]:.3g} and 90% below {translation[1]:.3g}"
     )

@@ -1,4 +1,4 @@
-"""A run as a folder that holds what inference needs and nothing else, as it is uploaded to a hub.
+"""Export a run as a folder with all that inference needs and nothing else, ready for a hub.
 
 config.json          what the model is, what its training pictures have in common, the SHA-256 of its weights
 model.safetensors    averaged weights (EMA)
@@ -52,9 +52,9 @@ class _Card(Schema):
 def export_run(
     run: Path, out: Path, step: int | None = None, results: Callable[[Path, int], str] | None = None
 ) -> LoadedRun:
-    """Write the run's newest checkpoint, or that of `step`, to the new folder `out`; it is there whole or not at all.
+    """Export the run's newest checkpoint, or that of `step`, to the new folder `out`, whole or not at all.
 
-    `results` gives the model card its measured results, in Markdown, from the folder of the run and the step.
+    `results(run, step)` gives the measured results for the model card, in Markdown.
     DataError if `out` exists or cannot be written; whatever `load_run` raises.
     """
     check_free(out)
@@ -104,6 +104,7 @@ def _description(loaded: LoadedRun, preprocess: Preprocess, weights_sha256: str)
     config = loaded.config.model_dump(mode="json")
     config["data"] = loaded.manifest.name
     config["evaluate"]["refine"] = None
+    config["evaluate"]["average"] = None  # the weights are that average already
     if config["model"].get("init_from"):
         config["model"]["init_from"] = Path(config["model"]["init_from"]).name
     return {

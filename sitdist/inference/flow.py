@@ -14,9 +14,8 @@ that of the photos where a scene was fitted to them. Results are on the CPU, whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,15 +26,14 @@ from torch import Tensor
 from sitdist.checks import LARGEST_SEED, array, choice, find_device, number, whole
 from sitdist.errors import ConfigError, DataError, PoseError, as_told, shown
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate
-from sitdist.flow.sample import SampleOptions, sample_latents
-from sitdist.geometry.camera import Intrinsics, look_at
-from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.flow.sample import SampleOptions
+from sitdist.geometry.camera import Intrinsics, full_turn, orbit
 from sitdist.geometry.pose import check_rigid
 from sitdist.geometry.similarity import Similarity
 from sitdist.inference.calibration import RunCalibration, load_calibration
 from sitdist.inference.options import build_latent_estimate, build_sampling
 from sitdist.inference.pose_reader import PoseReader, check_reading
-from sitdist.inference.preprocess import Preprocess, camera_of, framed, resampled
+from sitdist.inference.preprocess import Preprocess, camera_of, framed, nearest_square, resampled
 from sitdist.inference.refine import SceneRefiner
 from sitdist.inference.run import LoadedRun
 from sitdist.io.images import Picture
@@ -54,8 +52,8 @@ Camera = Any  # Intrinsics, a sequence of them, or numbers [4] or [N, 4]
 class Flow:
     """A trained model, ready to use; `load` makes one.
 
-    run: the model and all that it was trained with. framing: what all training pictures have in common. folder: where
-    the error bars and the trust of its estimates are, if they were calibrated.
+    run: the model and all that it was trained with. preprocess: what all training pictures have in common. folder:
+    where the calibration of its estimates is, if there is one.
     """
 
     def __init__(
@@ -64,7 +62,6 @@ class Flow:
         self.run, self.preprocess, self.device, self.folder = run, preprocess, find_device(device), folder
         self._calibrations: dict[EstimateOptions, RunCalibration | None] = {}
         self._refiners: dict[str, SceneRefiner] = {}
-        self._statistics = PoseStatistics.from_dict(run.manifest.statistics)
 
     @property
     def image_size(self) -> int:
@@ -115,19 +112,20 @@ class Flow:
         """
         views = whole("views", views, 1)
         require_memory(700 * views, f"a turntable of {views:,} views", "ask for fewer")
-        angle = torch.arange(views, dtype=torch.float64) * (2.0 * math.pi / views)
-        return look_at(self.position(angle.rad2deg(), elevation_deg, radius))
+        return self.orbit(full_turn(views), elevation_deg, radius)
 
-    def position(self, azimuth_deg: Tensor, elevation_deg: float, radius: float | None = None) -> Tensor:
-        """Points [..., 3] float64 about the origin: azimuths [...] from +x towards +y, elevation above the horizon."""
+    def orbit(self, azimuth_deg: Any, elevation_deg: float, radius: float | None = None) -> Tensor:
+        """Poses [..., 4, 4] float64 that look at the origin, in the dataset's frame.
+
+        azimuth_deg: [...], from +x towards +y. elevation_deg: above the horizon. radius: as for `turntable`.
+        """
         azimuth = array("azimuth_deg", azimuth_deg)
         if not (azimuth.abs() <= 1e6).all():  # a NaN is not, either
-            raise ConfigError("azimuth_deg: angles in degrees, within a million, and no NaN; give such")
-        azimuth, elevation = azimuth.deg2rad(), math.radians(number("elevation_deg", elevation_deg, -90.0, 90.0))
-        ring = math.cos(elevation)
-        up = torch.full_like(azimuth, math.sin(elevation))
-        direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), up], dim=-1)
-        return (0.5 * sum(self.training_radius) if radius is None else number("radius", radius, 1e-6)) * direction
+            raise ConfigError("azimuth_deg: expected angles in degrees between -1e6 and 1e6")
+        elevation = number("elevation_deg", elevation_deg, -90.0, 90.0)
+        return orbit(
+            azimuth, elevation, 0.5 * sum(self.training_radius) if radius is None else number("radius", radius, 1e-6)
+        )
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -187,52 +185,28 @@ class Flow:
         seed: int,
         options: SampleOptions,
     ) -> Tensor:
-        shown: list[Intrinsics | None] = [self.camera] * len(poses)  # by the model, before any resampling
+        seen: list[Intrinsics | None] = [self.camera] * len(poses)  # by the model, before any resampling
         normalized = None
-        if self._statistics.has_intrinsics:
-            shown = [self._nearest_square(camera) for camera in cameras]
-            rows = [camera.normalized() for camera in shown if camera is not None]
+        if self.run.statistics.has_intrinsics:
+            seen = [self.camera if each is None else nearest_square(each, self.image_size) for each in cameras]
+            rows = [camera.normalized() for camera in seen if camera is not None]
             normalized = torch.tensor(rows, dtype=torch.float64, device=self.device)
-        latent = self.run.manifest.latent
-        latents = sample_latents(
-            self.run.model,
-            self.run.interpolant,
-            self.run.endpoint,
-            standardize(poses.to(self.device), self._statistics, normalized),
-            torch.full((len(poses),), label, device=self.device),
-            torch.Size([latent.channels, latent.height, latent.width]),
-            options,
-            seed,
-            "render",
-            torch.zeros(len(poses), dtype=torch.int64, device=self.device),  # the same noise for all
-        )
-        pictures = self.run.codec.decode(latents).float().cpu()
-        return self._cropped(pictures, shown, cameras, label)
-
-    def _nearest_square(self, camera: Intrinsics | None) -> Intrinsics | None:
-        """The camera of a picture of the training size that shows the middle of what `camera` shows, as large."""
-        if camera is None:
-            return self.camera
-        side = max(camera.width, camera.height)
-        scale, left, top = self.image_size / side, 0.5 * (side - camera.width), 0.5 * (side - camera.height)
-        numbers = (camera.fx, camera.fy, camera.cx + left, camera.cy + top)
-        fx, fy, cx, cy = (scale * value for value in numbers)
-        return Intrinsics(fx, fy, cx, cy, self.image_size, self.image_size)
-
-    def _cropped(
-        self, pictures: Tensor, shown: list[Intrinsics | None], cameras: Sequence[Intrinsics | None], label: int
-    ) -> Tensor:
-        """Pictures of the cameras `shown` as `cameras` want them; None: as they are."""
-        background = None
-        if label in self.preprocess.backgrounds:
-            background = self.preprocess.background(label)
-        out = []
-        for picture, source, target in zip(pictures, shown, cameras, strict=True):
-            if target is not None and source is None:
+        labels = torch.full((len(poses),), label, device=self.device)
+        same_noise = torch.zeros(len(poses), dtype=torch.int64, device=self.device)
+        poses = poses.to(self.device)
+        pictures = self.run.render(poses, normalized, labels, options, seed, "render", same_noise).float().cpu()
+        background, out = self._background(label), []
+        for picture, source, target in zip(pictures, seen, cameras, strict=True):
+            if target is None:
+                out.append(picture)
+            elif source is None:
                 raise DataError("intrinsics: those of the training pictures are not known here; give none")
-            same = target is None or source is None
-            out.append(picture if same else resampled(picture, source, target, background, "intrinsics"))  # type: ignore[arg-type]
+            else:
+                out.append(resampled(picture, source, target, background, "intrinsics"))
         return torch.stack(out)
+
+    def _background(self, label: int) -> Tensor | None:
+        return self.preprocess.background(label) if label in self.preprocess.backgrounds else None
 
     # ---------------------------------------------------------------------------------------------------------- poses
 
@@ -274,13 +248,14 @@ class Flow:
             raise DataError(f"{len(masks)} masks for {len(pictures)} pictures; give one for each")
         cameras = _per_view(intrinsics, len(pictures))
         reader = self._reader(label, options, zooms, scene)
-        parts = [
-            self._estimate_batch(
-                pictures, masks, range(start, min(start + batch, len(pictures))), cameras, label, reader
-            )
-            for start in range(0, len(pictures), batch)
-        ]
-        return self._to_frame(_joined(parts), label, frame)
+        parts = []
+        for start in range(0, len(pictures), batch):
+            views = []
+            for row in range(start, min(start + batch, len(pictures))):
+                name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"picture {row}"
+                views.append(framed(pictures[row], self.preprocess, name, cameras[row], masks[row], reader.background))
+            parts.append(self._read(torch.stack(views), label, reader))
+        return self._to_frame(PoseEstimate.concatenated(parts), label, frame)
 
     def check_estimates(
         self,
@@ -299,12 +274,12 @@ class Flow:
         if why_not:
             raise ConfigError(f"{self.run.manifest.name}: reads no poses: {why_not}")
         options, config = _options(options, EstimateOptions) or self.estimate_options, self.run.config.evaluate
-        known = self._check_label(label) in self.preprocess.backgrounds
+        background = self._background(self._check_label(label))
         if zooms is not None:
             values = array("zooms", zooms)
             if values.ndim != 1 or not 1 <= len(values) <= 100 or not ((values >= 0.01) & (values <= 100.0)).all():
                 raise ConfigError(f"zooms {shown(zooms)}: give one or more, from 0.01 to 100 each")
-            if not known and float(values.min()) < 1.0:
+            if background is None and float(values.min()) < 1.0:
                 raise ConfigError(f"zooms {shown(zooms)}: below 1, the colour around the picture must be known")
             zooms = values.tolist()
         if scene is not None and not isinstance(scene, str | Path):
@@ -314,7 +289,7 @@ class Flow:
             self.run,
             options,
             None if zooms is None else tuple(zooms),
-            self.preprocess.background(label) if known else None,
+            background,
             None if scene is None else self._refiner(str(scene)),
             None if config.guidance is None else (config.guidance, config.guidance_channels),
         )
@@ -325,40 +300,24 @@ class Flow:
                 self._refiners[scene] = SceneRefiner.open(scene, self.run.manifest, self.device)
             except OSError as error:
                 raise as_told(error) or error from None
-        if self.camera is None and not self._statistics.has_intrinsics:
+        if self.camera is None and not self.run.statistics.has_intrinsics:
             raise ConfigError(
                 f"scene {scene}: the training pictures' intrinsics are not known here, as the dataset is not at hand; "
                 "load an export that was made beside the dataset"
             )
         return self._refiners[scene]
 
-    def _estimate_batch(
-        self,
-        pictures: list[Picture],
-        masks: list[Any],
-        rows: range,
-        intrinsics: list[Intrinsics | list[float] | None],
-        label: int,
-        reader: PoseReader,
-    ) -> PoseEstimate:
-        views = []
-        for row in rows:
-            name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"picture {row}"
-            views.append(framed(pictures[row], self.preprocess, name, intrinsics[row], masks[row], reader.background))
-        return self._read(torch.stack(views), label, reader)
-
     def _read(self, images: Tensor, label: int, reader: PoseReader) -> PoseEstimate:
         """The poses of pictures [B, 3, S, S] that are like the training pictures, in the dataset's frame."""
         images = images.to(self.device)
         moments, labels = self.run.codec.encode_moments(images), torch.full((len(images),), label, device=self.device)
-        positions = torch.arange(len(images), device=self.device)
         camera = [0.0, 0.0, 0.5, 0.5] if self.camera is None else self.camera.normalized()
         intrinsics = torch.tensor(camera).expand(len(images), 4)
-        estimate = reader.read(images, moments, labels, positions, intrinsics)
+        estimate = reader.read(images, moments, labels, intrinsics)
         calibration = None if reader.zooms is not None else self.calibration(reader.options)
         if calibration is not None:
             estimate = calibration.fill(self.run, estimate, latent_mean(moments), labels)
-        return _joined([reader.refined(estimate, images, intrinsics)])
+        return reader.refined(estimate, images, intrinsics).cpu()
 
     def calibration(self, options: EstimateOptions | None = None) -> RunCalibration | None:
         """The error bars and the trust that `sitdist calibrate` fitted for poses read so; None where it did not."""
@@ -463,12 +422,3 @@ def _as_list(images: Any, channels: bool = True) -> list[Picture]:
     if not images:
         raise DataError("no pictures; give one or more")
     return list(images)
-
-
-def _joined(parts: list[PoseEstimate]) -> PoseEstimate:
-    """Estimates one behind the other, on the CPU."""
-    values: dict[str, Any] = {}
-    for field in fields(PoseEstimate):
-        columns = [getattr(part, field.name) for part in parts]
-        values[field.name] = None if columns[0] is None else torch.cat([column.cpu() for column in columns])
-    return PoseEstimate(**values)

@@ -30,8 +30,8 @@ def load(
 ) -> Flow:
     """The model in `path`: the folder of a run or of an export, or a hub id such as `user/chair`.
 
-    step: of a run, the checkpoint to load, by default the newest. background: red, green and blue from 0 to 1, in the
-    place of the training pictures' own. A hub id is downloaded by huggingface_hub (weights are safetensors, nothing is
+    step: of a run, the checkpoint to load, by default the newest. background: red, green and blue from 0 to 1, which
+    overrides the training pictures' own. A hub id is downloaded by huggingface_hub (weights are safetensors, nothing is
     unpickled). A SitdistError says what is missing, in one line.
     """
     device = find_device(device)

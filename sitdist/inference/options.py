@@ -40,10 +40,6 @@ def build_estimate(config: EvaluateConfig) -> EstimateOptions:
             values |= {"steps": config.estimator_steps}
         case "exact":
             values |= {"generator": config.generator, "generator_steps": config.generator_steps}
-        case "renoised":
-            values |= {"draws": config.estimator_draws, "time": config.estimator_time, "seed": config.seed}
-        case "draws":
-            values |= {"draws": config.estimator_draws, "seed": config.seed}
     return EstimateOptions(config.estimator, **values)
 
 

@@ -1,10 +1,9 @@
-"""The poses of views by the estimator that the settings name, those that need the picture and the codec among them."""
+"""Read poses off pictures with a run's model, by the estimator that the settings name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,26 +11,24 @@ from torch import Tensor
 from sitdist.config.experiment import EvaluateConfig
 from sitdist.dataset.manifest import DatasetManifest
 from sitdist.errors import ConfigError
-from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
-from sitdist.flow.predict import guided
+from sitdist.flow.choices import FIXED_STEP
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.flow.readout import read_camera
-from sitdist.flow.solve import FIXED_STEP
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import project_to_so3
 from sitdist.geometry.resample import zoomed
 from sitdist.inference.options import build_latent_estimate
+from sitdist.inference.preprocess import stated_background
 from sitdist.inference.refine import SceneRefiner
 from sitdist.inference.run import LoadedRun
-from sitdist.model.codec import NO_VARIANCE
+from sitdist.model.codec import latent_mean
 
-OF_PICTURES = ("draws", "multi_zoom")  # those that need more than one latent a view
 LEAST_VARIANCE = 1e-12  # of standardized entries: below it, all estimates are as good
-AT_ONE = ("one_step", "draws")  # estimators that look at t = 1 only
 
 
 @dataclass(frozen=True)
 class PoseReader:
-    """Reads poses off pictures with a run's model; `open` says what cannot be done.
+    """Reads poses off pictures with a run's model; `open` checks the settings.
 
     options: how a latent is read. zooms: read every picture at all of them, with `background` [3] around one that is
     made smaller; None reads its latent. refiner: of the scene by which poses are refined. guidance: scale and channels
@@ -61,50 +58,26 @@ class PoseReader:
             None if settings.guidance is None else (settings.guidance, settings.guidance_channels),
         )
 
-    @cached_property
-    def statistics(self) -> PoseStatistics:
-        """Of the dataset's packing."""
-        return PoseStatistics.from_dict(self.loaded.manifest.statistics)
-
-    def estimate(
-        self, images: Tensor, moments: Tensor, labels: Tensor, positions: Tensor, intrinsics: Tensor
-    ) -> PoseEstimate:
+    def estimate(self, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """What `read` and then `refined` give."""
-        estimate = self.read(images, moments, labels, positions, intrinsics)
-        return self.refined(estimate, images, intrinsics)
+        return self.refined(self.read(images, moments, labels, intrinsics), images, intrinsics)
 
     def refined(self, estimate: PoseEstimate, images: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """The estimate after the scene has moved it; the same where there is no scene."""
         return estimate if self.refiner is None else self.refiner.refine(estimate, images, intrinsics)
 
-    def read(
-        self, images: Tensor, moments: Tensor, labels: Tensor, positions: Tensor, intrinsics: Tensor
-    ) -> PoseEstimate:
-        """Poses of pictures [B, 3, H, W] with latent moments [B, 2C, h, w], labels and positions [B] (of the noise).
+    def read(self, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
+        """Poses of pictures [B, 3, H, W] with latent moments [B, 2C, h, w], labels [B], normalized intrinsics [B, 4].
 
-        `intrinsics` [B, 4] are normalized. All are on the model's device.
+        All are on the model's device.
         """
         if self.zooms is None:
-            return self._of_moments(moments, labels, positions)
+            return self._of_moments(moments, labels)
         return self._multi_zoom(self.zooms, images, labels, intrinsics)
 
-    def _of_moments(self, moments: Tensor, labels: Tensor, positions: Tensor | None = None) -> PoseEstimate:
-        model = self.loaded.model
-        if self.options.estimator == "exact" and self.guidance is not None:
-            model = guided(model, *self.guidance)  # type: ignore[assignment]
-        latent, log_variance = moments.chunk(2, dim=1)
-        known = bool((log_variance > NO_VARIANCE).any())
-        return estimate_pose(
-            model,
-            self.loaded.interpolant,
-            latent,
-            labels,
-            self.statistics,
-            self.options,
-            self.loaded.endpoint,
-            positions,
-            log_variance if known else None,
-        )
+    def _of_moments(self, moments: Tensor, labels: Tensor) -> PoseEstimate:
+        guidance = self.guidance if self.options.estimator == "exact" else None
+        return self.loaded.estimate(latent_mean(moments), labels, self.options, guidance)
 
     def _multi_zoom(self, zooms: tuple[float, ...], images: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """The mean over several zooms of every picture, each moved back to the true distance.
@@ -119,7 +92,7 @@ class PoseReader:
             camera_to_world = estimate.camera_to_world.clone()
             camera_to_world[:, :3, 3] *= zoom
             estimates.append(replace(estimate, camera_to_world=camera_to_world))
-        return combined(estimates, self.statistics, self.options.readout)
+        return combined(estimates, self.loaded.statistics, self.options.readout)
 
     def _encoded(self, images: Tensor, zoom: float, intrinsics: Tensor) -> Tensor:
         if zoom != 1.0:
@@ -152,7 +125,7 @@ def combined(estimates: list[PoseEstimate], statistics: PoseStatistics, readout:
     packed_pose = standardize(camera_to_world, statistics, intrinsics)
     rotation = camera_to_world[:, :3, :3]
     return PoseEstimate(
-        camera_to_world=read_camera(packed_pose, spread, statistics, readout),
+        camera_to_world=read_camera(packed_pose, statistics, readout),
         packed_pose=packed_pose,
         function_evaluations=torch.stack([estimate.function_evaluations for estimate in estimates]).sum(dim=0),
         spread=spread,
@@ -165,23 +138,17 @@ def combined(estimates: list[PoseEstimate], statistics: PoseStatistics, readout:
 def check_reading(loaded: LoadedRun, options: EstimateOptions, zooms: Sequence[float] | None) -> None:
     """ConfigError where the run's poses cannot be read in this way."""
     estimator, why_no_picture = options.estimator, loaded.config.flow.why_no_picture()
-    if why_no_picture and estimator not in AT_ONE:
+    if why_no_picture and estimator != "one_step":
         raise ConfigError(f"estimator '{estimator}': {why_no_picture}, and knows no other times; use one_step")
     if estimator == "exact" and options.generator not in FIXED_STEP:
         raise ConfigError(
             f"estimator 'exact' undoes the generator step by step, and {options.generator} has no steps of its own; "
             f"set evaluate.generator to one of {', '.join(FIXED_STEP)}"
         )
-    if estimator == "draws" and loaded.codec.identity()["kind"] != "vae":
-        raise ConfigError(
-            "estimator 'draws': the dataset's codec is in closed form and has no variance to draw from; "
-            "encode with a vae codec, or use renoised"
-        )
     cameras = loaded.manifest.splits["train"].cameras
     if options.readout == "look_at" and not (cameras and cameras.looks_at_origin and cameras.upright):
         raise ConfigError(
-            "readout 'look_at': not all training cameras look at the origin upright, as the manifest says; "
-            "use svd or weighted"
+            "readout 'look_at': not all training cameras look at the origin upright, as the manifest says; use svd"
             if cameras
             else "readout 'look_at': the manifest, of an older format, does not say whether all training "
             "cameras look at the origin upright; build the dataset again, or use svd"
@@ -199,8 +166,7 @@ def _background(manifest: DatasetManifest, settings: EvaluateConfig) -> Tensor |
         return None
     colour = settings.background
     for source in manifest.train_sources():
-        augmentation = source.get("radius_augmentation") or {}
-        colour = colour or augmentation.get("background") or source.get("background")
+        colour = colour or stated_background(source)
     if colour is None:
         raise ConfigError(
             f"evaluate.zooms = {settings.zooms} make pictures smaller, and the recipe does not tell the background "

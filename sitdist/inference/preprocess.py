@@ -1,8 +1,9 @@
-"""Pictures of any size and kind as the training pictures were: size, intrinsics, background; and back."""
+"""Bring pictures of any size and kind to the training pictures' size, intrinsics and background, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +22,14 @@ from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.resample import kernel_weights
 from sitdist.io.images import Picture, check_camera_size, picture_sizes, to_pixels
-from sitdist.scene.views import scene_background
+from sitdist.scene.views import backdrop, border_pixels, open_scene
 
 HELD_OUT_PICTURES = 16  # whose borders tell the background where no recipe does
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What all training pictures have in common, so what a picture must be made like.
+    """What all training pictures have in common.
 
     camera: of the square training pictures, None where it is not known. backgrounds: colours in [0, 1] by label, of
     the labels whose colour is known.
@@ -52,7 +53,7 @@ class Preprocess:
         return replace(self, camera=square_camera(normalized, self.size))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` gives the same framing back."""
+        """JSON-able; `from_dict` gives the same one back."""
         camera = None if self.camera is None else self.camera.normalized()
         colours = {str(label): list(colour) for label, colour in self.backgrounds.items()}
         return {"size": self.size, "camera": camera, "backgrounds": colours}
@@ -87,7 +88,7 @@ def preprocess_of(manifest: DatasetManifest, data: Path) -> Preprocess:
     dataset = data if _is_there(manifest, data) else None
     try:
         colours = {entry.label: _background(manifest, entry.label, dataset) for entry in manifest.objects}
-        known = {label: colour for label, colour in colours.items() if colour is not None}
+        known = {label: (float(c[0]), float(c[1]), float(c[2])) for label, c in colours.items() if c is not None}
         preprocess = Preprocess(manifest.image_size, _camera(manifest, dataset), known)
         Preprocess.from_dict(preprocess.to_dict())
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, ConfigError) as error:
@@ -118,31 +119,32 @@ def _camera(manifest: DatasetManifest, dataset: Path | None) -> Intrinsics | Non
     return square_camera(ShardReader(dataset, "train").intrinsics([0])[0].tolist(), manifest.image_size)
 
 
-def _background(manifest: DatasetManifest, label: int, dataset: Path | None) -> tuple[float, float, float] | None:
-    sources = [source for source in manifest.train_sources() if source.get("label", 0) == label]
-    for source in sources:
-        augmented = (source.get("radius_augmentation") or {}).get("background")
-        colour = source.get("background") or augmented
+def stated_background(source: dict[str, Any]) -> Sequence[float] | None:
+    """The colour behind the object that a source of a recipe states."""
+    return source.get("background") or (source.get("radius_augmentation") or {}).get("background")
+
+
+def _background(manifest: DatasetManifest, label: int, dataset: Path | None) -> Sequence[float] | None:
+    """The colour behind an object: as the recipe states it, of the scene, or measured; None where it is not known."""
+    for source in manifest.train_sources():
+        if source.get("label", 0) != label:
+            continue
+        colour = stated_background(source)
         if colour is None and source["kind"] == "scene":
-            try:
-                colour = scene_background(source.get("scene")).tolist()
-            except DataError:  # the fitted scene is not at hand
-                continue
+            with suppress(DataError):  # the fitted scene is not at hand
+                colour = backdrop(open_scene(source.get("scene"))).tolist()
         if colour is not None:
-            return (float(colour[0]), float(colour[1]), float(colour[2]))
+            return colour
     return None if dataset is None else _measured_background(dataset, label)
 
 
-def _measured_background(dataset: Path, label: int) -> tuple[float, float, float] | None:
+def _measured_background(dataset: Path, label: int) -> Sequence[float] | None:
     """The median colour of the borders of held-out pictures of the object; None where none are kept."""
     for split in sorted(set(load_manifest(dataset).splits) - {"train"}):
         reader = ShardReader(dataset, split)
         chosen = (reader.labels() == label).nonzero().flatten()[:HELD_OUT_PICTURES].tolist()
         if chosen:
-            images = reader.images(chosen)
-            edges = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]  # [B, 3, S] each
-            red, green, blue = torch.cat(edges, -1).transpose(0, 1).flatten(1).quantile(0.5, dim=1).tolist()
-            return (red, green, blue)
+            return border_pixels(reader.images(chosen)).quantile(0.5, dim=0).tolist()
     return None
 
 
@@ -153,6 +155,14 @@ def centred(preprocess: Preprocess, width: int, height: int) -> Intrinsics | Non
     side = min(width, height)
     fx, fy, cx, cy = (value * side / preprocess.size for value in preprocess.camera.to_list())
     return Intrinsics(fx, fy, 0.5 * (width - side) + cx, 0.5 * (height - side) + cy, width, height)
+
+
+def nearest_square(camera: Intrinsics, size: int) -> Intrinsics:
+    """The camera of a picture of size x size pixels about the middle of what `camera` shows, just containing it."""
+    side = max(camera.width, camera.height)
+    left, top = 0.5 * (side - camera.width), 0.5 * (side - camera.height)
+    fx, fy, cx, cy = (size / side * value for value in (camera.fx, camera.fy, camera.cx + left, camera.cy + top))
+    return Intrinsics(fx, fy, cx, cy, size, size)
 
 
 def framed(

@@ -1,4 +1,4 @@
-"""Poses made exact where the user has the scene: the picture beside what the scene shows from there."""
+"""Refine poses with a scene: move the camera until the scene's rendering matches the picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNKNOWN_ERROR = 0.03  # of a scene that held no photos out
 class SceneRefiner:
     """Moves estimates to where the scene looks most like the picture; `name` is as the user gave it.
 
-    supersample: its square is the rays of a pixel. background: in the place of the scene's own.
+    supersample: each pixel averages this many rays, squared. background: overrides the scene's own.
     """
 
     name: str
@@ -64,7 +64,7 @@ class SceneRefiner:
         return cls(name, scene, source["supersample"], None if background is None else tuple(background))
 
     def fingerprint(self) -> str:
-        """What tells this scene from others."""
+        """Hash that identifies this scene."""
         if isinstance(self.scene, Solids):
             return BUILT_IN
         return file_sha256(scene_files(self.name)[0])  # it holds the hash of the other
@@ -72,9 +72,8 @@ class SceneRefiner:
     def refine(self, estimate: PoseEstimate, images: Tensor, intrinsics: Tensor) -> PoseEstimate:
         """The estimate of pictures [B, 3, S, S] with normalized `intrinsics` [B, 4], refined.
 
-        Where the estimate holds intrinsics, read off the picture, they are used. Its error bars are dropped, as they
-        are those of the estimate before; its trust stays. `converged` is False where the scene does not explain the
-        picture.
+        Intrinsics that were read off the picture are used if there are any. The error bars of the unrefined estimate
+        are dropped, its trust stays. `converged` is False where the scene does not explain the picture.
         """
         known = intrinsics if estimate.intrinsics is None else estimate.intrinsics
         cameras = [square_camera(row, images.shape[-1]) for row in known.tolist()]

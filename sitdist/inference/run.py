@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,10 +15,15 @@ from sitdist.config.load import read_yaml
 from sitdist.dataset.manifest import DatasetManifest, read_manifest
 from sitdist.errors import CheckpointError, CodecError
 from sitdist.flow.endpoint import Endpoint
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate, estimate_pose
 from sitdist.flow.interpolant import Interpolant, get_interpolant
-from sitdist.flow.predict import velocity_model
+from sitdist.flow.predict import guided, velocity_model
+from sitdist.flow.sample import SampleOptions, sample_latents
+from sitdist.flow.solve import Model
+from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.files import read_hashed
 from sitdist.model.codec import Codec
+from sitdist.runs.averages import use_average
 from sitdist.runs.build import build_endpoint, build_model, load_matching_codec
 from sitdist.runs.checkpoint import (
     Checkpoint,
@@ -29,10 +35,12 @@ from sitdist.runs.checkpoint import (
     stored_config,
 )
 
+AS_CONFIGURED = ""  # no average has this name
+
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model of the velocity and everything that is needed to use it: EMA weights, in eval mode."""
+    """A trained model of the velocity, in eval mode, and everything that is needed to use it."""
 
     model: nn.Module
     interpolant: Interpolant
@@ -42,11 +50,54 @@ class LoadedRun:
     step: int
     endpoint: Endpoint
 
+    @cached_property
+    def statistics(self) -> PoseStatistics:
+        """The pose statistics of the training data."""
+        return PoseStatistics.from_dict(self.manifest.statistics)
 
-def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = None) -> LoadedRun:
+    def estimate(
+        self, latents: Tensor, labels: Tensor, options: EstimateOptions, guidance: tuple[float, str] | None = None
+    ) -> PoseEstimate:
+        """Poses of latents [B, C, h, w] of objects `labels` [B]; `guidance`: scale and channels of the velocity's."""
+        model: Model = self.model if guidance is None else guided(self.model, *guidance)
+        return estimate_pose(model, self.interpolant, latents, labels, self.statistics, options, self.endpoint)
+
+    def render(
+        self,
+        camera_to_world: Tensor,
+        intrinsics: Tensor | None,
+        labels: Tensor,
+        options: SampleOptions,
+        seed: int,
+        stream: str,
+        positions: Tensor,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] of poses [B, 4, 4]; `intrinsics` [B, 4] are normalized, where the dataset packs them.
+
+        Noise is keyed by (seed, stream, position).
+        """
+        latents = sample_latents(
+            self.model,
+            self.interpolant,
+            self.endpoint,
+            standardize(camera_to_world, self.statistics, intrinsics),
+            labels,
+            torch.Size([self.manifest.latent.channels, self.manifest.latent.height, self.manifest.latent.width]),
+            options,
+            seed,
+            stream,
+            positions,
+        )
+        return self.codec.decode(latents)
+
+
+def load_run(
+    run: Path, device: torch.device | str = "cpu", step: int | None = None, average: str | None = AS_CONFIGURED
+) -> LoadedRun:
     """Load the newest checkpoint of `run` that reads back whole, or the one of `step`, onto `device`.
 
     The config is the checkpoint's; of RUN/config.yaml, where there is one, `name`, `data` and `evaluate` are used.
+    `average`: the weights, as `evaluate.average` names them (None: the EMA); by default those of the config.
     ConfigError, with both values, where that file disagrees in anything else that a run that goes on may not change.
     """
     run = Path(run)
@@ -56,7 +107,11 @@ def load_run(run: Path, device: torch.device | str = "cpu", step: int | None = N
     config = _config_of(run, checkpoint)
     manifest = _dataset_of(run, checkpoint, config)
     weights = checkpoint.folder / "ema.safetensors"
-    return assemble(config, manifest, checkpoint.tensors["ema"], weights, run / "codec", checkpoint.step, device)
+    loaded = assemble(config, manifest, checkpoint.tensors["ema"], weights, run / "codec", checkpoint.step, device)
+    average = config.evaluate.average if average == AS_CONFIGURED else average
+    if average is not None:
+        use_average(loaded.model, run, loaded.step, average)
+    return loaded
 
 
 def _config_of(run: Path, checkpoint: Checkpoint) -> Config:

@@ -1,4 +1,4 @@
-"""A page that shows what a model renders while its camera is moved; served to this machine alone."""
+"""A web page that renders a model while you move the camera. It is served to this machine only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import time
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import torch
-
 from sitdist.errors import ConfigError, as_told, one_line, save_traceback, shortened, shown
-from sitdist.geometry.camera import look_at
 from sitdist.inference.flow import Flow
 from sitdist.io.video import to_images
 
@@ -216,8 +214,7 @@ def picture(flow: Flow, query: dict[str, list[str]]) -> bytes:
         except (KeyError, ValueError):
             what = f"{shortened(name)}={shown(texts[-1])}"
             raise ConfigError(f"{what}: expected azimuth, elevation, radius or label, a number, once") from None
-    azimuth = torch.tensor([given["azimuth"]], dtype=torch.float64)
-    pose = look_at(flow.position(azimuth, given["elevation"], given["radius"]))
+    pose = flow.orbit([given["azimuth"]], given["elevation"], given["radius"])
     file = io.BytesIO()
     to_images(flow.render(pose, label=given["label"]))[0].save(file, format="PNG")
     return file.getvalue()
@@ -233,80 +230,4 @@ def _page(flow: Flow) -> str:
         "objects": [[label, name] for label, name in flow.objects.items()],
     }
     data = json.dumps(values, allow_nan=False).replace("<", "\\u003c")
-    return PAGE.replace("DATA", data)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>sitdist view</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 560px; padding: 12px; }
-h1 { font-size: 1.2rem; margin: 0 0 8px; }
-img { width: 100%; aspect-ratio: 1; display: block; image-rendering: auto; background: #8884; border-radius: 6px;
-  touch-action: none; cursor: grab; }
-label { display: grid; grid-template-columns: 6rem 1fr 4.5rem; gap: 8px; align-items: center; margin-top: 8px; }
-input, select { width: 100%; min-height: 32px; }
-output { text-align: right; font-variant-numeric: tabular-nums; }
-#status { min-height: 1.5em; margin: 8px 0 0; }
-</style>
-<h1></h1>
-<img alt="the object as the model renders it from this camera" draggable="false">
-<label>azimuth <input id="azimuth" type="range" min="-180" max="180" step="1" value="0"><output></output></label>
-<label>elevation <input id="elevation" type="range" min="-89" max="89" step="1" value="20"><output></output></label>
-<label>radius <input id="radius" type="range" step="0.05"><output></output></label>
-<label>object <select id="label"></select><output></output></label>
-<p id="status" role="status">Drag the picture, or use the sliders.</p>
-<script>
-"use strict";
-const data = DATA, at = id => document.getElementById(id), image = document.querySelector("img");
-document.querySelector("h1").textContent = data.name;
-Object.assign(at("radius"), {min: data.low, max: data.high});
-at("radius").value = data.radius;
-for (const [label, name] of data.objects) at("label").append(new Option(name, label));
-if (data.objects.length < 2) at("label").parentElement.style.display = "none";
-const inputs = ["azimuth", "elevation", "radius", "label"].map(at);
-let busy = false, wanted = false;
-async function show() {
-  for (const input of inputs) input.parentElement.querySelector("output").textContent =
-    input.type !== "range" ? "" : input.id === "radius" ? Number(input.value).toFixed(2) : input.value + "\\u00b0";
-  if (busy) { wanted = true; return; }
-  busy = true;
-  const query = new URLSearchParams(inputs.map(input => [input.id, input.value]));
-  try {
-    const answer = await fetch("picture?" + query);
-    if (!answer.ok) throw new Error(await answer.text());
-    const old = image.src;
-    image.src = URL.createObjectURL(await answer.blob());
-    if (old) URL.revokeObjectURL(old);
-    at("status").textContent = "Drag the picture, or use the sliders.";
-  } catch (error) { at("status").textContent = error.message; }
-  busy = false;
-  if (wanted) { wanted = false; show(); }
-}
-for (const input of inputs) input.addEventListener("input", show);
-let from = null;
-image.addEventListener("pointerdown", event => {
-  from = [event.clientX, event.clientY, +at("azimuth").value, +at("elevation").value];
-  image.setPointerCapture(event.pointerId);
-});
-image.addEventListener("pointermove", event => {
-  if (!from) return;
-  const turned = from[2] - 0.5 * (event.clientX - from[0]);
-  at("azimuth").value = ((turned + 180) % 360 + 360) % 360 - 180;
-  at("elevation").value = from[3] + 0.5 * (event.clientY - from[1]);
-  show();
-});
-for (const name of ["pointerup", "pointercancel"]) image.addEventListener(name, () => { from = null; });
-image.addEventListener("wheel", event => {
-  event.preventDefault();
-  at("radius").value = +at("radius").value * Math.exp(0.001 * event.deltaY);
-  show();
-}, {passive: false});
-show();
-</script>
-</html>
-"""
+    return files("sitdist.inference").joinpath("viewer.html").read_text("utf-8").replace("DATA", data)

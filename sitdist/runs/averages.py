@@ -74,7 +74,10 @@ class Combination:
 
 
 def combine(stored: Sequence[tuple[float, int]], target: tuple[float, int]) -> Combination:
-    """The combination of `stored` profiles (sigma_rel, t) that is nearest to `target`."""
+    """The combination of `stored` profiles (sigma_rel, t) that is nearest to `target`.
+
+    Its coefficients are divided by their sum, as EDM2's published code does, so that the weights keep their scale.
+    """
     count = len(stored) + 1
     products = np.zeros((count, count))
     last = max(t for _, t in (*stored, target))
@@ -85,9 +88,11 @@ def combine(stored: Sequence[tuple[float, int]], target: tuple[float, int]) -> C
     scale = 1.0 / np.sqrt(np.diag(products))
     normalized = products * scale[:, None] * scale[None, :]
     solution = np.linalg.lstsq(normalized[:-1, :-1], normalized[:-1, -1], rcond=1e-12)[0]
-    residual = np.append(solution, -1.0)
+    coefficients = solution * scale[:-1] / scale[-1]
+    coefficients /= coefficients.sum()
+    residual = np.append(coefficients * scale[-1] / scale[:-1], -1.0)
     error = math.sqrt(max(0.0, float(residual @ normalized @ residual)))
-    return Combination((solution * scale[:-1] / scale[-1]).tolist(), error)
+    return Combination(coefficients.tolist(), error)
 
 
 # ------------------------------------------------------------------------------------------------------------ tracking

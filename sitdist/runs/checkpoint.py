@@ -52,6 +52,9 @@ MAY_CHANGE = re.compile(
     r"|evaluate\..*"
 )
 
+# Keys of earlier versions, which every stored config of theirs holds. They chose among estimators that are no more.
+REMOVED_KEYS = (("evaluate", "estimator_draws"), ("evaluate", "estimator_time"))
+
 
 class _File(Schema):
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
@@ -285,7 +288,7 @@ def check_same_config(checkpoint: Checkpoint, config: Config) -> None:
 
     A key that did not exist when the checkpoint was written has its default there.
     """
-    stored = parse(Config, checkpoint.state["config"], str(checkpoint.folder / "state.json"))
+    stored = parse(Config, _current(checkpoint.state["config"]), str(checkpoint.folder / "state.json"))
     _check_same(stored, config, "", checkpoint.folder)
 
 
@@ -306,6 +309,7 @@ def stored_config(values: dict[str, Any], where: Path) -> Config:
     An unknown key of `train`, `reader` or `evaluate`, on which the weights do not depend, is dropped with a warning. An
     unknown key of the model or the flow is an error.
     """
+    values = _current(values)
     try:
         return Config.model_validate(values)
     except UnicodeEncodeError:  # text with half a surrogate pair, which `parse` tells
@@ -319,10 +323,20 @@ def stored_config(values: dict[str, Any], where: Path) -> Config:
     return parse(Config, values, str(where))
 
 
+def _current(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored config without REMOVED_KEYS."""
+    for location in REMOVED_KEYS:
+        values = _without(values, location)
+    return values
+
+
 def _without(values: dict[Any, Any], location: Sequence[str | int]) -> dict[Any, Any]:
+    """`values` less the key at `location`; all of them where there is none."""
     first, *rest = location
-    kept = {key: value for key, value in values.items() if key != first or rest}
-    return kept | ({first: _without(values[first], rest)} if rest else {})
+    if rest:
+        inner = values.get(first)
+        return values | {first: _without(inner, rest)} if isinstance(inner, dict) else values
+    return {key: value for key, value in values.items() if key != first}
 
 
 def check_same_dataset(checkpoint: Checkpoint, dataset: Path, fingerprint: str) -> None:

@@ -67,14 +67,6 @@ class Solids:
         light = 0.85 + 0.15 * points[..., 2:3] + 0.08 * points[..., 0:1]
         return ((mix * self.colour + (1.0 - mix) * self.second_colour) * light).clamp(0.0, 1.0)
 
-    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The radiance field: density [P] and colour [P, 3] at points [P, 3]."""
-        offset = (points[:, None] - self.centre) / self.half
-        inside = torch.where(self.round, offset.square().sum(-1) <= 1.0, offset.abs().amax(-1) <= 1.0)  # [P, K]
-        colour = self.texture(points[:, None].expand_as(offset))
-        first = inside.to(points.dtype).argmax(1)
-        return self.density * inside.any(1), colour[torch.arange(len(points)), first]
-
 
 def chair(dtype: torch.dtype = torch.float32) -> Solids:
     """The built-in chair."""

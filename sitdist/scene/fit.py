@@ -17,11 +17,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from sitdist.errors import ConfigError, DataError
-from sitdist.geometry.camera import Intrinsics, camera_rays, look_at
+from sitdist.geometry.camera import Intrinsics, camera_rays, full_turn, orbit
 from sitdist.geometry.similarity import Similarity, capture_frame
 from sitdist.io.memory import require_memory
 from sitdist.scene.grid import VoxelField
 from sitdist.scene.store import Scene, render_field
+from sitdist.scene.views import border_pixels
 from sitdist.scene.volume import box_interval, march_occupied
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # pictures and true pictures [B, 3, H, W] -> [B]
@@ -265,9 +266,7 @@ def _background(photos: Photos, training: Sequence[int], given: tuple[float, flo
     """The colour behind the object, [3]."""
     if given is not None:
         return torch.tensor(given, dtype=torch.float32)
-    images = photos.images[list(training)]
-    edges = [images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]]  # [N, 3, W or H]
-    border = torch.cat([_unit_range(edge).transpose(1, 2).reshape(-1, 3) for edge in edges])
+    border = _unit_range(border_pixels(photos.images[list(training)]))
     colour = border.median(0).values
     unlike = float(((border - colour).abs().amax(-1) > 0.1).float().mean())
     if unlike > 0.2:
@@ -332,11 +331,8 @@ def turntable(scene: Scene, photos: Photos) -> Tensor:
     rows, columns = TURNTABLE
     poses = scene.similarity.cameras(photos.camera_to_world)
     distance = float(torch.linalg.vector_norm(poses[:, :3, 3], dim=-1).quantile(0.5))
-    azimuth = 2.0 * math.pi * torch.arange(rows * columns, dtype=torch.float64) / (rows * columns)
-    ring, height = math.cos(math.radians(20.0)), math.sin(math.radians(20.0))
-    direction = torch.stack([ring * azimuth.cos(), ring * azimuth.sin(), torch.full_like(azimuth, height)], -1)
-    camera = _at_most(photos.intrinsics[0], TURNTABLE_SIDE)
-    views = [render_field(scene.field, pose, camera, supersample=2) for pose in look_at(distance * direction)]
+    camera, cameras = _at_most(photos.intrinsics[0], TURNTABLE_SIDE), orbit(full_turn(rows * columns), 20.0, distance)
+    views = [render_field(scene.field, pose, camera, supersample=2) for pose in cameras]
     return torch.cat([torch.cat(views[row * columns : (row + 1) * columns], 2) for row in range(rows)], 1)
 
 

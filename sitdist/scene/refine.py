@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sitdist.geometry.camera import look_at
+from sitdist.geometry.camera import orbit
+from sitdist.geometry.least_squares import levenberg_marquardt
 
 Render = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -30,7 +31,6 @@ COARSE_TO_FINE = (Stage(16, 6, 0.02), Stage(64, 8, 0.005))
 LARGEST_STEP = 0.3  # in radians, and in the logarithm of the radius
 ROUNDS = 2  # through the other starts
 SMALLEST_STEP = 1e-4  # below it a picture is done
-LARGEST_DAMPING = 1e3  # above it no step helps, and a picture is done too
 # Where else to begin, from the best so far: offsets of the logarithm of the radius, azimuth and elevation (radians).
 OTHER_STARTS = ((0.2, 0.0, 0.0), (-0.2, 0.0, 0.0), (0.0, 0.2, 0.0), (0.0, -0.2, 0.0), (0.0, 0.0, 0.2), (0.0, 0.0, -0.2))
 
@@ -65,20 +65,20 @@ def refine_look_at(
     """
     compared, pixels = _Compared(render, images), images[0].numel()
     estimate = orbit_of(camera_to_world)  # [B, 3]
-    before = compared.error(estimate, compared.all_rows, 1)[1]
-    orbit, cost, settled = estimate.clone(), before.clone(), torch.zeros_like(before, dtype=torch.bool)
+    before = compared.cost(estimate, compared.all_rows)
+    place, cost, settled = estimate.clone(), before.clone(), torch.zeros_like(before, dtype=torch.bool)
     for number, offset in enumerate(((0.0, 0.0, 0.0), *OTHER_STARTS * ROUNDS)):
         rows = compared.all_rows if number == 0 else (cost > enough**2 * pixels).nonzero()[:, 0]
         if len(rows) == 0:
             break
-        found, there = orbit[rows] + estimate.new_tensor(offset), settled[rows]
+        found, there = place[rows] + estimate.new_tensor(offset), settled[rows]
         for stage in stages:
-            found, there = _gauss_newton(compared, found, rows, stage)
-        reached = compared.error(found, rows, 1)[1]
+            found, there = compared.fitted(found, rows, stage)
+        reached = compared.cost(found, rows)
         better = reached < cost[rows]
         taken = rows[better]
-        orbit[taken], cost[taken], settled[taken] = found[better], reached[better], there[better]
-    return Refined(camera_of(orbit), (cost / pixels).sqrt(), (before / pixels).sqrt(), settled)
+        place[taken], cost[taken], settled[taken] = found[better], reached[better], there[better]
+    return Refined(camera_of(place), (cost / pixels).sqrt(), (before / pixels).sqrt(), settled)
 
 
 def orbit_of(camera_to_world: Tensor) -> Tensor:
@@ -94,11 +94,10 @@ def orbit_of(camera_to_world: Tensor) -> Tensor:
     return torch.stack([radius.log(), azimuth, elevation], dim=1)
 
 
-def camera_of(orbit: Tensor) -> Tensor:
+def camera_of(place: Tensor) -> Tensor:
     """The inverse of `orbit_of`, for cameras [B, 4, 4] that look at the origin upright."""
-    radius, azimuth, elevation = orbit[:, 0].exp(), orbit[:, 1], orbit[:, 2]
-    flat = radius * elevation.cos()
-    return look_at(torch.stack([flat * azimuth.cos(), flat * azimuth.sin(), radius * elevation.sin()], dim=1))
+    log_radius, azimuth, elevation = place.unbind(dim=1)
+    return orbit(azimuth.rad2deg(), elevation.rad2deg(), log_radius.exp())
 
 
 class _Compared:
@@ -108,49 +107,33 @@ class _Compared:
         self.render, self.images = render, images
         self.all_rows = torch.arange(len(images), device=images.device)
 
-    def error(self, orbit: Tensor, rows: Tensor, shrink: int) -> tuple[Tensor, Tensor]:
-        """Differences of all pixels [n, P] float64 of views `rows` [n], shrunk, and their squares' sum [n]."""
+    def error(self, place: Tensor, rows: Tensor, shrink: int = 1) -> Tensor:
+        """Differences of all pixels [n, P] float64 of views `rows` [n], shrunk."""
         target = self.images[rows]
         if shrink > 1:
             target = torch.nn.functional.avg_pool2d(target, shrink)
-        flat = (self.render(camera_of(orbit), rows, shrink) - target).flatten(1).double()
-        return flat, flat.square().sum(dim=1)
+        return (self.render(camera_of(place), rows, shrink) - target).flatten(1).double()
 
-    def jacobian(self, orbit: Tensor, rows: Tensor, shrink: int, difference: float) -> Tensor:
-        """Derivatives [n, P, 3] of the differences by central differences."""
+    def cost(self, place: Tensor, rows: Tensor) -> Tensor:
+        """The sum [n] of their squares at full size."""
+        return self.error(place, rows).square().sum(dim=1)
+
+    def jacobian(self, place: Tensor, rows: Tensor, shrink: int, difference: float) -> Tensor:
+        """Derivatives [n, P, 3] of the differences, by central differences."""
         columns = []
-        for direction in difference * torch.eye(3, dtype=torch.float64, device=orbit.device):
-            ahead, behind = (self.error(orbit + sign * direction, rows, shrink)[0] for sign in (1.0, -1.0))
+        for direction in difference * torch.eye(3, dtype=torch.float64, device=place.device):
+            ahead, behind = (self.error(place + sign * direction, rows, shrink) for sign in (1.0, -1.0))
             columns.append((ahead - behind) / (2.0 * difference))
         return torch.stack(columns, dim=-1)
 
-    def shrink(self, stage: Stage) -> int:
-        """By how much a stage's pictures are smaller than these."""
-        return max(1, min(self.images.shape[-2:]) // stage.pixels)
-
-
-def _gauss_newton(compared: _Compared, orbit: Tensor, rows: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-    """Orbits [n, 3] of the views `rows` after the stage, and whether no step moves them on [n].
-
-    Levenberg's damping, by picture: a fifth after a step that helped, ten times as much after one that did not.
-    """
-    orbit, shrink = orbit.clone(), compared.shrink(stage)
-    damping = torch.full((len(rows),), 1e-2, dtype=torch.float64, device=orbit.device)
-    error, cost = compared.error(orbit, rows, shrink)
-    active = torch.ones_like(rows, dtype=torch.bool)
-    for _ in range(stage.steps):
-        on = active.nonzero()[:, 0]
-        if len(on) == 0:
-            break
-        jacobian = compared.jacobian(orbit[on], rows[on], shrink, stage.difference)  # [m, P, 3]
-        normal = jacobian.mT @ jacobian
-        damped = normal + torch.diag_embed(damping[on, None] * normal.diagonal(dim1=1, dim2=2) + 1e-9)
-        step = -torch.linalg.solve(damped, jacobian.mT @ error[on, :, None])[..., 0]
-        moved = orbit[on] + step.clamp(-LARGEST_STEP, LARGEST_STEP)
-        new_error, new_cost = compared.error(moved, rows[on], shrink)
-        better = new_cost < cost[on]
-        taken = on[better]
-        orbit[taken], error[taken], cost[taken] = moved[better], new_error[better], new_cost[better]
-        damping[on] *= torch.where(better, 0.2, 10.0).double()
-        active[on] = (step.abs().amax(dim=1) >= SMALLEST_STEP) & (damping[on] <= LARGEST_DAMPING)
-    return orbit, ~active
+    def fitted(self, place: Tensor, rows: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Places [n, 3] of the views `rows` after the stage, and whether no step moves them on [n]."""
+        shrink = max(1, min(self.images.shape[-2:]) // stage.pixels)
+        return levenberg_marquardt(
+            place,
+            lambda now, of: self.error(now, rows[of], shrink),
+            lambda now, of: self.jacobian(now, rows[of], shrink, stage.difference),
+            stage.steps,
+            LARGEST_STEP,
+            SMALLEST_STEP,
+        )

@@ -1,4 +1,4 @@
-"""A fitted scene on disk: field.safetensors and scene.json in one folder, written whole or not at all."""
+"""A fitted scene on disk: a folder with field.safetensors and scene.json, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class Scene:
         return torch.stack(pictures).permute(0, 3, 1, 2)
 
     def look(self, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Rendered:
-        """What one camera [4, 4] sees of it before no background yet, [H, W, 3] and [H, W]."""
+        """Render one camera [4, 4] without compositing a background, [H, W, 3] and [H, W]."""
         pose = self.similarity.cameras(camera_to_world) if self.frame == "capture" else camera_to_world
         return look_at_field(self.field, pose, intrinsics, supersample)
 
 
 @torch.no_grad()
 def look_at_field(field: VoxelField, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Rendered:
-    """What a camera [4, 4] in the field's frame sees, [H, W, 3], [H, W]; a pixel is the mean of supersample^2 rays."""
+    """Render a camera [4, 4] in the field's frame, [H, W, 3], [H, W]; each pixel averages supersample^2 rays."""
     pose = camera_to_world.to(field.box.device)
     return picture(partial(march_occupied, field, step=field.voxel), pose, intrinsics, supersample)
 
 
 def render_field(field: VoxelField, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Tensor:
-    """The same before the field's own background, [3, H, W]."""
+    """The same on the field's own background, [3, H, W]."""
     return look_at_field(field, camera_to_world, intrinsics, supersample).on(field.background).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Random cameras about a scene, and their pictures: of the built-in object, or of a scene fitted to photos.
+"""Random cameras around a scene, and their pictures: of the built-in object or of a fitted scene.
 
 Camera i is a pure function of (seed, i).
 """
@@ -85,10 +85,10 @@ def open_scene(folder: str | None, device: torch.device | str = "cpu") -> Solids
     return load_scene(Path(folder), device)
 
 
-def scene_background(folder: str | None) -> Tensor:
-    """The colour [3] behind the built-in object, or behind the scene in a folder."""
-    scene = open_scene(folder)
-    return torch.tensor(BACKGROUND) if isinstance(scene, Solids) else scene.field.background
+def border_pixels(images: Tensor) -> Tensor:
+    """The pixels [P, 3] along the borders of images [N, 3, H, W]."""
+    edges = [images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]]  # [N, 3, W or H]
+    return torch.cat([edge.transpose(1, 2).reshape(-1, 3) for edge in edges])
 
 
 def scene_files(folder: str) -> list[Path]:
@@ -99,7 +99,7 @@ def scene_files(folder: str) -> list[Path]:
 
 
 def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
-    """What took the frame of the photos to that of the scene's poses; None where it is the same, or none is known."""
+    """The similarity from the photos' frame to the frame of the scene's poses; None where they are the same."""
     if isinstance(scene, Solids) or scene.frame == "capture":
         return None
     return scene.similarity.to_dict()
@@ -107,21 +107,25 @@ def capture_similarity(scene: Solids | Scene) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def look(scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int) -> Rendered:
-    """What a camera [4, 4] in the scene's frame sees, [H, W, 3], [H, W]; a pixel is the mean of supersample^2 rays."""
+    """Render a camera [4, 4] in the scene's frame, [H, W, 3], [H, W]; each pixel averages supersample^2 rays."""
     if isinstance(scene, Solids):
         return picture(partial(render_solids, scene), camera_to_world, intrinsics, supersample)
     return scene.look(camera_to_world, intrinsics, supersample)
 
 
 def render(
-    scene: Solids | Scene, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int, background: Colour | None
+    scene: Solids | Scene,
+    camera_to_world: Tensor,
+    intrinsics: Intrinsics,
+    supersample: int,
+    background: Colour | None = None,
 ) -> Tensor:
-    """The same as a picture [3, H, W], float32 in steps of 1/255; `background`: in the place of the scene's own."""
+    """The same as a picture [3, H, W], float32 in steps of 1/255; `background` overrides the scene's own."""
     seen = look(scene, camera_to_world, intrinsics, supersample).on(backdrop(scene, background))
     return (seen.permute(2, 0, 1).clamp(0.0, 1.0) * 255.0).round() / 255.0
 
 
-def backdrop(scene: Solids | Scene, background: Colour | None) -> Tensor:
+def backdrop(scene: Solids | Scene, background: Colour | None = None) -> Tensor:
     """The colour [3] behind a scene: `background`, or else its own."""
     if background is not None:
         return torch.tensor(background)

@@ -1,6 +1,6 @@
 """Volume rendering: colour along a ray is what every stretch emits times what the stretches before it let through.
 
-One compositing rule serves solids, whose stretches are known in closed form, and any other field, by marching.
+One compositing rule serves solids, whose stretches are known in closed form, and voxel fields, by ray marching.
 Source: Max, "Optical models for direct volume rendering", 1995; the quadrature of Mildenhall et al., "NeRF", 2020.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from sitdist.geometry.camera import Intrinsics, camera_rays
 from sitdist.io.memory import require_memory
-from sitdist.scene.field import Solids, chair
+from sitdist.scene.field import Solids
 
-Field = Callable[[Tensor], tuple[Tensor, Tensor]]
 BACKGROUND = (0.5, 0.5, 0.5)
 OPAQUE = 1e-3  # a ray of which less than this is left is not followed any further
 NEAR = 2  # cells to every side: what a look at one point says of those around it
@@ -35,7 +33,7 @@ class SkippingField(Protocol):
         """The shortest edge of a cell."""
 
     def occupied(self, x: Tensor, y: Tensor, z: Tensor, near: bool = False) -> Tensor:
-        """Which of the points, by coordinates [...], are in cells that are not empty; or else have one NEAR them."""
+        """Which points, by coordinates [...], are in cells that are not empty, or with `near` have one nearby."""
 
     def density(self, points: Tensor) -> Tensor:
         """Density [P] at points [P, 3]."""
@@ -45,13 +43,13 @@ class SkippingField(Protocol):
 
 
 class Rendered(NamedTuple):
-    """What rays or pixels bring: the light of the scene alone, [..., 3], and the share of what is behind it, [...]."""
+    """Rendered rays or pixels: the light of the scene, [..., 3], and the transmittance to the background, [...]."""
 
     light: Tensor
     through: Tensor
 
     def on(self, background: Tensor) -> Tensor:
-        """Colours [..., 3] before a background [3]."""
+        """Colours [..., 3] composited on a background [3]."""
         return self.light + self.through[..., None] * background
 
 
@@ -60,16 +58,6 @@ def composite(optical_depth: Tensor, colour: Tensor) -> Rendered:
     through = torch.exp(-optical_depth.cumsum(-1))
     before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=-1)
     return Rendered(((before - through)[..., None] * colour).sum(-2), through[:, -1])
-
-
-def march(field: Field, origins: Tensor, directions: Tensor, near: float, far: float, samples: int) -> Rendered:
-    """Rays [R, 3] through any field, by `samples` equal stretches, each as at its middle."""
-    step = (far - near) / samples
-    distance = near + step * (torch.arange(samples, dtype=origins.dtype, device=origins.device) + 0.5)
-    points = origins[:, None] + distance[:, None] * directions[:, None]  # [R, S, 3]
-    density, colour = field(points.reshape(-1, 3))
-    shape = points.shape[:2]
-    return composite(density.reshape(shape) * step, colour.reshape(*shape, 3))
 
 
 def march_occupied(
@@ -164,14 +152,3 @@ def picture(
     planes = rays.T.reshape(1, 4, fine.height, fine.width)
     pixels = torch.nn.functional.avg_pool2d(planes, supersample)[0].permute(1, 2, 0)
     return Rendered(pixels[..., :3], pixels[..., 3])
-
-
-def render_views(camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 2) -> Tensor:
-    """Pictures [N, 3, H, W] of the built-in object, float32 in steps of 1/255, from cameras [N, 4, 4].
-
-    Each view is rendered by itself, so that it does not depend on the views beside it.
-    """
-    solids, grey = chair(), torch.tensor(BACKGROUND)
-    render = partial(render_solids, solids)
-    views = [picture(render, pose, intrinsics, supersample).on(grey) for pose in camera_to_world]
-    return ((torch.stack(views) * 255.0).round() / 255.0).permute(0, 3, 1, 2)

@@ -304,7 +304,7 @@ def test_what_is_no_file_or_too_large_for_one_is_refused_before_it_is_read(tmp_p
             "data='\0'",
         ),
         *('data="a\\0b"', "data=" + "x" * 5000, "train.steps=1e400", "model.hidden_size=34", "model.depth=1000000"),
-        *("train.global_batch=1000000000000", "evaluate.zooms=[.nan]", "evaluate.estimator_draws=1000000000"),
+        *("train.global_batch=1000000000000", "evaluate.zooms=[.nan]", "evaluate.estimator_steps=1000000000"),
     ],
 )
 def test_a_set_that_strangers_write_is_one_short_line(tmp_path, override):

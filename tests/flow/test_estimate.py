@@ -1,13 +1,12 @@
 """Poses read off latents, on flows whose answer is known."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from sitdist.errors import ConfigError
+from sitdist.flow.choices import LATENT_ESTIMATORS
 from sitdist.flow.endpoint import Endpoint, pose_endpoint
-from sitdist.flow.estimate import ESTIMATORS, EstimateOptions, estimate_pose, read_pose
+from sitdist.flow.estimate import EstimateOptions, estimate_pose, read_pose
 from sitdist.flow.interpolant import get_interpolant
 from sitdist.geometry.camera import shell_cameras
 from sitdist.geometry.packing import PoseStatistics, standardize
@@ -24,82 +23,22 @@ CLEAN = pose_endpoint(standardize(POSES, STATISTICS), torch.zeros_like(LATENT), 
 def test_every_estimator_reads_the_pose_off_a_perfect_flow() -> None:
     """The exact velocity of straight lines gives the endpoint's pose, with sigma = 0 to rounding."""
     evaluations = {}
-    for estimator in ESTIMATORS:
-        options = EstimateOptions(estimator, 4, "euler", 3, draws=5)
-        endpoint, variance = Endpoint("pose", 0.0), torch.full_like(LATENT, -60.0)
-        estimate = estimate_pose(
-            lambda x, t, y: LATENT - CLEAN, LINEAR, LATENT, Y, STATISTICS, options, endpoint, log_variance=variance
-        )
+    for estimator in LATENT_ESTIMATORS:
+        options, endpoint = EstimateOptions(estimator, 4, "euler", 3), Endpoint("pose", 0.0)
+        estimate = estimate_pose(lambda x, t, y: LATENT - CLEAN, LINEAR, LATENT, Y, STATISTICS, options, endpoint)
         assert rotation_error_deg(estimate.camera_to_world[:, :3, :3], POSES[:, :3, :3]).max() < 1e-6
         assert translation_error(estimate.camera_to_world, POSES).max() < 1e-9
         assert estimate.spread.max() < 1e-12
         assert estimate.so3_residual.max() < 1e-12
         assert estimate.converged.all()
         evaluations[estimator] = estimate.function_evaluations.tolist()
-    several = {"euler": 4, "heun": 8, "midpoint": 8, "source": 249, "exact": 6, "renoised": 6, "draws": 5}
-    assert evaluations == {name: [count] * 2 for name, count in ({"one_step": 1} | several).items()}
+    counts = {"one_step": 1, "euler": 4, "heun": 8, "midpoint": 8, "euler_249": 249, "exact": 6}
+    assert evaluations == {name: [count] * 2 for name, count in counts.items()}
 
 
 def noisy_model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A perfect flow, but for an error that changes sign with every hundredth of what comes in."""
     return LATENT - CLEAN + 0.3 * torch.sign(torch.sin(100.0 * x))
-
-
-def scatter(estimator: str, draws: int, **options: Any) -> float:
-    """Deviation over seeds of the translation that is read off."""
-    variance = torch.full_like(LATENT, -6.0)
-    found = [
-        estimate_pose(
-            noisy_model,
-            LINEAR,
-            LATENT,
-            Y,
-            STATISTICS,
-            EstimateOptions(estimator, draws=draws, seed=seed, **options),
-            Endpoint("pose", 1.0),
-            log_variance=variance,
-        ).camera_to_world[:, :3, 3]
-        for seed in range(60)
-    ]
-    return float(torch.stack(found).std(dim=0).mean())
-
-
-@pytest.mark.parametrize("estimator", ["renoised", "draws"])
-def test_more_draws_leave_less_variance(estimator: str) -> None:
-    one, sixteen = scatter(estimator, 1), scatter(estimator, 16)
-    assert one > 1e-3
-    assert sixteen == pytest.approx(one / 4, rel=0.35)
-
-
-def test_renoised_copies_lie_at_the_time_that_is_asked_for() -> None:
-    seen = []
-
-    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.append((x, float(t[0])))
-        return LATENT - CLEAN
-
-    options = EstimateOptions("renoised", draws=1, time=0.8)
-    estimate_pose(model, LINEAR, LATENT, Y, STATISTICS, options, Endpoint("pose", 0.0))
-    assert [t for _, t in seen] == pytest.approx([1.0, 0.8])
-    torch.testing.assert_close(seen[1][0], 0.8 * LATENT + 0.2 * CLEAN)
-
-
-@pytest.mark.parametrize("estimator", ["renoised", "draws"])
-def test_a_view_draws_the_same_noise_in_any_batch(estimator: str) -> None:
-    options, more = EstimateOptions(estimator), {"endpoint": Endpoint(), "log_variance": torch.full_like(LATENT, -6.0)}
-
-    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.sin(3.0 * x)
-
-    both = estimate_pose(model, LINEAR, LATENT, Y, STATISTICS, options, positions=torch.tensor([5, 9]), **more)
-    more["log_variance"] = more["log_variance"][1:]
-    alone = estimate_pose(model, LINEAR, LATENT[1:], Y[1:], STATISTICS, options, positions=torch.tensor([9]), **more)
-    torch.testing.assert_close(alone.camera_to_world, both.camera_to_world[1:])
-
-
-def test_draws_of_a_codec_without_variance_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'draws': needs a codec whose latents have a variance"):
-        estimate_pose(noisy_model, LINEAR, LATENT, Y, STATISTICS, EstimateOptions("draws"))
 
 
 def test_the_readout_decides_how_the_camera_is_fitted() -> None:
@@ -136,10 +75,8 @@ def test_the_spread_tells_the_error_that_noise_leaves() -> None:
     [
         ({"estimator": "eular"}, r"estimator 'eular': unknown; choose one of one_step"),
         ({"steps": 0}, "steps 0"),
-        ({"draws": 0}, "draws 0"),
-        ({"time": 1.0}, "time 1.0: expected a number from"),
         ({"tolerance": 0.0}, "tolerance 0"),
-        ({"readout": "svg"}, "readout 'svg': unknown; choose one of svd, weighted, look_at"),
+        ({"readout": "svg"}, "readout 'svg': unknown; choose one of svd, look_at"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options: dict, message: str) -> None:

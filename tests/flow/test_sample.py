@@ -4,7 +4,6 @@ import pytest
 import torch
 from gaussian import GaussianFlow
 
-from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.sample import STOCHASTIC, SampleOptions, sample_latents
@@ -39,12 +38,6 @@ def test_guidance_extrapolates_from_the_velocity_without_a_label(scale, expected
     torch.testing.assert_close(out, torch.full((4, *SHAPE), expected))
 
 
-def test_published_guidance_leaves_the_fourth_channel_alone():
-    out = sampled(Labelled(), SampleOptions("euler", 4, guidance=2.5, guidance_channels="three"))
-    assert out[:, :3].unique().tolist() == [6.0]
-    assert out[:, 3:].unique().tolist() == [3.0]
-
-
 @pytest.mark.parametrize("generator", [*STOCHASTIC, "heun"])
 def test_samples_of_a_gaussian_flow_have_its_mean_and_deviation(generator):
     flow = Unconditional(get_interpolant("linear"))
@@ -77,8 +70,3 @@ def test_diffusion_and_last_step_change_a_stochastic_sample():
         )
     ]
     assert all(float((out - outs[0]).abs().max()) > 1e-3 for out in outs[1:])
-
-
-def test_an_sde_on_the_pose_endpoint_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="SDE sampling needs the gaussian endpoint"):
-        sampled(Labelled(), SampleOptions("euler_maruyama", 4))

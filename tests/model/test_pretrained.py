@@ -63,11 +63,6 @@ def test_a_published_checkpoint_computes_what_it_was_published_with(tmp_path: Pa
     assert str(report) == f"started from {path}: kept {len(WEIGHTS)} tensors"
 
 
-def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
-    torch.save({name: value.half() for name, value in WEIGHTS.items()}, tmp_path / "sit.pt")
-    assert {value.dtype for value in read_weights(tmp_path / "sit.pt").values()} == {torch.float32}
-
-
 def test_without_learned_variances_the_velocity_stays_the_same_and_with_them_too() -> None:
     model = build(learn_sigma=False)
     report = initialize_from(model, REFERENCE)
@@ -154,29 +149,10 @@ def test_a_file_that_would_run_code_is_refused_in_one_line(tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("sit.pt", b"not a checkpoint", "refused: no PyTorch checkpoint"),
-        ("sit.safetensors", b"not one", "no safetensors file"),
-        ("absent.pt", None, r"cannot be read \(No such file or directory\); give a SiT checkpoint"),
-    ],
-)
-def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path: Path, name, content, message) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name}: {message}") as caught:
-        initialize_from(build(), tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "a.pt")
-    torch.save([torch.ones(2)], tmp_path / "b.pt")
     with pytest.raises(CheckpointError, match=r"holds no x_embedder.proj.weight, so these are no weights of a SiT"):
         initialize_from(build(), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="holds list, not a state dict"):
-        initialize_from(build(), tmp_path / "b.pt")
 
 
 def pt(value):
@@ -206,26 +182,20 @@ def tar():
     [
         b"",
         b"some text\n" * 100,
-        b"\x89PNG\r\n\x1a\n" + bytes(100),
-        b"GGUF\x03\x00\x00\x00" + bytes(100),
         tar(),
         pickle.dumps({"a": 1}),
-        pickle.dumps({"a": 1}, protocol=2),
         b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".",
         pt({"weight": np.zeros(3)}),
         pt({"weight": Fraction(1, 2)}),
         pt(WEIGHTS)[:-2000],
         pt(torch.zeros(3)),
-        pt({}),
         pt({"opt": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}}),
-        pt({"weight": [torch.zeros(2), [torch.ones(1)]]}),
         pt({"ema": {"weight": 3}}),
         pt({0: torch.zeros(2)}),
         pt({"weight": torch.zeros(1).expand(10**12)}),
         pt({"weight": torch.zeros(2, device="meta")}),
         pt({"weight": torch.zeros(2).to_sparse()}),
         pt({"weight": torch.zeros(2, dtype=torch.complex64)}),
-        pt({"weight": torch.zeros(2).to(torch.float8_e4m3fn)}),
         pt({"weight": torch.tensor([1.0, torch.nan])}),
         pt({"weight": torch.tensor([1e300], dtype=torch.float64)}),
         compressed({"weight": torch.zeros(10**6)}),
@@ -263,11 +233,8 @@ def test_numbers_of_other_precisions_become_float32(tmp_path: Path, dtype) -> No
     ("name", "tensor"),
     [
         ("pos_embed", torch.zeros(1, 15, 64)),
-        ("pos_embed", torch.zeros(())),
         ("y_embedder.embedding_table.weight", torch.zeros(4)),
-        ("y_embedder.embedding_table.weight", torch.zeros(0, 64)),
         ("final_layer.linear.weight", torch.zeros(3, 64)),
-        ("final_layer.linear.weight", torch.zeros(4, 64)),
         ("final_layer.linear.bias", torch.zeros(())),
     ],
 )

@@ -72,6 +72,13 @@ def test_the_tracked_average_is_the_profiles_sum_and_a_decay_follows_its_recurre
     assert averages.averages["decay_0.5"][0].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("target", [(0.15, 1000), (0.03, 700)])
+def test_the_coefficients_of_a_combination_add_up_to_one(target):
+    """As in EDM2's code; without it, one snapshot and a width of 0.15 gave 0.849, and all weights shrank."""
+    stored = [(0.05, 1000), (0.1, 1000)]
+    assert sum(combine(stored, target).coefficients) == pytest.approx(1.0)
+
+
 def test_a_stored_profile_is_found_again_and_others_within_the_error_told():
     stored = [(width, t) for t in range(100, 1601, 100) for width in (0.05, 0.1)]
     same = combine(stored, (0.1, 800))

@@ -11,12 +11,18 @@ from sitdist.evaluate.metrics import psnr
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, shell_cameras
 from sitdist.geometry.similarity import Similarity
+from sitdist.scene.field import chair
 from sitdist.scene.fit import FitOptions, Photos, fit_scene, turntable
-from sitdist.scene.volume import BACKGROUND, render_views
+from sitdist.scene.views import render
+from sitdist.scene.volume import BACKGROUND
 
 CAMERA = Intrinsics.from_fov(40.0, 32, 32)
 OPTIONS = FitOptions(resolutions=(16, 24), steps=(60, 90), rays=1024)
 MEASURES = {"psnr": psnr}
+
+
+def render_views(poses, camera):
+    return torch.stack([render(chair(), pose, camera, 2) for pose in poses])
 
 
 @pytest.fixture(scope="module")

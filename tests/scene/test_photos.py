@@ -12,9 +12,10 @@ from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at, shell_cameras
 from sitdist.io import memory
+from sitdist.scene.field import chair
 from sitdist.scene.photos import read_photos
 from sitdist.scene.store import load_scene
-from sitdist.scene.volume import render_views
+from sitdist.scene.views import render
 
 POSES = look_at(torch.tensor([[4.0, 0, 1], [0, 4.0, 1], [-4.0, 0, 1]]))
 
@@ -144,7 +145,8 @@ def test_float_pixels_out_of_range_are_refused(tmp_path):
 def test_the_command_fits_a_scene_and_says_how_well(tmp_path, capsys):
     camera = Intrinsics.from_fov(40.0, 16, 16)
     poses = shell_cameras(draws.uniform(0, "cameras", torch.arange(12), 3), (4.0, 4.0))
-    images = (render_views(poses, camera).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    pictures = torch.stack([render(chair(), pose, camera, 2) for pose in poses])
+    images = (pictures.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
     np.savez(tmp_path / "photos.npz", images=images, poses=poses.numpy(), focal=camera.fx)
     command = ["scene", "fit", str(tmp_path / "photos.npz"), "--out", str(tmp_path / "scene"), "--device", "cpu"]
     command += ["--resolutions", "8", "12", "--steps", "30", "30"]

@@ -5,14 +5,16 @@ import torch
 
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.scene.field import chair
 from sitdist.scene.refine import Stage, camera_of, orbit_of, refine_look_at
-from sitdist.scene.volume import render_views
+from sitdist.scene.views import render as render_scene
 
 INTRINSICS = Intrinsics.from_fov(36.0, 24, 24)
 
 
 def render(camera_to_world, rows=None, shrink=1):
-    return render_views(camera_to_world, INTRINSICS.shrunk(shrink), min(shrink, 2))
+    camera = INTRINSICS.shrunk(shrink)
+    return torch.stack([render_scene(chair(), pose, camera, min(shrink, 2)) for pose in camera_to_world])
 
 
 @pytest.fixture(scope="module")

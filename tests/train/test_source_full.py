@@ -22,7 +22,7 @@ def test_the_published_numbers_are_in_the_recipe_and_the_config():
     assert (config.train.global_batch, config.train.optimizer.lr, config.train.ema_decay) == (150, 1e-4, 0.9999)
     assert config.train.precision == "bf16"
     assert (config.evaluate.estimator, config.evaluate.generator, config.evaluate.generator_steps) == (
-        *("source", "euler", 249),
+        *("euler_249", "euler", 249),
     )
     with torch.device("meta"):
         model = SiT(input_size=16, in_channels=4, **config.model.sizes())  # 128 pixels, 8 to a latent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sitdist.evaluate.experiments.records import RECORDS
 from sitdist.evaluate.metrics import psnr
 from sitdist.evaluate.tasks import Task
 from sitdist.evaluate.views import to_uint8
-from sitdist.geometry.camera import camera_radius, look_at
+from sitdist.geometry.camera import camera_radius, full_turn, orbit
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.io.atomic import write_atomically
 from sitdist.io.video import has_ffmpeg, save_gif, save_mp4
@@ -52,10 +51,8 @@ class Turntable:
         """camera_to_world [frames, 4, 4] of the circle."""
         place = self._tools.training_poses[:, :3, 3]
         radius = float(camera_radius(self._tools.training_poses).median())
-        elevation = float(torch.asin(place[:, 2] / torch.linalg.vector_norm(place, dim=-1)).median())
-        angle = torch.arange(self._frames, dtype=torch.float64) * (2.0 * math.pi / self._frames)
-        level, height = radius * math.cos(elevation), radius * math.sin(elevation)
-        return look_at(torch.stack([level * angle.cos(), level * angle.sin(), torch.full_like(angle, height)], -1))
+        elevation = torch.asin(place[:, 2] / torch.linalg.vector_norm(place, dim=-1)).median()
+        return orbit(full_turn(self._frames), elevation.rad2deg().cpu(), radius)
 
     def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools, flow = self._tools, self._tools.loaded.config.flow

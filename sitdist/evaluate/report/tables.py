@@ -12,7 +12,7 @@ from sitdist.evaluate.report.stored import Metrics, Row, parse_metrics
 from sitdist.evaluate.schema import damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS
 from sitdist.evaluate.symmetry import Symmetries
-from sitdist.flow.names import AdaptiveSolver
+from sitdist.flow.choices import AdaptiveSolver
 
 LINE = 108  # characters of the terminal's table
 NEAREST_POSE = (
