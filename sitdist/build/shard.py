@@ -29,7 +29,7 @@ from sitdist.errors import DataError
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import file_sha256, write_atomically
-from sitdist.model.codec import Codec, latent_mean
+from sitdist.model.codec import Codec, latent_mean, psnr
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -147,9 +147,9 @@ class SampleMaker:
         images = batch.split.source.images(batch.indices)
         moments = self._encode(batch, images)
         keep = batch.split.keeps_images
-        psnr = _psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
+        codec_psnr = _codec_psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
         return [
-            self._sample(batch, row, moments[row], images[row] if keep else None, psnr[row])
+            self._sample(batch, row, moments[row], images[row] if keep else None, codec_psnr[row])
             for row in range(len(images))
         ]
 
@@ -164,7 +164,7 @@ class SampleMaker:
             raise DataError(f"{batch.split.name} view {views}: {_why_not_finite(self.codec, moments)}")
         return stored
 
-    def _sample(self, batch: Batch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
+    def _sample(self, batch: Batch, row: int, moments: Tensor, image: Tensor | None, codec_psnr: float) -> Sample:
         source, view = batch.split.source, batch.indices[row]
         camera_to_world, label = source.camera_to_world[view], int(source.labels[view])
         intrinsics = torch.tensor(source.intrinsics(view).normalized(), dtype=torch.float64)
@@ -177,7 +177,7 @@ class SampleMaker:
         }
         if image is not None:
             members[IMAGE_MEMBER] = _png(image)
-        return Sample(members, camera_to_world, label, psnr)
+        return Sample(members, camera_to_world, label, codec_psnr)
 
 
 def _padded(batch: Tensor, size: int) -> Tensor:
@@ -199,10 +199,10 @@ def _why_not_finite(codec: Codec, moments: Tensor) -> str:
 
 
 @torch.no_grad()
-def _psnr(codec: Codec, moments: Tensor, images: Tensor, batch: int) -> list[float]:
+def _codec_psnr(codec: Codec, moments: Tensor, images: Tensor, batch: int) -> list[float]:
     """PSNR in dB of every image against its decoded, stored latent mean."""
     decoded = codec.decode(_padded(latent_mean(moments.float()), batch))[: len(images)]
-    return (-10.0 * (decoded - images).square().flatten(1).mean(1).double().clamp_min(1e-10).log10()).tolist()
+    return psnr(decoded, images).tolist()
 
 
 def _meta(source: ViewSource, view: int) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def _index(tar: Path, rows: Sequence[tuple[Tensor, int, float]]) -> dict[str, np
     """Where every sample lies, read back from the finished tar; rows: pose, label and codec PSNR of each."""
     index: dict[str, list[Any]] = {name: [] for name in INDEX_FIELDS}
     with tar.open("rb") as file:
-        for mine, (camera_to_world, label, psnr) in zip(read_members(tar).values(), rows, strict=True):
+        for mine, (camera_to_world, label, codec_psnr) in zip(read_members(tar).values(), rows, strict=True):
             start, stop = sample_range(mine)
             image = mine.get(IMAGE_MEMBER)
             file.seek(start)
@@ -332,7 +332,7 @@ def _index(tar: Path, rows: Sequence[tuple[Tensor, int, float]]) -> dict[str, np
                 "image_bytes": image.size if image else 0,
                 "label": label,
                 "camera_to_world": camera_to_world.numpy(),
-                "codec_psnr": psnr,
+                "codec_psnr": codec_psnr,
             }
             for name, field in row.items():
                 index[name].append(field)

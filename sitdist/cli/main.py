@@ -403,6 +403,7 @@ def _scene_render(options: argparse.Namespace) -> None:
 def _scene_fit(options: argparse.Namespace) -> None:
     from sitdist.evaluate import metrics
     from sitdist.io.atomic import check_free
+    from sitdist.model.codec import psnr
     from sitdist.scene.fit import FitOptions, fit_scene, turntable
     from sitdist.scene.photos import read_photos
     from sitdist.scene.store import save_scene
@@ -411,7 +412,7 @@ def _scene_fit(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     background = (options.background[0], options.background[1], options.background[2]) if options.background else None
     photos = read_photos(options.photos, background, options.images).thinned(options.max_views)
-    measures = {"psnr": metrics.psnr}
+    measures = {"psnr": psnr}
     if min(photos.images.shape[-2:]) >= metrics.SSIM_WINDOW:
         measures["ssim"] = metrics.ssim
     if options.lpips_backbone:
