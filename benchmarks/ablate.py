@@ -216,10 +216,10 @@ def _config(variant: Variant, data: Path, steps: int, model: ModelConfig) -> Con
 COLUMNS = (
     Column("", "rotation (deg)", "rotation_error_deg"),
     Column("", "median", "rotation_error_deg", "median"),
-    Column("", "translation", "translation_error", style=".3f"),
+    Column("", "translation", "translation_error"),
     Column("", "PSNR (dB)", "psnr"),
     Column("", "ceiling", "codec_psnr"),
-    Column("", "SSIM", "ssim", style=".3f"),
+    Column("", "SSIM", "ssim"),
 )
 HEADS = ("variant", "what", *(column.head for column in COLUMNS), "noise floor (deg)")
 

@@ -30,7 +30,7 @@ from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.atomic import file_sha256, write_atomically
 from sitdist.io.npz import save_arrays
-from sitdist.model.codec import Codec, latent_mean
+from sitdist.model.codec import Codec, latent_mean, psnr
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -146,9 +146,9 @@ class SampleMaker:
         images = batch.split.source.images(batch.indices)
         moments = self._encode(batch, images)
         keep = batch.split.keeps_images
-        psnr = _psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
+        codec_psnr = _codec_psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
         return [
-            self._sample(batch, row, moments[row], images[row] if keep else None, psnr[row])
+            self._sample(batch, row, moments[row], images[row] if keep else None, codec_psnr[row])
             for row in range(len(images))
         ]
 
@@ -163,7 +163,7 @@ class SampleMaker:
             raise DataError(f"{batch.split.name} view {views}: {_why_not_finite(self.codec, moments)}")
         return stored
 
-    def _sample(self, batch: ViewBatch, row: int, moments: Tensor, image: Tensor | None, psnr: float) -> Sample:
+    def _sample(self, batch: ViewBatch, row: int, moments: Tensor, image: Tensor | None, codec_psnr: float) -> Sample:
         source, view = batch.split.source, batch.indices[row]
         camera_to_world = source.camera_to_world[view]
         intrinsics = torch.tensor(source.intrinsics(view).normalized(), dtype=torch.float64)
@@ -179,7 +179,7 @@ class SampleMaker:
         columns = {
             "label": int(source.labels[view]),
             "camera_to_world": camera_to_world.numpy(),
-            "codec_psnr": psnr,
+            "codec_psnr": codec_psnr,
             "intrinsics": intrinsics.numpy(),
         }
         return Sample(members, columns)
@@ -204,10 +204,10 @@ def _why_not_finite(codec: Codec, moments: Tensor) -> str:
 
 
 @torch.no_grad()
-def _psnr(codec: Codec, moments: Tensor, images: Tensor, batch: int) -> list[float]:
+def _codec_psnr(codec: Codec, moments: Tensor, images: Tensor, batch: int) -> list[float]:
     """PSNR in dB of every image against its decoded, stored latent mean."""
     decoded = codec.decode(_padded(latent_mean(moments.float()), batch))[: len(images)]
-    return (-10.0 * (decoded - images).square().flatten(1).mean(1).double().clamp_min(1e-10).log10()).tolist()
+    return psnr(decoded, images).tolist()
 
 
 def _meta(source: ViewSource, view: int) -> dict[str, Any]:

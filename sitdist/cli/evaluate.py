@@ -54,13 +54,13 @@ def _add_data(command: Parser) -> None:
 
 
 def _eval_options(command: Parser) -> None:
-    from sitdist.evaluate.experiments import EXPERIMENTS
+    from sitdist.evaluate.experiments import EXPERIMENT_NAMES
 
     command.add_argument("run", type=Path, help="Folder of the run.")
     command.add_argument("--split", help="Split of the dataset to evaluate. Default: test.")
     command.add_argument("--radii", type=radii, metavar="A:B", help="Evaluate radii A to B in bins of width 1.")
     command.add_argument("--views-per-radius", type=positive, metavar="N", help="Number of views in each bin.")
-    command.add_argument("--experiment", choices=(*EXPERIMENTS, "all"), default="radii", help="What to measure.")
+    command.add_argument("--experiment", choices=(*EXPERIMENT_NAMES, "all"), default="radii", help="What to measure.")
     command.add_argument("--max-views", type=positive, metavar="N", help="Largest number of views per experiment.")
     _add_data(command)
     command.add_argument("--out", type=output, help="Folder of the results. Default: RUN/eval/...")

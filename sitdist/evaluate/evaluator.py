@@ -1,33 +1,20 @@
-"""Evaluate a run: the pose read off every view, the view rendered from its pose, and both against their baselines.
+"""Evaluate a run: open it, plan the work, share it among all processes, and merge what they measured.
 
-The route of one view: picture -> latent -> `estimate_pose` -> pose error; pose -> `generate` -> decode -> MAE, PSNR,
-SSIM, LPIPS. Every process takes the next work unit that nobody has taken, and leaves its records on disk when it is
-finished; the main process merges them with an exactly-once check. Between the plan and the merge they never meet.
-Experiments beside this one (`sitdist.evaluate.experiments`) are work of the same kind.
+Every process takes the next task that nobody has taken, and leaves its records on disk when it is finished; the main
+process merges them with an exactly-once check. Between the plan and the merge they never meet. The views by radius
+(`ViewEvaluator`) and the experiments (`sitdist.evaluate.experiments`) are work of the same kind.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import math
-import os
-import platform
-import shlex
-import sys
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import TypeAdapter
-from torch import Tensor
 
-import sitdist
 from sitdist import checks
 from sitdist.config.experiment import Config, EvaluateConfig, FlowConfig
 from sitdist.config.load import parse, set_key
@@ -37,32 +24,23 @@ from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import store_of
 from sitdist.distributed.accelerator import log, processes
 from sitdist.errors import ConfigError, DataError
-from sitdist.evaluate import metrics
-from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
-from sitdist.evaluate.coverage import coverage_counts
-from sitdist.evaluate.experiments import EXPERIMENTS
-from sitdist.evaluate.summary import label_rows, summary_rows, with_symmetries
-from sitdist.evaluate.symmetry import Symmetries, find_symmetries
-from sitdist.evaluate.tasks import Producer, Task, do_left, do_tasks, merge, plan_conflict, prepare
-from sitdist.evaluate.units import BINS_AT_MOST, RECORD, Unit, ViewRecord, make_units, merge_pictures, pictured, thinned
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, SceneViews, SplitViews, Views, to_uint8
+from sitdist.evaluate.experiments.records import EXPERIMENTS
+from sitdist.evaluate.metrics import Lpips
+from sitdist.evaluate.tasks import Producer, do_left, do_tasks, merge, plan_conflict, prepare
+from sitdist.evaluate.units import BINS_AT_MOST, Unit, make_units, thinned
+from sitdist.evaluate.view_evaluator import ViewEvaluator
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, RenderedViews, SplitViews, Views
 from sitdist.flow.choices import PICTURE_ESTIMATORS
-from sitdist.flow.estimate import PoseEstimate
-from sitdist.flow.sample import sample_latents
-from sitdist.geometry.packing import PoseStatistics, standardize
-from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.geometry.packing import PoseStatistics
 from sitdist.inference import calibration as calibrate
-from sitdist.inference.options import build_estimate, build_sampling
+from sitdist.inference.options import build_estimate
 from sitdist.inference.pose_reader import PoseReader
 from sitdist.inference.run import LoadedRun, check_codec, load_run
-from sitdist.io.atomic import write_atomically
-from sitdist.io.json_file import write_json
-from sitdist.io.npz import save_arrays
 from sitdist.io.ownership import check_ours, only_writer
 from sitdist.io.tensors import tensors_sha256
-from sitdist.model.codec import latent_mean
 
 VIEWS_AT_MOST = 2_000_000
+RADII = "radii"
 
 
 @dataclass(frozen=True)
@@ -74,7 +52,7 @@ class EvalOptions:
         new views of every bin are rendered; otherwise the split is limited to these radii.
     views_per_radius: the views of every bin; those of a split are its first ones by key.
     data: the dataset's folder. out: the folder for the results, by default RUN/eval/<split> or RUN/eval/radii_<a>-<b>.
-    experiment: one of EXPERIMENTS, or all of them. max_views: at most this many views in each.
+    experiment: radii, one of EXPERIMENTS, or all of them. max_views: at most this many views in each.
     uncalibrated: leave out the error bars and the trust of the run's calibration.
     set: other keys of the config's `evaluate`, as evaluate.KEY=VALUE.
     """
@@ -94,7 +72,7 @@ class EvalOptions:
     seed: int | None = None
     lpips_backbone: str | None = None
     uncalibrated: bool = False
-    experiment: str = "radii"
+    experiment: str = RADII
     max_views: int | None = None
     set: tuple[str, ...] = ()
 
@@ -128,13 +106,13 @@ def evaluate(run: Path, options: EvalOptions) -> Path:
     return evaluation.out
 
 
-def _open_all(run: Path, options: EvalOptions, device: torch.device) -> tuple[_Evaluation, list[Producer]]:
+def _open_all(run: Path, options: EvalOptions, device: torch.device) -> tuple[ViewEvaluator, list[Producer]]:
     """The evaluation, and what is to be measured for it."""
     evaluation = _open(run, options, device)
-    chosen = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
-    producers: list[Producer] = [evaluation] if "radii" in chosen else []
+    chosen = (RADII, *EXPERIMENTS) if options.experiment == "all" else (options.experiment,)
+    producers: list[Producer] = [evaluation] if RADII in chosen else []
     flow = evaluation.loaded.config.flow
-    for name in chosen[1:] if "radii" in chosen else chosen:
+    for name in (name for name in chosen if name != RADII):
         reason = _why_not(name, flow)
         if reason and options.experiment != "all":
             raise ConfigError(f"--experiment {name}: {reason}; choose another")
@@ -145,7 +123,7 @@ def _open_all(run: Path, options: EvalOptions, device: torch.device) -> tuple[_E
     return evaluation, producers
 
 
-def _take_folders(evaluation: _Evaluation, producers: list[Producer], held: ExitStack) -> None:
+def _take_folders(evaluation: ViewEvaluator, producers: list[Producer], held: ExitStack) -> None:
     """Become the only writer in the folders of the evaluation and its producers until `held` ends.
 
     Nothing is written unless all of them are ours or new, and hold nothing that disagrees.
@@ -159,7 +137,7 @@ def _take_folders(evaluation: _Evaluation, producers: list[Producer], held: Exit
     _check_beside(evaluation)  # again, as another process may have written there meanwhile
 
 
-def _check_beside(evaluation: _Evaluation) -> None:
+def _check_beside(evaluation: ViewEvaluator) -> None:
     """ConfigError if results that are there, of this or another experiment, cannot stand in one report with these."""
     shared = evaluation.plan.keys() - {"units", "views", "calibration"}
     for path in sorted(evaluation.out.glob("plan.json")) + sorted(evaluation.out.glob("*/plan.json")):
@@ -175,7 +153,7 @@ def _why_not(name: str, flow: FlowConfig) -> str | None:
     return needs_both.get(name)
 
 
-def _experiment(name: str, evaluation: _Evaluation, options: EvalOptions) -> Producer:
+def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> Producer:
     """The experiment called `name`, with its results in a folder of that name in the evaluation's."""
     from sitdist.evaluate.experiments.common import Tools
     from sitdist.evaluate.experiments.cycle import Cycle
@@ -200,7 +178,7 @@ def _experiment(name: str, evaluation: _Evaluation, options: EvalOptions) -> Pro
     return kinds[name](tools, evaluation.out / name, evaluation.plan, options.max_views)
 
 
-def _write_all(evaluation: _Evaluation, producers: list[Producer]) -> None:
+def _write_all(evaluation: ViewEvaluator, producers: list[Producer]) -> None:
     """Merge everything with the exactly-once check, and write the tables and the report."""
     from sitdist.evaluate.report import write_report
 
@@ -211,250 +189,10 @@ def _write_all(evaluation: _Evaluation, producers: list[Producer]) -> None:
     write_report(evaluation.out)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """Everything an evaluation needs, the same on every process; `title` is the split, or the radii rendered for it."""
-
-    run: Path
-    out: Path
-    data: Path
-    title: str
-    loaded: LoadedRun
-    calibration: calibrate.RunCalibration | None
-    why_uncalibrated: str
-    settings: EvaluateConfig
-    statistics: PoseStatistics
-    poses: PoseReader
-    views: Views
-    units: list[Unit]
-    training: ShardReader
-    lpips: metrics.Lpips | None
-    background: Tensor | None
-    plan: dict[str, Any]
-    device: torch.device
-    record: ClassVar[TypeAdapter[Any]] = RECORD
-
-    @cached_property
-    def training_views(self) -> TrainingViews:
-        """At most LATENTS_AT_MOST training views by stride; loaded by the first unit that a process measures."""
-        indices = list(range(0, len(self.training), self._training_stride))
-        chunks = [indices[start : start + 1024] for start in range(0, len(indices), 1024)]
-        latents = torch.cat([latent_mean(self.training.moments(chunk).float()) for chunk in chunks])
-        camera_to_world, labels = self.training.camera_to_world()[indices], self.training.labels()[indices]
-        return TrainingViews(latents.to(self.device), camera_to_world.to(self.device), labels.to(self.device))
-
-    @property
-    def _training_stride(self) -> int:
-        return math.ceil(len(self.training) / LATENTS_AT_MOST)
-
-    @cached_property
-    def constant_pose(self) -> Tensor:
-        return constant_pose(self.training.camera_to_world()).to(self.device)
-
-    def tasks(self) -> list[Task]:
-        """One of every unit."""
-        return [Task(unit.name, tuple(view.key for view in unit.views), len(unit.views)) for unit in self.units]
-
-    def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-        """Records of a unit's views, and key, true and rendered of its first and its worst ones."""
-        unit = self.units[int(task.name.removeprefix("unit_"))]
-        records, true, rendered = self._measure(unit)
-        shown = pictured(unit, records)
-        pictures = {"key": np.array([task.keys[i] for i in shown]), "true": true[shown]}
-        return [asdict(record) for record in records], (
-            pictures if rendered is None else pictures | {"rendered": rendered[shown]}
-        )
-
-    def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
-        """Write the results."""
-        self.write_results([ViewRecord(**record) for record in records], merge_pictures(arrays, self.units))
-
-    @torch.no_grad()
-    def _measure(self, unit: Unit) -> tuple[list[ViewRecord], np.ndarray, np.ndarray | None]:
-        """Records of the unit's views, and true and rendered pictures [B, H, W, 3] uint8.
-
-        What the model cannot do is not measured.
-        """
-        codec = self.loaded.codec
-        views = self.views.load(unit.views)
-        images, moments = views.images.to(self.device), views.moments.to(self.device)
-        true, labels = views.camera_to_world.to(self.device), views.labels.to(self.device)
-        intrinsics, latents = views.intrinsics.to(self.device), latent_mean(moments)
-
-        ceiling = codec.decode(latents)
-        nearest = self.training_views.nearest_by_latent(latents, labels)
-        nearest_images = codec.decode(self.training_views.nearest_by_camera(true, labels))
-        values: dict[str, Tensor | list[float | None]] = {
-            "codec_mae": metrics.mean_absolute_error(ceiling, images),
-            "codec_psnr": metrics.psnr(ceiling, images),
-            "codec_ssim": metrics.ssim(ceiling, images),
-            "constant_rotation_error_deg": rotation_error_deg(self.constant_pose[:3, :3], true[:, :3, :3]),
-            "constant_translation_error": translation_error(self.constant_pose, true),
-            "nearest_rotation_error_deg": rotation_error_deg(nearest[:, :3, :3], true[:, :3, :3]),
-            "nearest_translation_error": translation_error(nearest, true),
-            "nearest_psnr": metrics.psnr(nearest_images, images),
-            "codec_object_psnr": self._object_psnr(ceiling, images),
-            "label": labels,
-            "true": true[:, :3].flatten(1),
-        }
-        flow, rendered = self.loaded.config.flow, None
-        if flow.why_no_pose() is None:
-            values |= self._pose_errors(self._estimate(images, moments, labels, intrinsics), true, intrinsics)
-        if flow.why_no_picture() is None:
-            rendered = codec.decode(self._generate(unit, true, intrinsics, labels, latents.shape[1:]))
-            values |= self._picture_errors(rendered, images)
-        columns: dict[str, list[Any]] = {field.name: [None] * len(labels) for field in fields(ViewRecord)}
-        columns |= {name: value if isinstance(value, list) else value.tolist() for name, value in values.items()}
-        columns |= {name: [getattr(view, name) for view in unit.views] for name in ("key", "radius", "bin")}
-        records = [ViewRecord(**{name: column[i] for name, column in columns.items()}) for i in range(len(unit.views))]
-        return records, to_uint8(images), None if rendered is None else to_uint8(rendered)
-
-    def _estimate(self, images: Tensor, moments: Tensor, labels: Tensor, intrinsics: Tensor) -> PoseEstimate:
-        estimate = self.poses.estimate(images, moments, labels, intrinsics)
-        if self.calibration is None:
-            return estimate
-        return self.calibration.fill(self.loaded, estimate, latent_mean(moments), labels)
-
-    def _pose_errors(self, estimate: PoseEstimate, true: Tensor, intrinsics: Tensor) -> dict[str, Tensor]:
-        estimated = estimate.camera_to_world
-        values = {
-            "rotation_error_deg": rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3]),
-            "translation_error": translation_error(estimated, true),
-            "estimated": estimated[:, :3].flatten(1),
-            "function_evaluations": estimate.function_evaluations,
-            "converged": estimate.converged,
-        }
-        if estimate.trust is not None:
-            values |= calibrate.bar_columns(estimate)
-        if estimate.intrinsics is not None:
-            values["focal_error"] = 100.0 * (estimate.intrinsics[:, 0] / intrinsics[:, 0] - 1.0).abs()
-        return values
-
-    def _object_psnr(self, rendered: Tensor, images: Tensor) -> list[float | None]:
-        if self.background is None:
-            return [None] * len(images)
-        return metrics.object_psnr(rendered, images, self.background)
-
-    def _picture_errors(self, rendered: Tensor, images: Tensor) -> dict[str, Tensor | list[float | None]]:
-        values: dict[str, Tensor | list[float | None]] = {
-            "mae": metrics.mean_absolute_error(rendered, images),
-            "psnr": metrics.psnr(rendered, images),
-            "object_psnr": self._object_psnr(rendered, images),
-            "ssim": metrics.ssim(rendered, images),
-        }
-        return values if self.lpips is None else values | {"lpips": self.lpips(rendered, images)}
-
-    def _generate(
-        self, unit: Unit, camera_to_world: Tensor, intrinsics: Tensor, labels: Tensor, shape: torch.Size
-    ) -> Tensor:
-        """Latents generated from the true poses, with noise keyed by (seed, position of the view)."""
-        return sample_latents(
-            self.loaded.model,
-            self.loaded.interpolant,
-            self.loaded.endpoint,
-            standardize(camera_to_world, self.statistics, intrinsics),
-            labels,
-            shape,
-            build_sampling(self.settings),
-            self.settings.seed,
-            "eval",
-            self._positions(unit),
-        )
-
-    def _positions(self, unit: Unit) -> Tensor:
-        return torch.tensor([view.position for view in unit.views], device=self.device)
-
-    # ------------------------------------------------------------------------------------------------------ results
-
-    def write_results(self, records: list[ViewRecord], pictures: dict[str, np.ndarray]) -> None:
-        """records.csv (one row a view, sorted by key), images.npz and metrics.json."""
-        symmetries = self._symmetries()
-        if symmetries is not None:
-            records = with_symmetries(records, symmetries.symmetries)
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(records[0].row()), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(record.row() for record in records)
-        write_atomically(self.out / "records.csv", lambda path: path.write_text(table.getvalue()))
-        save_arrays(self.out / "images.npz", pictures)
-        self.write_summary(records, symmetries)
-
-    def _symmetries(self) -> Symmetries | None:
-        if self.loaded.config.flow.why_no_pose() is not None:
-            return None
-        return find_symmetries(self.training_views, torch.arange(0, len(self.training), self._training_stride))
-
-    def write_summary(self, records: list[ViewRecord], symmetries: Symmetries | None = None) -> None:
-        """metrics.json, without rows where there are no records."""
-        write_json(self.out / "metrics.json", self._summary(records, symmetries))
-
-    def _summary(self, records: list[ViewRecord], symmetries: Symmetries | None) -> dict[str, Any]:
-        settings, flow, endpoint = self.settings, self.loaded.config.flow, self.loaded.endpoint
-        compared = math.ceil(len(self.training) / self._training_stride)
-        return {
-            "run": str(self.run),
-            "step": self.loaded.step,
-            "dataset": str(self.data),
-            "split": self.title,
-            "estimator": settings.estimator,
-            "readout": settings.readout,
-            "refine": settings.refine,
-            "function_evaluations": max((record.function_evaluations or 0 for record in records), default=None),
-            "not_converged": sum(record.converged is False for record in records),
-            "generator": settings.generator,
-            "generator_steps": settings.generator_steps,
-            "guidance": settings.guidance,
-            "seed": settings.seed,
-            "sigma": endpoint.sigma,
-            "noise_floor": None if endpoint.kind == "gaussian" else asdict(self._noise_floor()),
-            "calibration": calibrate.coverage_summary(self.calibration, records)
-            if self.calibration and records
-            else None,
-            "why_uncalibrated": self.why_uncalibrated or None,
-            "no_pose": flow.why_no_pose(),
-            "no_picture": flow.why_no_picture(),
-            "lpips": metrics.LPIPS_NOT_MEASURED if self.lpips is None else self.lpips.identity(),
-            "training_radius": list(self.loaded.manifest.splits["train"].radius),
-            "radius_augmented": self.loaded.manifest.splits["train"].radius_augmented,
-            "training_views": {"count": len(self.training), "compared": compared, "stride": self._training_stride},
-            "versions": {
-                "sitdist": sitdist.__version__,
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-            },
-            "training_coverage": coverage_counts(self.training.camera_to_world()[:, :3, 3].numpy()),
-            "provenance": self._provenance(),
-            "config": self.loaded.config.model_dump(mode="json"),
-            "background": None if self.background is None else self.background.tolist(),
-            "symmetry": None if symmetries is None else symmetries.to_dict(),
-            "rows": summary_rows(records) if records else [],
-            "labels": label_rows(records, {entry.label: entry.name for entry in self.loaded.manifest.objects}),
-        }
-
-    def _provenance(self) -> dict[str, str]:
-        """What was run on what."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        return {
-            "command": shlex.join(["sitdist", *sys.argv[1:]]),
-            "dataset fingerprint": self.plan["dataset"],
-            "weights": self.plan["weights"],
-            "hardware": f"{self.device.type}, {device}, {os.cpu_count()} processors",
-            "system": platform.platform(),
-        }
-
-    def _noise_floor(self) -> NoiseFloor:
-        shape, endpoint = self.loaded.manifest.latent, self.loaded.endpoint
-        latent, sigma = (shape.channels, shape.height, shape.width), endpoint.sigma / endpoint.gain
-        return noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, self.settings.seed)
-
-
 # ------------------------------------------------------------------------------------------------------------ opening
 
 
-def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
+def _open(run: Path, options: EvalOptions, device: torch.device) -> ViewEvaluator:
     loaded = load_run(run, device)
     settings = _settings(options, loaded)
     if settings.average != loaded.config.evaluate.average:
@@ -465,9 +203,9 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> _Evaluation:
     poses = PoseReader.open(loaded, settings)
     views, title = _choose_views(data, manifest, loaded, options, settings, device)
     units = make_units(thinned(views.references(), options.max_views), settings.batch)
-    lpips = metrics.Lpips(settings.lpips_backbone, device) if settings.lpips_backbone else None
+    lpips = Lpips(settings.lpips_backbone, device) if settings.lpips_backbone else None
     calibration, why_uncalibrated = _calibration(run, loaded, options, settings, manifest)
-    return _Evaluation(
+    return ViewEvaluator(
         run=run,
         out=Path(options.out) if options.out else run / "eval" / title,
         data=data,
@@ -572,14 +310,14 @@ def _choose_views(
                 "rendered; give fewer"
             )
         codec = loaded.codec
-        return SceneViews(source, manifest.image_size, codec, limits, count, settings.seed, device), name
+        return RenderedViews(source, manifest.image_size, codec, limits, count, settings.seed, device), name
     if split not in manifest.splits:
         raise ConfigError(f"{data}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
     return SplitViews(data, split, limits, count), name if options.split is None or not limits else f"{split}_{name}"
 
 
 def _plan(
-    loaded: LoadedRun, settings: EvaluateConfig, title: str, data: Path, units: list[Unit], lpips: metrics.Lpips | None
+    loaded: LoadedRun, settings: EvaluateConfig, title: str, data: Path, units: list[Unit], lpips: Lpips | None
 ) -> dict[str, Any]:
     """What decides every number of an evaluation; units on disk are used again only under an equal plan."""
     views = "\n".join(f"{unit.number} {view.key}" for unit in units for view in unit.views)

@@ -1,4 +1,4 @@
-"""Picture metrics of single views.
+"""Picture metrics of single views; PSNR is `sitdist.model.codec.psnr`.
 
 Every picture is a float32 tensor [B, 3, H, W] in [0, 1]; every metric gives one number a view, [B].
 """
@@ -14,23 +14,17 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import ConfigError, DataError
+from sitdist.model.codec import psnr
 
 SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5, Wang et al. 2004
 LPIPS_MINIMUM_SIZE = 32  # pixels: AlexNet's last layer has nothing left to look at below 31
 OBJECT_TOLERANCE = 4.5 / 255.0  # a colour this far from the background belongs to the object
-PSNR_CEILING = 100.0  # dB: a perfect copy counts as this, so that means stay finite
 LPIPS_NOT_MEASURED = "not measured: set evaluate.lpips_backbone"
 
 
 def mean_absolute_error(images: Tensor, true_images: Tensor) -> Tensor:
     """Mean over pixels and colours of |image - true image|; [B]."""
     return (images - true_images).abs().flatten(1).mean(1)
-
-
-def psnr(images: Tensor, true_images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of every view in dB for a data range of 1, at most PSNR_CEILING; [B]."""
-    mean_squared_error = (images - true_images).double().square().flatten(1).mean(1)
-    return -10.0 * mean_squared_error.clamp_min(10.0 ** (-PSNR_CEILING / 10)).log10()
 
 
 def object_psnr(images: Tensor, true_images: Tensor, background: Tensor) -> list[float | None]:
@@ -40,11 +34,8 @@ def object_psnr(images: Tensor, true_images: Tensor, background: Tensor) -> list
     where a view shows no object.
     """
     mask = object_mask(true_images, background)  # [B, H, W]
-    squared = (images - true_images).double().square().mean(1)
-    counts = mask.flatten(1).sum(1)
-    mean_squared_error = (squared * mask).flatten(1).sum(1) / counts.clamp_min(1)
-    values = -10.0 * mean_squared_error.clamp_min(10.0 ** (-PSNR_CEILING / 10)).log10()
-    return [value if count else None for value, count in zip(values.tolist(), counts.tolist(), strict=True)]
+    values = psnr(images, true_images, mask).tolist()
+    return [value if shown else None for value, shown in zip(values, mask.flatten(1).any(1).tolist(), strict=True)]
 
 
 def object_mask(true_images: Tensor, background: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sitdist.errors import DataError
-from sitdist.evaluate.schema import Count, Number, Share
+from sitdist.evaluate.schema import Count, Measure, Number, Share
 
 THRESHOLDS = (1, 2, 5, 10, 15, 30)  # degrees, of the shares of views
 AUC_DEG = 30.0
@@ -56,22 +56,30 @@ class Summary:
 
 def summarize(values: Sequence[float], rotation: bool = False, seed: int = 0) -> Summary:
     """Summary of one number a view; a value that is not finite is a DataError, since no view may drop out of a mean."""
-    return summarize_all({"values": values}, {"values"} if rotation else set(), seed)["values"]
+    return summarize_columns({"values": values}, {"values"} if rotation else set(), seed)["values"]
 
 
 def summarize_all(
-    measures: Mapping[str, Sequence[float]], rotations: set[str] | frozenset[str] = frozenset(), seed: int = 0
-) -> dict[str, Summary]:
+    measures: Mapping[str, Measure], columns: Mapping[str, Sequence[float | None]]
+) -> dict[str, dict[str, float | int]]:
+    """Summaries of measures for a file of results, each over the views that have it; one that none has is left out."""
+    measured = {name: [value for value in columns[name] if value is not None] for name in measures}
+    rotations = {name for name, measure in measures.items() if measure.rotation}
+    summaries = summarize_columns({name: values for name, values in measured.items() if values}, rotations)
+    return {name: summary.to_dict() for name, summary in summaries.items()}
+
+
+def summarize_columns(columns: Mapping[str, Sequence[float]], rotations: set[str], seed: int = 0) -> dict[str, Summary]:
     """Summaries of several numbers of the same views, by name; those in `rotations` are angles in degrees.
 
-    Measures with as many views are resampled together, so that their intervals are of the same views.
+    Columns with as many views are resampled together, so that their intervals are of the same views.
     """
     intervals: dict[str, tuple[float, float]] = {}
-    for count in {len(values) for values in measures.values()}:
-        names = [name for name, values in measures.items() if len(values) == count]
-        table = np.stack([_finite(name, measures[name]) for name in names], axis=1)  # [views, measures]
+    for count in {len(values) for values in columns.values()}:
+        names = [name for name, values in columns.items() if len(values) == count]
+        table = np.stack([_finite(name, columns[name]) for name in names], axis=1)  # [views, columns]
         intervals |= dict(zip(names, _mean_intervals(table, seed), strict=True))
-    return {name: _summary(_finite(name, measures[name]), intervals[name], name in rotations) for name in measures}
+    return {name: _summary(_finite(name, columns[name]), intervals[name], name in rotations) for name in columns}
 
 
 def _finite(name: str, values: Sequence[float]) -> np.ndarray:

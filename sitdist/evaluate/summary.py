@@ -1,29 +1,14 @@
-"""What an evaluation says of its views: which measures there are, and the rows of its table."""
+"""The rows of an evaluation's table: summaries of all measures over the views of a bin, a range or an object."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from sitdist.evaluate.measures import MEASURES, ViewRecord
 from sitdist.evaluate.statistics import summarize_all
-from sitdist.evaluate.symmetry import Symmetry, symmetry_aware_errors
-from sitdist.evaluate.units import EDGE, ViewRecord
+from sitdist.evaluate.units import EDGE
 
 RANGES = ((3, 5), (1, 7))  # radii that have a row of their own where every unit bin of them holds views
-ROTATIONS = (
-    *("rotation_error_deg", "symmetric_rotation_error_deg"),
-    *("constant_rotation_error_deg", "nearest_rotation_error_deg"),
-)
-MEASURES = (
-    *ROTATIONS,
-    *("translation_error", "translation_share", "symmetric_translation_error"),
-    *("constant_translation_error", "nearest_translation_error", "focal_error"),
-    *("mae", "psnr", "object_psnr", "ssim", "lpips", "codec_mae", "codec_psnr", "codec_object_psnr", "codec_ssim"),
-    "nearest_psnr",
-)
 
 
 def summary_rows(records: list[ViewRecord]) -> list[dict[str, Any]]:
@@ -60,28 +45,5 @@ def label_rows(records: list[ViewRecord], names: dict[int, str]) -> list[dict[st
 
 def _row(name: str, radius: tuple[int, int], records: list[ViewRecord]) -> dict[str, Any]:
     """Summaries of all that was measured; a view that shows no object has no PSNR on it, and n says so."""
-    columns = {name: [getattr(record, name) for record in records] for name in MEASURES}
-    measured = {name: [value for value in values if value is not None] for name, values in columns.items()}
-    summaries = summarize_all({name: values for name, values in measured.items() if values}, frozenset(ROTATIONS))
-    row: dict[str, Any] = {"name": name, "radius": list(radius), "n": len(records)}
-    return row | {name: summary.to_dict() for name, summary in summaries.items()}
-
-
-def with_symmetries(records: list[ViewRecord], symmetries: list[Symmetry]) -> list[ViewRecord]:
-    """The records with their errors up to the objects' symmetries; as they are where there is none."""
-    if not symmetries:
-        return records
-    true, estimated = (_poses([getattr(record, name) for record in records]) for name in ("true", "estimated"))
-    labels = torch.tensor([record.label for record in records])
-    rotation, translation = symmetry_aware_errors(estimated, true, labels, symmetries)
-    return [
-        replace(record, symmetric_rotation_error_deg=angle, symmetric_translation_error=distance)
-        for record, angle, distance in zip(records, rotation.tolist(), translation.tolist(), strict=True)
-    ]
-
-
-def _poses(rows: list[list[float]]) -> Tensor:
-    """[N, 4, 4] float64 from the upper three rows of each, row-major."""
-    poses = torch.eye(4, dtype=torch.float64).repeat(len(rows), 1, 1)
-    poses[:, :3] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3, 4)
-    return poses
+    summaries = summarize_all(MEASURES, {name: [getattr(record, name) for record in records] for name in MEASURES})
+    return {"name": name, "radius": list(radius), "n": len(records)} | summaries

@@ -1,4 +1,4 @@
-"""Work units of an evaluation: which views there are, what is measured of each, and how they are cut into units.
+"""Work units of an evaluation: which views there are, and how they are cut into units.
 
 A unit is a chunk of at most `batch` views of one radius bin. The list of units follows from the views alone, never from
 the number of processes, so a killed evaluation goes on with the units that are not on disk yet, on any number of them.
@@ -7,18 +7,15 @@ the number of processes, so a killed evaluation goes on with the units that are 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import TypeAdapter, with_config
 
 from sitdist.errors import DataError
-from sitdist.evaluate.schema import STRICT, Angle, Count, Length, Number, Pose, Share
+from sitdist.evaluate.measures import ViewRecord
 
 PICTURES_PER_BIN = 4
 WORST_PER_UNIT = 2
-POSE_ENTRIES = [f"{row}{column}" for row in range(3) for column in range(4)]
 BINS_AT_MOST = 10_000
 EDGE = 1e-6  # a camera this close below a bin's edge stands on it: radii are norms of rounded numbers
 
@@ -44,67 +41,6 @@ class Unit:
     @property
     def name(self) -> str:
         return f"unit_{self.number:05d}"
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class ViewRecord:
-    """All that is measured of one view: angles in degrees, translations in scene units, PSNR in dB.
-
-    `true` and `estimated` are the upper three rows of camera_to_world, row-major. None is what was not measured: LPIPS,
-    the focal length's error in percent, the pose or the picture of a model that has none; the PSNR on the object where
-    its background is not known or none is seen; errors up to a symmetry (filled in by the merge) where there is none.
-    `function_evaluations` and `converged` are those of the pose.
-    """
-
-    key: str
-    label: Count
-    radius: Length
-    bin: Count
-    rotation_error_deg: Angle | None
-    translation_error: Length | None
-    focal_error: Length | None
-    mae: Length | None
-    psnr: Number | None
-    ssim: Number | None
-    lpips: Number | None
-    codec_psnr: Number
-    codec_ssim: Number
-    codec_mae: Length
-    constant_rotation_error_deg: Angle
-    constant_translation_error: Length
-    nearest_rotation_error_deg: Angle
-    nearest_translation_error: Length
-    nearest_psnr: Number
-    true: Pose
-    estimated: Pose | None
-    rotation_bar_50_deg: Length | None = None  # these five: of a run that is calibrated
-    rotation_bar_90_deg: Length | None = None
-    translation_bar_50: Length | None = None
-    translation_bar_90: Length | None = None
-    trust: Share | None = None
-    object_psnr: Number | None = None
-    codec_object_psnr: Number | None = None
-    symmetric_rotation_error_deg: Angle | None = None
-    symmetric_translation_error: Length | None = None
-    function_evaluations: Count | None = None
-    converged: bool | None = None
-
-    @property
-    def translation_share(self) -> float | None:
-        """The translation error over the camera's distance to the origin."""
-        return None if self.translation_error is None else self.translation_error / max(self.radius, EDGE)
-
-    def row(self) -> dict[str, Any]:
-        """The record as one line of records.csv; poses become true_00 ... true_23 and estimated_00 ... estimated_23."""
-        values = asdict(self)
-        for name in ("true", "estimated"):
-            entries = values.pop(name) or [None] * len(POSE_ENTRIES)
-            values.update(zip((f"{name}_{entry}" for entry in POSE_ENTRIES), entries, strict=True))
-        return values
-
-
-RECORD = TypeAdapter(ViewRecord)
 
 
 def radius_bins(radii: list[float], limits: tuple[int, int] | None) -> tuple[list[int | None], tuple[int, int]]:
@@ -154,13 +90,8 @@ def thinned(views: list[ViewRef], at_most: int | None) -> list[ViewRef]:
 
 def pictured(unit: Unit, records: list[ViewRecord]) -> list[int]:
     """Which of a unit's views leave their pictures: the first ones, and those with the largest errors."""
-    ranked = sorted(range(len(records)), key=lambda i: -view_error(records[i]))
+    ranked = sorted(range(len(records)), key=lambda i: -records[i].rank)
     return sorted({*range(unit.pictures), *ranked[:WORST_PER_UNIT]})
-
-
-def view_error(record: ViewRecord) -> float:
-    """What views are sorted by: the rotation error, or how low the PSNR is where no pose is read."""
-    return record.rotation_error_deg if record.rotation_error_deg is not None else -(record.psnr or 0.0)
 
 
 def merge_pictures(arrays: dict[str, dict[str, np.ndarray]], units: list[Unit]) -> dict[str, np.ndarray]:

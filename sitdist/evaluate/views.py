@@ -99,7 +99,7 @@ class SplitViews:
         return background_colour(self._reader.images(list(chosen)))
 
 
-class SceneViews:
+class RenderedViews:
     """Views of a scene, the built-in or a fitted one, `views_per_radius` in every unit bin of `radii`.
 
     Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; where they may

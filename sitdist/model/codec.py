@@ -20,6 +20,7 @@ from sitdist.errors import CodecError
 from sitdist.io.json_file import read_json, write_json
 from sitdist.io.tensors import check_numbers, read_tensors, tensors_sha256
 
+PSNR_CEILING = 100.0  # dB: a perfect copy counts as this, so that means stay finite
 CONSTANT_DEVIATION = 1e-4  # a component that varies less over the training patches is rounding, not signal
 NO_VARIANCE = -30.0  # log-variance of a codec without a posterior
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a VAE's weights
@@ -211,11 +212,23 @@ def _load_pca(path: Path, patch: int, remedy: str) -> PcaCodec:
     return PcaCodec(mean, basis, scale, patch)
 
 
+def psnr(images: Tensor, true_images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio in dB, [N] float64, of images [N, 3, H, W] in [0, 1]; at most PSNR_CEILING.
+
+    `mask` [N, H, W]: over these pixels alone; PSNR_CEILING for an image without any.
+    """
+    squared = (images - true_images).double().square()
+    if mask is None:
+        error = squared.flatten(1).mean(1)
+    else:
+        error = (squared.mean(1) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)
+    return -10.0 * error.clamp_min(10.0 ** (-PSNR_CEILING / 10)).log10()
+
+
 @torch.no_grad()
 def round_trip_psnr(codec: Codec, images: Tensor) -> Tensor:
     """PSNR in dB, [N], of every image [N, 3, H, W] after encoding and decoding: the ceiling of rendered views."""
-    decoded = codec.decode(latent_mean(codec.encode_moments(images)))
-    return -10.0 * (decoded - images).square().flatten(1).mean(1).clamp_min(1e-10).log10()
+    return psnr(codec.decode(latent_mean(codec.encode_moments(images))), images)
 
 
 def _patches(images: Tensor, patch: int) -> Tensor:

@@ -22,7 +22,7 @@ from sitdist.flow.sample import sample_latents
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference.options import build_sampling
-from sitdist.model.codec import Codec, latent_mean
+from sitdist.model.codec import Codec, latent_mean, psnr
 from sitdist.runs.build import build_endpoint
 from sitdist.train.hooks import Hook, StepResult
 from sitdist.train.monitor import Monitor
@@ -75,8 +75,7 @@ class Validation:
         from torchvision.utils import make_grid
 
         generated = self._generate(model)
-        error = (generated - self._images).square().flatten(1).mean(1)  # [B]
-        scalars["psnr"] = float(-10.0 * error.log10().mean())
+        scalars["psnr"] = float(psnr(generated, self._images).mean())
         picture = make_grid(torch.cat([generated, self._images]), nrow=len(generated))
         return ValidationResult(scalars, picture, rotation)
 

@@ -23,7 +23,7 @@ from sitdist.config.load import parse
 from sitdist.config.recipe import Recipe
 from sitdist.distributed.accelerator import make_accelerator, processes
 from sitdist.distributed.ddp import DDP
-from sitdist.evaluate import evaluator
+from sitdist.evaluate import view_evaluator
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at
 from sitdist.io import atomic
@@ -116,7 +116,7 @@ def train_on_a_full_disk(*arguments: str) -> None:
 
 def evaluate_and_wait(go: Path, *arguments: str) -> None:
     """Evaluate; rank 1 stops inside its first unit, which a file beside `go` tells, until `go` is there."""
-    measure = evaluator._Evaluation.measure
+    measure = view_evaluator.ViewEvaluator.measure
 
     def measure_and_wait(self, job):
         if rank() == 1:
@@ -125,7 +125,7 @@ def evaluate_and_wait(go: Path, *arguments: str) -> None:
                 time.sleep(0.05)
         return measure(self, job)
 
-    evaluator._Evaluation.measure = measure_and_wait
+    view_evaluator.ViewEvaluator.measure = measure_and_wait
     cli.main(arguments)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import MISSING
 from typing import Any
 
-from sitdist.evaluate.units import ViewRecord
+from sitdist.evaluate.measures import ViewRecord
 
 
 def record(key: str, **values: Any) -> ViewRecord:

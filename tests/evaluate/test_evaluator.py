@@ -24,8 +24,7 @@ from sitdist.errors import CodecError, ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, write_report
-from sitdist.evaluate.summary import label_rows, summary_rows, with_symmetries
-from sitdist.evaluate.symmetry import Symmetry
+from sitdist.evaluate.summary import label_rows, summary_rows
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import SOLVERS
@@ -391,22 +390,8 @@ def test_several_objects_have_rows_of_their_own_with_their_names():
     assert label_rows(records[::2], {0: "chair"}) == []
 
 
-def test_errors_up_to_a_symmetry_stand_beside_the_plain_ones():
-    half_turn = Symmetry(0, [[-1.0, 0, 0], [0, -1.0, 0], [0, 0, 1.0]], [0.0, 0, 0], 180.0, 1.0)
-    true, estimated = [1.0, 0, 0, 2, 0, 1, 0, 0, 0, 0, 1, 0], [-1.0, 0, 0, -2, 0, -1, 0, 0, 0, 0, 1, 0]
-    records = [record("v", true=true, estimated=estimated, rotation_error_deg=180.0)]
-    assert with_symmetries(records, []) == records
-    (found,) = with_symmetries(records, [half_turn])
-    assert found.rotation_error_deg == 180.0
-    assert found.symmetric_rotation_error_deg == pytest.approx(0.0, abs=1e-5)
-    assert found.symmetric_translation_error == pytest.approx(0.0, abs=1e-9)
-    (row,) = summary_rows([found])
-    assert row["symmetric_rotation_error_deg"]["mean"] == pytest.approx(0.0, abs=1e-5)
-
-
 def test_the_object_of_a_split_is_told_from_its_background(on_split):
     metrics = json.loads((on_split / "metrics.json").read_text())
     assert metrics["background"] == pytest.approx([0.5] * 3, abs=0.01)
     row = metrics["rows"][-1]
     assert row["object_psnr"]["mean"] < row["psnr"]["mean"]
-    assert metrics["symmetry"]["symmetries"] == []

@@ -15,8 +15,10 @@ from sitdist.cli import main as cli
 from sitdist.config.experiment import Config
 from sitdist.config.load import parse
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
-from sitdist.evaluate.experiments.interpolation import between, spread
-from sitdist.evaluate.experiments.tables import NAMES, format_experiments
+from sitdist.evaluate.experiments.common import spread
+from sitdist.evaluate.experiments.interpolation import between
+from sitdist.evaluate.experiments.records import EXPERIMENTS
+from sitdist.evaluate.experiments.tables import format_experiments
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg
 from sitdist.io.video import has_ffmpeg
@@ -67,7 +69,7 @@ def records(folder, name):
 @pytest.mark.distributed
 def test_all_experiments_leave_their_results_beside_those_of_the_radii(every):
     assert (every / "metrics.json").is_file()
-    assert {path.parent.name for path in every.glob("*/results.json")} == set(NAMES)
+    assert {path.parent.name for path in every.glob("*/results.json")} == set(EXPERIMENTS)
     text = format_experiments(every)
     assert all(word in text for word in ("Turntable", "Interpolation", "Cycle", "Solvers", "function evaluations"))
 

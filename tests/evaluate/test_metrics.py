@@ -8,6 +8,7 @@ import torchvision
 
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate import metrics
+from sitdist.model.codec import PSNR_CEILING, psnr
 
 
 def pictures(count=3, size=32, seed=0):
@@ -20,12 +21,12 @@ def test_mae_and_psnr_of_a_constant_offset_are_the_offset_and_its_decibels():
     image[0] += 0.1
     image[1, :, :8] += 0.2  # half of the second picture: MAE 0.1, squared error 0.02
     assert metrics.mean_absolute_error(image, true).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
-    assert metrics.psnr(image, true).tolist() == pytest.approx([20.0, 16.9897], abs=1e-3)
+    assert psnr(image, true).tolist() == pytest.approx([20.0, 16.9897], abs=1e-3)
 
 
 def test_psnr_of_a_perfect_copy_is_the_finite_ceiling():
     image = pictures(1)
-    assert metrics.psnr(image, image).item() == pytest.approx(metrics.PSNR_CEILING)
+    assert psnr(image, image).item() == pytest.approx(PSNR_CEILING)
 
 
 def test_ssim_is_one_for_copies_and_the_luminance_term_for_flat_pictures():
@@ -38,7 +39,7 @@ def test_ssim_is_one_for_copies_and_the_luminance_term_for_flat_pictures():
 
 def test_metrics_of_a_view_do_not_depend_on_its_batch():
     image, true = pictures(3, seed=1), pictures(3, seed=2)
-    for metric in (metrics.mean_absolute_error, metrics.psnr, metrics.ssim):
+    for metric in (metrics.mean_absolute_error, psnr, metrics.ssim):
         alone = torch.cat([metric(image[i : i + 1], true[i : i + 1]) for i in range(3)])
         torch.testing.assert_close(metric(image, true), alone, atol=1e-6, rtol=0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sitdist.errors import DataError
-from sitdist.evaluate.statistics import THRESHOLDS, auc, summarize, summarize_all
+from sitdist.evaluate.statistics import THRESHOLDS, auc, summarize, summarize_columns
 
 
 def test_summaries_are_over_all_values_named():
@@ -41,5 +41,5 @@ def test_the_seed_decides_the_interval_and_measures_are_resampled_together():
     values = np.random.default_rng(2).normal(size=40).tolist()
     assert summarize(values) == summarize(values)
     assert summarize(values, seed=1).low != summarize(values).low
-    both = summarize_all({"a": values, "b": [2 * value for value in values]})
+    both = summarize_columns({"a": values, "b": [2 * value for value in values]}, set())
     assert both["b"].low == pytest.approx(2 * both["a"].low)

@@ -7,13 +7,13 @@ from sitdist.config.load import parse
 from sitdist.config.recipe import SceneSource
 from sitdist.dataset import store
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
-from sitdist.evaluate.views import SceneViews
+from sitdist.evaluate.views import RenderedViews
 from sitdist.geometry.camera import camera_radius
 
 
 def views(radii=(1, 3), count=40, **options):
     source = parse(SceneSource, {"kind": "scene", "views": 1, **options}, "source")
-    return SceneViews(source, 16, None, radii, count, 0, torch.device("cpu"))
+    return RenderedViews(source, 16, None, radii, count, 0, torch.device("cpu"))
 
 
 def cameras(views, bin_=1, count=40):

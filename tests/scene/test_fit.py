@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sitdist.errors import ConfigError, DataError, PoseError
-from sitdist.evaluate.metrics import psnr
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, shell_cameras
 from sitdist.geometry.similarity import Similarity
+from sitdist.model.codec import psnr
 from sitdist.scene.field import chair
 from sitdist.scene.fit import FitOptions, Photos, fit_scene, turntable
 from sitdist.scene.views import render

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sitdist.config.experiment import EvaluateConfig
 from sitdist.config.recipe import SceneSource
 from sitdist.evaluate import metrics
-from sitdist.evaluate.statistics import summarize
+from sitdist.evaluate.schema import measures_of, write_records
+from sitdist.evaluate.statistics import summarize_all
 from sitdist.evaluate.units import ViewRef
-from sitdist.evaluate.views import Views
+from sitdist.evaluate.views import ViewBatch, Views
 from sitdist.flow import draws
 from sitdist.flow.estimate import EstimateOptions, estimate_pose
 from sitdist.flow.sample import sample_latents
@@ -28,7 +28,6 @@ from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.inference.options import build_estimate, build_sampling
 from sitdist.inference.run import LoadedRun
-from sitdist.io.atomic import write_atomically
 from sitdist.io.json_file import write_json
 from sitdist.model.codec import latent_mean
 from sitdist.scene.views import open_scene, render
@@ -50,6 +49,12 @@ class Tools:
     focal: Tensor
     lpips: metrics.Lpips | None
     device: torch.device
+
+    def load(self, views: Sequence[ViewRef]) -> ViewBatch:
+        """Views of any bins as one batch, on the device."""
+        parts = [self.views.load((view,)) for view in views]
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(ViewBatch)]
+        return ViewBatch(*(torch.cat(column).to(self.device) for column in columns))
 
     @cached_property
     def references(self) -> list[ViewRef]:
@@ -134,17 +139,17 @@ def row_major(poses: Tensor) -> list[list[float]]:
 
 def write_results(folder: Path, result: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """results.json, and records.csv with a row for every record."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_atomically(folder / "records.csv", lambda path: path.write_text(table.getvalue()))
+    write_records(folder / "records.csv", records)
     write_json(folder / "results.json", result)
 
 
-def summaries(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Summaries of the measures `names`, over the records that have them."""
-    columns = {name: [record[name] for record in records if record[name] is not None] for name in names}
-    return {
-        name: summarize(values, rotation="rotation" in name).to_dict() for name, values in columns.items() if values
-    }
+def summaries(records: Sequence[dict[str, Any]], record: type) -> dict[str, Any]:
+    """Summaries of the measures of records of the class `record`, over those that have them."""
+    measures = measures_of(record)
+    return summarize_all(measures, {name: [each[name] for each in records] for name in measures})
+
+
+def spread(items: list[Any], count: int) -> list[Any]:
+    """`count` of the items, evenly spaced, the first and the last included; all of them if there are fewer."""
+    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[i] for i in chosen]

@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
-from sitdist.evaluate.experiments.interpolation import spread
-from sitdist.evaluate.experiments.records import RECORDS
-from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.experiments.common import Tools, row_major, spread, summaries, write_results
+from sitdist.evaluate.experiments.records import EXPERIMENTS, CycleRecord
+from sitdist.evaluate.schema import make_records
 from sitdist.evaluate.tasks import Task
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.model.codec import psnr
 
 VIEWS, TURNS = 32, 4
-MEASURES = (
-    *("rotation_drift_deg", "translation_drift", "rotation_step_deg", "translation_step"),
-    *("psnr", "psnr_to_last"),
-)
 
 
 class Cycle:
@@ -29,7 +25,7 @@ class Cycle:
     """
 
     name = "cycle"
-    record = RECORDS[name]
+    record = EXPERIMENTS[name].schema
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out
@@ -52,38 +48,32 @@ class Cycle:
         return self._views[start : start + self._batch]
 
     def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-        """Views are loaded one by one, as their bins may differ."""
         tools, views = self._tools, self._chunk(int(task.name[6:]))
-        loaded = [tools.views.load((view,)) for view in views]
-        true, images, labels, intrinsics = (
-            torch.cat([getattr(view, name) for view in loaded]).to(tools.device)
-            for name in ("camera_to_world", "images", "labels", "intrinsics")
-        )
-        positions = torch.tensor([view.position for view in views])
+        batch = tools.load(views)
+        true, positions = batch.camera_to_world, torch.tensor([view.position for view in views])
         records: list[dict[str, Any]] = []
-        poses, before = true, images
+        poses, before = true, batch.images
         for turn in range(1, TURNS + 1):
-            rendered = tools.render(poses, intrinsics, labels, f"cycle turn {turn}", positions)
-            read = tools.read(tools.encode(rendered), labels)
-            columns = {
+            rendered = tools.render(poses, batch.intrinsics, batch.labels, f"cycle turn {turn}", positions)
+            read = tools.read(tools.encode(rendered), batch.labels)
+            columns: dict[str, list[Any]] = {
+                "key": [f"{view.key}_turn{turn}" for view in views],
+                "turn": [turn] * len(views),
                 "rotation_drift_deg": rotation_error_deg(read[:, :3, :3], true[:, :3, :3]).tolist(),
                 "translation_drift": translation_error(read, true).tolist(),
                 "rotation_step_deg": rotation_error_deg(read[:, :3, :3], poses[:, :3, :3]).tolist(),
                 "translation_step": translation_error(read, poses).tolist(),
-                "psnr": psnr(rendered, images).tolist(),
+                "psnr": psnr(rendered, batch.images).tolist(),
                 "psnr_to_last": psnr(rendered, before).tolist(),
                 "estimated": row_major(read),
             }
-            records += [
-                {"key": f"{view.key}_turn{turn}", "turn": turn, **{name: column[i] for name, column in columns.items()}}
-                for i, view in enumerate(views)
-            ]
+            records += make_records(CycleRecord, columns)
             poses, before = read, rendered
         return records, {}
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
         rows = [
-            {"turn": turn, **summaries([record for record in records if record["turn"] == turn], MEASURES)}
+            {"turn": turn, **summaries([record for record in records if record["turn"] == turn], CycleRecord)}
             for turn in range(1, TURNS + 1)
         ]
         write_results(self.out, {"experiment": self.name, "n": len(self._views), "rows": rows}, records)

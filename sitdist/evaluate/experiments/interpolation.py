@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,18 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
-from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
-from sitdist.evaluate.experiments.records import RECORDS
-from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.experiments.common import Tools, row_major, spread, summaries, write_results
+from sitdist.evaluate.experiments.records import EXPERIMENTS, InterpolationRecord
+from sitdist.evaluate.schema import make_records
 from sitdist.evaluate.tasks import Task
 from sitdist.evaluate.views import to_uint8
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize
 from sitdist.geometry.pose import rotation_error_deg
 from sitdist.io.npz import save_arrays
+from sitdist.model.codec import psnr
 
 PAIRS, STEPS = 8, 9
-MEASURES = ("psnr_to_last", "lpips_to_last", "off_the_way_deg")
 
 
 class Interpolation:
@@ -32,7 +33,7 @@ class Interpolation:
     """
 
     name = "interpolation"
-    record = RECORDS[name]
+    record = EXPERIMENTS[name].schema
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out
@@ -72,36 +73,29 @@ class Interpolation:
 
     def _records(self, task: Task, method: str, pictures: Tensor, labels: Tensor, way: Tensor) -> list[dict[str, Any]]:
         tools = self._tools
-        last: list[float | None] = [None, *psnr(pictures[1:], pictures[:-1]).tolist()]
-        lpips: list[float | None] = [None] * STEPS
+        columns: dict[str, Sequence[Any]] = {
+            "key": task.keys,
+            "method": [method] * STEPS,
+            "true": row_major(way),
+            "psnr_to_last": [None, *psnr(pictures[1:], pictures[:-1]).tolist()],
+        }
         if tools.lpips is not None:
-            lpips = [None, *tools.lpips(pictures[1:], pictures[:-1]).tolist()]
-        off: list[float | None] = [None] * STEPS
+            columns["lpips_to_last"] = [None, *tools.lpips(pictures[1:], pictures[:-1]).tolist()]
         if tools.loaded.config.flow.why_no_pose() is None:
             read = tools.read(tools.encode(pictures), labels)
-            off = rotation_error_deg(read[:, :3, :3], way[:, :3, :3]).tolist()
-        columns = zip(task.keys, last, lpips, off, row_major(way), strict=True)
-        return [
-            {"key": key, "method": method, "psnr_to_last": a, "lpips_to_last": b, "off_the_way_deg": c, "true": pose}
-            for key, a, b, c, pose in columns
-        ]
+            columns["off_the_way_deg"] = rotation_error_deg(read[:, :3, :3], way[:, :3, :3]).tolist()
+        return make_records(InterpolationRecord, columns)
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
         rows = []
         for method in self.methods:
             inside = [record for record in records if record["method"] == method]
             ends = [record["psnr_to_last"] for record in inside if record["psnr_to_last"] is not None]
-            rows.append({"method": method, "worst_psnr_to_last": min(ends), **summaries(inside, MEASURES)})
+            rows.append({"method": method, "worst_psnr_to_last": min(ends), **summaries(inside, InterpolationRecord)})
         result = {"experiment": self.name, "pairs": self._pairs, "steps": STEPS, "rows": rows}
         write_results(self.out, result, records)
         strips = {task.name: np.concatenate(list(arrays[task.name]["rendered"]), axis=1) for task in self.tasks()}
         save_arrays(self.out / "strips.npz", strips)
-
-
-def spread(items: list[Any], count: int) -> list[Any]:
-    """`count` of the items, evenly spaced, the first and the last included; all of them if there are fewer."""
-    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[i] for i in chosen]
 
 
 def between(start: Tensor, stop: Tensor, steps: int) -> Tensor:

@@ -1,33 +1,46 @@
-"""What each experiment says of one view, a row of its records.csv, and of many, a row of its results.json.
-
-None is what was not measured.
-"""
+"""What each experiment says of one view, a row of its records.csv, and of many, a row of its results.json."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, TypeAdapter, with_config
+from pydantic import BaseModel, TypeAdapter, create_model, with_config
 
-from sitdist.evaluate.schema import STRICT, Angle, Count, Length, Number, Pose, Text
+from sitdist.evaluate.schema import (
+    STRICT,
+    Angle,
+    Count,
+    Length,
+    Measure,
+    Number,
+    Pose,
+    Text,
+    may_be_missing,
+    measures_of,
+)
 from sitdist.evaluate.statistics import Summary
 
 Solver = Literal["one_step", "euler", "midpoint", "heun"]
+ROTATION = Measure("rotation error", "deg", rotation=True)
+TRANSLATION = Measure("translation error", style=".3f")
+PSNR = Measure("PSNR", "dB")
 
 
 @with_config(STRICT)
 @dataclass(frozen=True)
 class TurntableRecord:
-    """One camera of the circle; `rendered_`: read off the model's own picture."""
+    """One camera of the circle; `rendered_`: read off the model's own picture. None is what was not measured."""
 
     key: str
     true: Pose
-    rotation_error_deg: Angle | None = None
-    translation_error: Length | None = None
-    rendered_rotation_error_deg: Angle | None = None
-    rendered_translation_error: Length | None = None
-    psnr: Number | None = None
+    rotation_error_deg: Annotated[Angle | None, ROTATION] = None
+    translation_error: Annotated[Length | None, TRANSLATION] = None
+    rendered_rotation_error_deg: Annotated[Angle | None, Measure("rendered: rotation error", "deg", rotation=True)] = (
+        None
+    )
+    rendered_translation_error: Annotated[Length | None, Measure("rendered: translation error", style=".3f")] = None
+    psnr: Annotated[Number | None, PSNR] = None
     estimated: Pose | None = None
     rendered_estimated: Pose | None = None
 
@@ -40,9 +53,9 @@ class InterpolationRecord:
     key: str
     method: Literal["slerp", "blend"]
     true: Pose
-    psnr_to_last: Number | None = None
-    lpips_to_last: Number | None = None
-    off_the_way_deg: Angle | None = None
+    psnr_to_last: Annotated[Number | None, Measure("PSNR to last", "dB")] = None
+    lpips_to_last: Annotated[Number | None, Measure("LPIPS to last", style=".3f")] = None
+    off_the_way_deg: Annotated[Angle | None, Measure("off the way", "deg")] = None
 
 
 @with_config(STRICT)
@@ -52,12 +65,12 @@ class CycleRecord:
 
     key: str
     turn: Count
-    rotation_drift_deg: Angle
-    translation_drift: Length
-    rotation_step_deg: Angle
-    translation_step: Length
-    psnr: Number
-    psnr_to_last: Number
+    rotation_drift_deg: Annotated[Angle, Measure("rotation drift", "deg", rotation=True)]
+    translation_drift: Annotated[Length, Measure("translation drift", style=".3f")]
+    rotation_step_deg: Annotated[Angle, Measure("rotation step", "deg", rotation=True)]
+    translation_step: Annotated[Length, Measure("translation step", style=".3f")]
+    psnr: Annotated[Number, PSNR]
+    psnr_to_last: Annotated[Number, Measure("PSNR to last", "dB")]
     estimated: Pose
 
 
@@ -71,90 +84,76 @@ class SolversRecord:
     solver: Solver
     steps: Count
     function_evaluations: Count
-    ms: Length
-    rotation_error_deg: Angle | None = None
-    translation_error: Length | None = None
-    psnr: Number | None = None
+    ms: Annotated[Length, Measure("ms a view")]
+    rotation_error_deg: Annotated[Angle | None, ROTATION] = None
+    translation_error: Annotated[Length | None, TRANSLATION] = None
+    psnr: Annotated[Number | None, PSNR] = None
 
 
-RECORDS: dict[str, TypeAdapter[Any]] = {
-    "turntable": TypeAdapter(TurntableRecord),
-    "interpolation": TypeAdapter(InterpolationRecord),
-    "cycle": TypeAdapter(CycleRecord),
-    "solvers": TypeAdapter(SolversRecord),
-}
-
-# ---------------------------------------------------------------------------------------------------------- summaries
-
-
-def _with_interval(summary: Summary) -> Summary:
-    if summary.low is None or summary.high is None:
-        raise ValueError("no interval of the mean")
-    return summary
-
-
-Bounded = Annotated[Summary, AfterValidator(_with_interval)]
-
-
-@with_config(STRICT)
 @dataclass(frozen=True)
-class TurntableRow:
-    """All of results.json."""
+class Experiment:
+    """How an experiment is declared: its record, what tells its rows apart, and what a reader should know.
 
-    experiment: Text
-    n: Count
-    gif: Text | None = None
-    rotation_error_deg: Summary | None = None
-    translation_error: Summary | None = None
-    rendered_rotation_error_deg: Summary | None = None
-    rendered_translation_error: Summary | None = None
-    psnr: Summary | None = None
+    `labels`: fields of the record that all records of a row share. `extra`: measures of a row alone. `whole`: fields of
+    the only row, where there are no labels.
+    """
 
+    title: str
+    note: str
+    record: type
+    labels: tuple[str, ...] = ()
+    extra: tuple[tuple[str, Measure], ...] = ()
+    whole: tuple[tuple[str, Any], ...] = ()
 
-@with_config(STRICT)
-@dataclass(frozen=True)
-class InterpolationRow:
-    """One of `rows`: a method."""
+    @property
+    def schema(self) -> TypeAdapter[Any]:
+        """Of the rows of records.csv."""
+        return TypeAdapter(self.record)
 
-    method: Literal["slerp", "blend"]
-    worst_psnr_to_last: Number
-    psnr_to_last: Summary | None = None
-    lpips_to_last: Summary | None = None
-    off_the_way_deg: Summary | None = None
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """The measures of a row, by name."""
+        return measures_of(self.record) | dict(self.extra)
 
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class CycleRow:
-    """One of `rows`: a turn."""
-
-    turn: Count
-    rotation_drift_deg: Bounded
-    translation_drift: Bounded
-    rotation_step_deg: Bounded
-    translation_step: Bounded
-    psnr: Bounded
-    psnr_to_last: Bounded
+    @property
+    def row(self) -> type[BaseModel]:
+        """The schema of a row of results.json: labels, and a summary of every measure."""
+        hints = get_type_hints(self.record, include_extras=True)
+        fields: dict[str, Any] = {name: (kind, None) for name, kind in self.whole}
+        fields |= {name: (hints[name], ...) for name in self.labels}
+        fields |= {name: (Number, ...) for name, _ in self.extra}
+        for name in measures_of(self.record):
+            fields[name] = (Summary | None, None) if may_be_missing(self.record, name) else (Summary, ...)
+        return create_model("Row", __config__=STRICT, **fields)
 
 
-@with_config(STRICT)
-@dataclass(frozen=True)
-class SolversRow:
-    """One of `rows`: a solver with so many steps."""
-
-    task: Literal["pose", "picture"]
-    solver: Solver
-    steps: Count
-    function_evaluations: Count
-    ms: Summary
-    rotation_error_deg: Summary | None = None
-    translation_error: Summary | None = None
-    psnr: Summary | None = None
-
-
-ROWS: dict[str, TypeAdapter[Any]] = {
-    "turntable": TypeAdapter(TurntableRow),
-    "interpolation": TypeAdapter(InterpolationRow),
-    "cycle": TypeAdapter(CycleRow),
-    "solvers": TypeAdapter(SolversRow),
+EXPERIMENTS = {
+    "turntable": Experiment(
+        title="Turntable: a closed circle of cameras",
+        note="Poses read off the true pictures (where a scene can render them), and off the model's own pictures "
+        "(rendered). All pictures are rendered from one noise.",
+        record=TurntableRecord,
+        whole=(("experiment", Text), ("n", Count), ("gif", Text | None)),
+    ),
+    "interpolation": Experiment(
+        title="Interpolation between two cameras",
+        note="PSNR and LPIPS are between neighbouring pictures: how smooth the way is, and its largest jump. Off the "
+        "way: rotation between the pose read off a picture and the camera on the sphere's great circle.",
+        record=InterpolationRecord,
+        labels=("method",),
+        extra=(("worst_psnr_to_last", Measure("worst", "dB")),),
+    ),
+    "cycle": Experiment(
+        title="Cycle: pose to view to pose to view",
+        note="Drift is from the true pose, step from the pose of the turn before; PSNR against the true view and "
+        "against the view of the turn before.",
+        record=CycleRecord,
+        labels=("turn",),
+    ),
+    "solvers": Experiment(
+        title="Solvers: error and time against function evaluations",
+        note="Means over the same views; ms is the time of one view in a batch.",
+        record=SolversRecord,
+        labels=("task", "solver", "steps", "function_evaluations"),
+    ),
 }

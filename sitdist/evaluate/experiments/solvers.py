@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sitdist.evaluate.experiments.common import Tools, summaries, write_results
-from sitdist.evaluate.experiments.interpolation import spread
-from sitdist.evaluate.experiments.records import RECORDS
-from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.experiments.common import Tools, spread, summaries, write_results
+from sitdist.evaluate.experiments.records import EXPERIMENTS, SolversRecord
+from sitdist.evaluate.schema import make_records
 from sitdist.evaluate.tasks import Task
 from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.solve import function_evaluations
 from sitdist.geometry.pose import rotation_error_deg, translation_error
+from sitdist.model.codec import psnr
 
 VIEWS = 16
 STEPS = {"euler": (2, 5, 10, 20, 50), "midpoint": (1, 2, 5, 10, 25), "heun": (1, 2, 5, 10, 25)}
-MEASURES = ("rotation_error_deg", "translation_error", "psnr", "ms")
 
 
 class Solvers:
     """Every setting sees the same views, and pictures the same noise; `ms` is the time of a view in a whole batch."""
 
     name = "solvers"
-    record = RECORDS[name]
+    record = EXPERIMENTS[name].schema
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out
@@ -44,24 +44,27 @@ class Solvers:
 
     def tasks(self) -> list[Task]:
         tasks = []
-        for task, solver, steps in self._settings:
-            name = f"{task}_{solver}_{steps:03d}"
+        for of, solver, steps in self._settings:
+            name = f"{of}_{solver}_{steps:03d}"
             keys = tuple(f"{name}_{view.key}" for view in self._views)
             tasks.append(Task(name, keys, len(self._views), _evaluations(solver, steps)))
         return tasks
 
     def measure(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         tools = self._tools
-        task, solver, steps = next(each for each in self._settings if task.name == f"{each[0]}_{each[1]}_{each[2]:03d}")
-        loaded = [tools.views.load((view,)) for view in self._views]
-        true, latents, images, labels, intrinsics = (
-            torch.cat([getattr(view, name) for view in loaded]).to(tools.device)
-            for name in ("camera_to_world", "latents", "images", "labels", "intrinsics")
-        )
+        of, solver, steps = next(each for each in self._settings if task.name == f"{each[0]}_{each[1]}_{each[2]:03d}")
+        batch, count = tools.load(self._views), len(self._views)
+        true, latents, labels = batch.camera_to_world, batch.latents, batch.labels
         self._warm_up(latents, labels)
-        columns: dict[str, list[float]] = {}
+        columns: dict[str, Sequence[Any]] = {
+            "key": task.keys,
+            "task": [of] * count,
+            "solver": [solver] * count,
+            "steps": [steps] * count,
+            "function_evaluations": [_evaluations(solver, steps)] * count,
+        }
         begun = _now(tools.device)
-        if task == "pose":
+        if of == "pose":
             read = tools.read(latents, labels, EstimateOptions(solver, steps))
             spent = _now(tools.device) - begun
             columns["rotation_error_deg"] = rotation_error_deg(read[:, :3, :3], true[:, :3, :3]).tolist()
@@ -69,17 +72,11 @@ class Solvers:
         else:
             positions = torch.tensor([view.position for view in self._views])
             changes = {"generator": solver, "generator_steps": steps}
-            rendered = tools.render(true, intrinsics, labels, "eval", positions, **changes)
+            rendered = tools.render(true, batch.intrinsics, labels, "eval", positions, **changes)
             spent = _now(tools.device) - begun
-            columns["psnr"] = psnr(rendered, images).tolist()
-        same = {"task": task, "solver": solver, "steps": steps}
-        same |= {"function_evaluations": _evaluations(solver, steps)}
-        blank = dict.fromkeys(MEASURES[:-1]) | {"ms": 1000.0 * spent / len(self._views)}
-        records = [
-            {"key": key, **same, **blank, **{name: column[i] for name, column in columns.items()}}
-            for i, key in enumerate(task.keys)
-        ]
-        return records, {}
+            columns["psnr"] = psnr(rendered, batch.images).tolist()
+        columns["ms"] = [1000.0 * spent / count] * count
+        return make_records(SolversRecord, columns), {}
 
     def _warm_up(self, latents: Tensor, labels: Tensor) -> None:
         """The first evaluation of a process is slow, so it is not one that is timed."""
@@ -93,10 +90,10 @@ class Solvers:
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
         rows = []
-        for task, solver, steps in self._settings:
-            inside = [r for r in records if (r["task"], r["solver"], r["steps"]) == (task, solver, steps)]
-            names = ("task", "solver", "steps", "function_evaluations")
-            rows.append({name: inside[0][name] for name in names} | summaries(inside, MEASURES))
+        for setting in self._settings:
+            inside = [record for record in records if (record["task"], record["solver"], record["steps"]) == setting]
+            labels = {name: inside[0][name] for name in EXPERIMENTS[self.name].labels}
+            rows.append(labels | summaries(inside, SolversRecord))
         write_results(self.out, {"experiment": self.name, "n": len(self._views), "rows": rows}, records)
 
 

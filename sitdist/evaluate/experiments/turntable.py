@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.evaluate.experiments.common import Tools, row_major, summaries, write_results
-from sitdist.evaluate.experiments.records import RECORDS
-from sitdist.evaluate.metrics import psnr
+from sitdist.evaluate.experiments.records import EXPERIMENTS, TurntableRecord
+from sitdist.evaluate.schema import make_records
 from sitdist.evaluate.tasks import Task
 from sitdist.evaluate.views import to_uint8
 from sitdist.geometry.camera import camera_radius, full_turn, orbit
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.io.atomic import write_atomically
 from sitdist.io.video import has_ffmpeg, save_gif, save_mp4
+from sitdist.model.codec import psnr
 
 FRAMES = 36
 FRAMES_PER_SECOND = 10.0
-MEASURES = ("rotation_error_deg", "translation_error", "rendered_rotation_error_deg", "rendered_translation_error")
 
 
 class Turntable:
@@ -33,7 +34,7 @@ class Turntable:
     """
 
     name = "turntable"
-    record = RECORDS[name]
+    record = EXPERIMENTS[name].schema
 
     def __init__(self, tools: Tools, out: Path, plan: dict[str, Any], max_views: int | None) -> None:
         self._tools, self.out = tools, out
@@ -58,28 +59,25 @@ class Turntable:
         tools, flow = self._tools, self._tools.loaded.config.flow
         poses = self.cameras()[[int(key[1:]) for key in task.keys]].to(tools.device)
         labels = torch.full((len(poses),), tools.label, dtype=torch.int64, device=tools.device)
-        records = [
-            {"key": key, **dict.fromkeys((*MEASURES, "psnr", "estimated", "rendered_estimated"))} for key in task.keys
-        ]
+        columns: dict[str, Sequence[Any]] = {"key": task.keys, "true": row_major(poses)}
         pictures: dict[str, np.ndarray] = {}
         true = tools.look(poses)
         if true is not None:
             pictures["true"] = to_uint8(true)
             if flow.why_no_pose() is None:
-                _put_errors(records, tools.read(tools.encode(true), labels), poses, "")
+                columns |= _pose_errors(tools.read(tools.encode(true), labels), poses)
         if flow.why_no_picture() is None:
             positions = torch.zeros(len(poses), dtype=torch.int64)
             rendered = tools.render(poses, tools.intrinsics(len(poses)), labels, self.name, positions)
             pictures["rendered"] = to_uint8(rendered)
             if true is not None:
-                _put(records, "psnr", psnr(rendered, true).tolist())
+                columns["psnr"] = psnr(rendered, true).tolist()
             if flow.why_no_pose() is None:
-                _put_errors(records, tools.read(tools.encode(rendered), labels), poses, "rendered_")
-        _put(records, "true", row_major(poses))
-        return records, pictures
+                columns |= _pose_errors(tools.read(tools.encode(rendered), labels), poses, "rendered_")
+        return make_records(TurntableRecord, columns), pictures
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
-        result = {"experiment": self.name, "n": len(records), **summaries(records, [*MEASURES, "psnr"])}
+        result = {"experiment": self.name, "n": len(records), **summaries(records, TurntableRecord)}
         names = [name for name in ("true", "rendered") if all(name in part for part in arrays.values())]
         if names:
             parts = [np.concatenate([arrays[task.name][name] for task in self.tasks()]) for name in names]
@@ -92,13 +90,9 @@ class Turntable:
         write_results(self.out, result, records)
 
 
-def _put(records: list[dict[str, Any]], name: str, values: list[Any]) -> None:
-    for record, value in zip(records, values, strict=True):
-        record[name] = value
-
-
-def _put_errors(records: list[dict[str, Any]], estimated: Tensor, true: Tensor, prefix: str) -> None:
-    rotation = rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3])
-    _put(records, f"{prefix}rotation_error_deg", rotation.tolist())
-    _put(records, f"{prefix}translation_error", translation_error(estimated, true).tolist())
-    _put(records, f"{prefix}estimated", row_major(estimated))
+def _pose_errors(estimated: Tensor, true: Tensor, prefix: str = "") -> dict[str, list[Any]]:
+    return {
+        f"{prefix}rotation_error_deg": rotation_error_deg(estimated[:, :3, :3], true[:, :3, :3]).tolist(),
+        f"{prefix}translation_error": translation_error(estimated, true).tolist(),
+        f"{prefix}estimated": row_major(estimated),
+    }

@@ -9,27 +9,23 @@ from matplotlib.figure import Figure
 from sitdist.evaluate.plots.style import BLUE, GREY, VERMILION, legend_below, panel
 
 
-def calibration_figure(calibration: Any, name: str) -> Figure:
-    """The share of errors within their bars against the share that is expected; `name`: rotation or translation.
-
-    `calibration`: that of metrics.json.
-    """
-    figure, axes = panel(f"Error bars: {name}", "expected share", "share of errors within their bars")
+def calibration_figure(calibration: Any) -> Figure:
+    """The share of errors within their bars against the share that is expected; `calibration`: that of metrics.json."""
+    figure, axes = panel("Error bars", "expected share", "share of errors within their bars")
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="as expected")
-    shares = getattr(calibration, name)
-    for values, label, colour in (
-        (shares, "all views", BLUE),
-        (shares.largest_quarter, "largest quarter of the bars", VERMILION),
-    ):
-        axes.errorbar(
-            calibration.expected,
-            values.observed,
-            values.standard_error,
-            color=colour,
-            marker="o",
-            markersize=3,
-            label=f"{label} ({values.n})",
-        )
+    for name, colour in (("rotation", BLUE), ("translation", VERMILION)):
+        shares = getattr(calibration, name)
+        for each, line, which in ((shares, "-", "all views"), (shares.largest_quarter, ":", "largest quarter")):
+            axes.errorbar(
+                calibration.expected,
+                each.observed,
+                each.standard_error,
+                color=colour,
+                linestyle=line,
+                marker="o",
+                markersize=3,
+                label=f"{name}, {which} ({each.n})",
+            )
     axes.set_aspect("equal")
-    legend_below(figure, axes)
+    legend_below(figure, axes, columns=2)
     return figure

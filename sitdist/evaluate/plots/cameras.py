@@ -9,42 +9,34 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from sitdist.evaluate.plots.style import BLUE, GREY, SIZE, VERMILION, sheet
-from sitdist.evaluate.units import ViewRecord
 
 CAMERAS_AT_MOST = 48
+SIDES = {"from the side": (18, -60), "from above": (90, -90)}  # elevation and azimuth in degrees
+RowMajor = list[float]  # the upper three rows of camera_to_world
 
 
-def evenly(records: list[ViewRecord], at_most: int) -> list[ViewRecord]:
-    """At most `at_most` of the records, evenly spaced in the order of their radii, the first and the last included."""
-    ordered = sorted(records, key=lambda record: (record.radius, record.key))
-    chosen = np.linspace(0, len(ordered) - 1, min(at_most, len(ordered))).round().astype(int)
-    return [ordered[index] for index in chosen]
-
-
-SIDES = {"side": ("from the side", 18, -60), "above": ("from above", 90, -90)}
-
-
-def cameras_figure(records: list[ViewRecord], side: str) -> Figure:
-    """True and estimated cameras, joined by a line each, as SIDES has it; at most CAMERAS_AT_MOST.
+def cameras_figure(cameras: list[tuple[RowMajor, RowMajor]]) -> Figure:
+    """True and estimated cameras from the side and from above, joined by a line each; at most CAMERAS_AT_MOST, evenly.
 
     A camera is a dot with a long stroke where it looks (its -z) and a short one upwards (its +y).
     """
-    shown = evenly(records, CAMERAS_AT_MOST)
-    true = np.array([record.true for record in shown]).reshape(-1, 3, 4)
-    estimated = np.array([record.estimated for record in shown]).reshape(-1, 3, 4)
-    figure = sheet((SIZE[0], 1.15 * SIZE[1]), None)
-    axes = figure.add_axes((0.03, 0.13, 0.94, 0.77), projection="3d")
-    assert isinstance(axes, Axes3D)
-    _draw_cameras(axes, true, estimated)
-    words, elevation, azimuth = SIDES[side]
-    axes.view_init(elevation, azimuth)
-    axes.set_proj_type("ortho")
-    if elevation == 90:  # z points at the reader
-        axes.set_zticks([])
-        axes.set_zlabel("")
-    count = f"{len(shown)}" if len(shown) == len(records) else f"{len(shown)} of {len(records)}, evenly by radius"
-    figure.suptitle(f"Cameras {words} ({count})", x=0.03, ha="left", fontsize=11, fontweight="bold")
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8, frameon=False)
+    chosen = np.linspace(0, len(cameras) - 1, min(CAMERAS_AT_MOST, len(cameras))).round().astype(int)
+    true, estimated = np.array(cameras)[chosen].reshape(-1, 2, 3, 4).swapaxes(0, 1)
+    figure = sheet((2 * SIZE[0], 1.15 * SIZE[1]), None)
+    for number, (words, (elevation, azimuth)) in enumerate(SIDES.items()):
+        axes = figure.add_axes((0.015 + 0.5 * number, 0.13, 0.47, 0.77), projection="3d")
+        assert isinstance(axes, Axes3D)
+        _draw_cameras(axes, true, estimated)
+        axes.set_title(words, fontsize=9)
+        axes.view_init(elevation, azimuth)
+        axes.set_proj_type("ortho")
+        if elevation == 90:  # z points at the reader
+            axes.set_zticks([])
+            axes.set_zlabel("")
+    count = f"{len(chosen)}" if len(chosen) == len(cameras) else f"{len(chosen)} of {len(cameras)}, evenly"
+    figure.suptitle(f"Cameras ({count})", x=0.03, ha="left", fontsize=11, fontweight="bold")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -1,8 +1,7 @@
-"""Every metric against the radius, beside its baselines."""
+"""A measure against the radius, beside its baselines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sitdist.evaluate.measures import CODEC, CONSTANT, MEASURES, NEAREST, ViewRecord
 from sitdist.evaluate.plots.style import (
     BLUE,
     GREEN,
@@ -22,123 +22,51 @@ from sitdist.evaluate.plots.style import (
     panel,
     plain_logarithm,
 )
+from sitdist.evaluate.schema import Measure
 from sitdist.evaluate.statistics import summarize
-from sitdist.evaluate.units import ViewRecord
 
+DISTANCE = "distance of the camera from the origin"
 COUNTS_AT_MOST = 10  # bins that still have room for their number of views above the axes
 
 LEGEND = (
     *("mean", "median", "middle half of the views"),
-    *("constant pose", "codec ceiling", "nearest training view", "packing noise floor", "radii trained on"),
+    *(CONSTANT, CODEC, NEAREST, "packing noise floor", "radii trained on"),
 )
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+LOOKS = {CONSTANT: (GREY, "v"), NEAREST: (ORANGE, "s"), CODEC: (GREEN, "^")}  # of a baseline: colour and marker
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What a metric is held against: the field of ViewRecord, its name, and how its line looks."""
-
-    field: str
-    label: str
-    colour: str
-    marker: str
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A field of ViewRecord as the report shows it; `definition` is one line."""
-
-    field: str
-    title: str
-    axis: str
-    definition: str
-    baselines: tuple[Baseline, ...] = ()
-    logarithmic: bool = False
-
-
-METRICS = (
-    Metric(
-        "rotation_error_deg",
-        "Rotation error",
-        "degrees, lower is better",
-        "Angle between the true and the estimated camera rotation, both in SO(3): 2 asin(|R1 - R2|_F / (2 sqrt 2)).",
-        (
-            Baseline("constant_rotation_error_deg", "constant pose", GREY, "v"),
-            Baseline("nearest_rotation_error_deg", "nearest training view", ORANGE, "s"),
-        ),
-        logarithmic=True,
-    ),
-    Metric(
-        "translation_error",
-        "Translation error",
-        "scene units, lower is better",
-        "Distance between the true and the estimated camera position, in the dataset's units.",
-        (
-            Baseline("constant_translation_error", "constant pose", GREY, "v"),
-            Baseline("nearest_translation_error", "nearest training view", ORANGE, "s"),
-        ),
-        logarithmic=True,
-    ),
-    Metric(
-        "psnr",
-        "PSNR",
-        "dB, higher is better",
-        "Peak signal-to-noise ratio of the rendered against the true view for pixels in [0, 1]; "
-        "means are over the views' own PSNRs.",
-        (
-            Baseline("codec_psnr", "codec ceiling", GREEN, "^"),
-            Baseline("nearest_psnr", "nearest training view", ORANGE, "s"),
-        ),
-    ),
-    Metric(
-        "mae",
-        "MAE",
-        "of pixels in [0, 1], lower is better",
-        "Mean absolute error of the rendered against the true view over pixels and colours, for pixels in [0, 1].",
-        (Baseline("codec_mae", "codec ceiling", GREEN, "^"),),
-    ),
-    Metric(
-        "ssim",
-        "SSIM",
-        "higher is better",
-        "Structural similarity of the rendered and the true view: Gaussian window of 11 pixels and deviation 1.5.",
-        (Baseline("codec_ssim", "codec ceiling", GREEN, "^"),),
-    ),
-    Metric(
-        "lpips",
-        "LPIPS",
-        "lower is better",
-        "Learned perceptual distance, version 0.1, of the rendered and the true view, both scaled to [-1, 1].",
-    ),
-)
-
-
-def metric_figure(
-    records: list[ViewRecord], metric: Metric, training_radius: tuple[float, float], floor: float | None = None
+def radius_figure(
+    records: list[ViewRecord], name: str, training_radius: tuple[float, float], floor: float | None = None
 ) -> Figure:
-    """One metric against the radius: mean, median and quartiles of every unit bin, beside the baselines' means.
+    """One measure against the radius: mean, median and quartiles of every unit bin, beside the baselines' means.
 
     The radii that were trained on are shaded. `floor` is a level that holds for all radii: the packing's noise floor.
     Bins without views leave a gap.
     """
-    figure, axes = panel(metric.title, "distance of the camera from the origin", metric.axis, pad=18)
+    measure = MEASURES[name]
+    figure, axes = panel(_title(measure), DISTANCE, measure.title, pad=18)
     axes.use_sticky_edges = False  # no box may end on the frame
     bins = range(min(record.bin for record in records), max(record.bin for record in records) + 1)
     centres = np.array(bins) + 0.5
-    values = [_values(records, metric.field, bin_) for bin_ in bins]
+    values = [_values(records, name, bin_) for bin_ in bins]
     _draw_spread(axes, centres, values)
-    for baseline in metric.baselines:
-        means = [_mean(_values(records, baseline.field, bin_)) for bin_ in bins]
-        style: dict[str, Any] = {"color": baseline.colour, "marker": baseline.marker, "label": baseline.label}
-        axes.plot(centres, means, "--", markersize=4, **style)
+    for baseline in measure.baselines:
+        label = MEASURES[baseline].label
+        colour, marker = LOOKS[label]
+        means = [_mean(_values(records, baseline, bin_)) for bin_ in bins]
+        axes.plot(centres, means, "--", markersize=4, color=colour, marker=marker, label=label)
     if floor is not None:
         axes.axhline(floor, color=PURPLE, linestyle=":", linewidth=1.8, label="packing noise floor")
     axes.axvspan(*training_radius, color=BLUE, alpha=0.07, linewidth=0, label="radii trained on")
-    _label(axes, metric, bins)
+    _label(axes, measure, bins)
     _write_counts(axes, centres, values)
     legend_below(figure, axes, LEGEND)
     return figure
+
+
+def _title(measure: Measure) -> str:
+    return measure.label[0].upper() + measure.label[1:]
 
 
 def _values(records: list[ViewRecord], field: str, bin_: int) -> np.ndarray:
@@ -158,11 +86,11 @@ def _draw_spread(axes: Axes, centres: np.ndarray, values: list[np.ndarray]) -> N
     axes.plot(centres, [_mean(inside) for inside in values], "-o", color=BLUE, markersize=4.5, label="mean")
 
 
-def _label(axes: Axes, metric: Metric, bins: range) -> None:
-    """Scales; errors are drawn on a logarithmic one where none of them is 0."""
-    if metric.logarithmic and axes.dataLim.y0 > 0:
+def _label(axes: Axes, measure: Measure, bins: range) -> None:
+    """Scales; errors of poses are drawn on a logarithmic one where none of them is 0."""
+    if measure.of == "pose" and axes.dataLim.y0 > 0:
         plain_logarithm(axes, "y")
-        axes.set_ylabel(f"{metric.axis} (log)")
+        axes.set_ylabel(f"{measure.title}, log")
     axes.set_xlim(bins[0], bins[-1] + 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.grid(visible=False, axis="x")
@@ -177,13 +105,14 @@ def _write_counts(axes: Axes, centres: np.ndarray, values: list[np.ndarray]) -> 
         axes.annotate(f"n={len(inside)}", (centre, 1.0), (0, 3), axes.get_xaxis_transform(), **style)
 
 
-def several_figure(records: dict[str, list[ViewRecord]], metric: Metric) -> Figure:
-    """One metric against the radius for several evaluations by name: means of unit bins with their 95% intervals."""
-    figure, axes = panel(metric.title, "distance of the camera from the origin", metric.axis)
+def several_figure(records: dict[str, list[ViewRecord]], field: str) -> Figure:
+    """One measure against the radius for several evaluations by name: means of unit bins with their 95% intervals."""
+    measure = MEASURES[field]
+    figure, axes = panel(_title(measure), DISTANCE, measure.title)
     bins = sorted({record.bin for each in records.values() for record in each})
     span = range(bins[0], bins[-1] + 1)
     for number, (name, each) in enumerate(records.items()):
-        values = [[v for v in _values(each, metric.field, bin_) if np.isfinite(v)] for bin_ in span]
+        values = [[v for v in _values(each, field, bin_) if np.isfinite(v)] for bin_ in span]
         if not any(values):
             continue
         summaries = [summarize(inside) if inside else None for inside in values]
@@ -194,6 +123,6 @@ def several_figure(records: dict[str, list[ViewRecord]], metric: Metric) -> Figu
         colour, centres = SERIES[number % len(SERIES)], np.array(span) + 0.5
         axes.fill_between(centres, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(centres, mean, "-o", color=colour, markersize=4, label=named(name))
-    _label(axes, metric, span)
+    _label(axes, measure, span)
     legend_below(figure, axes, columns=2)
     return figure

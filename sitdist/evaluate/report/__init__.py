@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
+from sitdist.evaluate.measures import MEASURES
 from sitdist.evaluate.report.board import write_tensorboard
 from sitdist.evaluate.report.page import page_of
 from sitdist.evaluate.report.stored import Evaluation, Row, load_evaluation, load_metrics
@@ -19,12 +20,17 @@ from sitdist.io.ownership import check_ours, only_writer
 
 __all__ = ["Row", "format_table", "load_metrics", "report_again", "write_report"]
 
-# All plots that a report may have; those that it has not are removed when it is written again.
+# All plots that a report may have, or had in earlier versions; those that it has not are removed when it is written.
 PLOTS = (
-    *("cameras_side", "cameras_above", "sphere_training", "sphere_error", "views"),
+    *(name for name, measure in MEASURES.items() if measure.plotted),
+    *("calibration", "sphere", "cameras"),
+    *("mae", "ssim", "lpips", "views", "cameras_side", "cameras_above", "sphere_training", "sphere_error"),
     *("calibration_rotation", "calibration_translation"),
-    *(metric.field for metric in plots.METRICS),
-    *(f"{name}_{part}" for name, parts in plots.PARTS.items() for part in parts),
+    *("turntable_circle", "turntable_rotation_error_deg", "turntable_psnr"),
+    *("interpolation_psnr_to_last", "interpolation_lpips_to_last", "interpolation_off_the_way_deg"),
+    *("cycle_rotation", "cycle_translation", "cycle_psnr"),
+    *("solvers_rotation_error_deg", "solvers_translation_error", "solvers_psnr"),
+    *("solvers_ms_pose", "solvers_ms_picture"),
 )
 
 
@@ -64,23 +70,18 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _figures(evaluation: Evaluation) -> dict[str, bytes]:
-    """PNG files by name."""
+    """PNG files by name: errors by radius, how well error bars hold or else where errors are large, and cameras."""
     metrics, records = evaluation.metrics, evaluation.records
     figures = {
-        metric.field: plots.metric_figure(records, metric, metrics.training_radius, metrics.floors.get(metric.field))
-        for metric in plots.METRICS
-        if metrics.measured(metric.field)
+        name: plots.radius_figure(records, name, metrics.training_radius, metrics.floors.get(name))
+        for name, measure in MEASURES.items()
+        if measure.plotted and metrics.measured(name)
     }
-    if metrics.rows and not metrics.no_pose:
-        figures |= {f"cameras_{side}": plots.cameras_figure(records, side) for side in plots.SIDES}
-        if metrics.training_coverage:
-            figures["sphere_training"] = plots.training_sphere_figure(metrics.training_coverage)
-            figures["sphere_error"] = plots.error_sphere_figure(records)
     if metrics.calibration is not None:
-        bars = metrics.calibration
-        figures |= {f"calibration_{name}": plots.calibration_figure(bars, name) for name in ("rotation", "translation")}
-    for table in evaluation.experiments:
-        figures |= plots.experiment_figures(table.name, table.result, table.records)
-    if evaluation.pictures:
-        figures["views"] = plots.views_figure(records, evaluation.pictures)
+        figures["calibration"] = plots.calibration_figure(metrics.calibration)
+    elif metrics.measured("rotation_error_deg"):
+        figures["sphere"] = plots.sphere_figure(records)
+    cameras = [(true, estimated) for true, estimated in evaluation.cameras() if estimated is not None]
+    if cameras:
+        figures["cameras"] = plots.cameras_figure(cameras)
     return {name: plots.to_png(figure) for name, figure in figures.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sitdist.evaluate.report import load_metrics
-from sitdist.evaluate.report.stored import Metrics
+from sitdist.evaluate.measures import MEASURES
+from sitdist.evaluate.report.stored import Metrics, load_metrics
 from sitdist.evaluate.report.tables import Column
+from sitdist.evaluate.schema import Measure
 
 
 def results_markdown(run: Path, step: int) -> str:
@@ -25,21 +26,25 @@ def _evaluations(run: Path) -> Iterator[Metrics]:
 
 def _table(metrics: Metrics, step: int) -> str:
     """One evaluation as a Markdown table."""
-    rotation = Column("", "", "rotation_error_deg"), Column("", "", "rotation_error_deg", "median")
-    columns = {
-        "rotation error, mean / median (deg)": rotation,
-        "translation error": (Column("", "", "translation_error", style=".3f"),),
-        "PSNR (dB)": (Column("", "", "psnr"),),
-        "SSIM": (Column("", "", "ssim", style=".3f"),),
-    }
-    rows = [["views", "n", *columns], ["---"] * (2 + len(columns))]
+    names = [name for name, measure in MEASURES.items() if measure.card]
+    heads = [_head(MEASURES[name]) for name in names]
+    rows = [["views", "n", *heads], ["---"] * (2 + len(heads))]
     for row in metrics.rows:
-        cells = [" / ".join(column.cell(row) for column in parts) for parts in columns.values()]
+        cells = [" / ".join(Column("", "", name, each).cell(row) for each in _statistics(name)) for name in names]
         rows.append([_plain(row.name), f"{row.n}", *cells])
     of = "" if metrics.step == step else f" (of the weights after {metrics.step} steps)"
     refined = ", poses refined by a scene" if metrics.refine else ""
     title = f"Split `{_plain(metrics.split)}`{of}, estimator `{_plain(metrics.estimator)}`{refined}:"
     return "\n".join([title, "", *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def _statistics(name: str) -> tuple[str, ...]:
+    return ("mean", "median") if MEASURES[name].rotation else ("mean",)
+
+
+def _head(measure: Measure) -> str:
+    unit = f" ({measure.unit})" if measure.unit else ""
+    return f"{measure.label}{', mean / median' if measure.rotation else ''}{unit}"
 
 
 def _plain(name: str) -> str:

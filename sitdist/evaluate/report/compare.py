@@ -6,23 +6,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 from sitdist.errors import DataError
 from sitdist.evaluate import plots
-from sitdist.evaluate.experiments.tables import MEASURES, TITLES, ExperimentTable, measure_cell
-from sitdist.evaluate.report.page import Plot, experiment_pictures
+from sitdist.evaluate.experiments.records import EXPERIMENTS
+from sitdist.evaluate.measures import MEASURES
+from sitdist.evaluate.report.page import ShownView, view_pictures
 from sitdist.evaluate.report.stored import Evaluation, load_evaluation
-from sitdist.evaluate.report.tables import (
-    FOCAL_COLUMNS,
-    LPIPS_COLUMNS,
-    PICTURE_COLUMNS,
-    POSE_COLUMNS,
-    estimator_text,
-    generator_text,
-)
-from sitdist.evaluate.report.template import data_uri, picture_uri, render
-from sitdist.evaluate.units import view_error
+from sitdist.evaluate.report.tables import Of, estimator_text, generator_text, main_columns
+from sitdist.evaluate.report.template import data_uri, render
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.ownership import check_ours
 
@@ -36,14 +29,6 @@ class Block:
     title: str
     heads: list[str]
     lines: list[list[str]]
-
-
-@dataclass(frozen=True)
-class SharedView:
-    """A view that all evaluations hold: its key, and pictures (name -> data URI) with the errors below each."""
-
-    key: str
-    pictures: dict[str, tuple[str, str]]
 
 
 def compare(folders: list[Path], out: Path | None = None, overwrite: bool = False) -> str:
@@ -71,15 +56,12 @@ def compare(folders: list[Path], out: Path | None = None, overwrite: bool = Fals
         facts=facts,
         radii=radii,
         by_radius=_plots_by_radius(found) if radii else [],
-        experiments=[
-            (name, block, _experiment_plots(found, name), _experiment_pictures(found, name))
-            for name, block in experiments.items()
-        ],
+        experiments=experiments,
         views=_shared_views(found),
     )
     out = out or folders[0] / "comparison.html"
     write_atomically(out, lambda path: path.write_text(page))
-    return "\n".join([*(_plain(block) for block in (facts, *radii, *experiments.values())), f"report: {out}"])
+    return "\n".join([*(_plain(block) for block in (facts, *radii, *experiments)), f"report: {out}"])
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -125,43 +107,37 @@ def _facts(found: dict[str, Evaluation]) -> Block:
 def _radii(found: dict[str, Evaluation]) -> list[Block]:
     """A table for every row of the radii that all evaluations have."""
     first = next(iter(found.values())).metrics.rows
-    columns = [*POSE_COLUMNS, *PICTURE_COLUMNS, *LPIPS_COLUMNS, *FOCAL_COLUMNS]
     blocks = []
     for name in (row.name for row in first):
         rows = [row for each in found.values() for row in each.metrics.rows if row.name == name]
         if len(rows) == len(found):
-            shown = [column for column in columns if any(getattr(row, column.field) is not None for row in rows)]
+            shown = [
+                column
+                for of in get_args(Of)
+                for column in main_columns(of, lambda _: True)
+                if any(row.get(column.field) is not None for row in rows)
+            ]
             lines = [[f"{each.group} {each.head}", *(each.cell(row) for row in rows)] for each in shown]
             blocks.append(Block(name, ["", *found], [["n", *(f"{row.n}" for row in rows)], *lines]))
     return blocks
 
 
-def _table(evaluation: Evaluation, name: str) -> ExperimentTable | None:
-    return next((table for table in evaluation.experiments if table.name == name), None)
-
-
-def _experiments(found: dict[str, Evaluation]) -> dict[str, Block]:
+def _experiments(found: dict[str, Evaluation]) -> list[Block]:
     """A table for every experiment that all evaluations have, over the rows that all of them have."""
-    blocks = {}
-    for name, title in TITLES.items():
-        tables = [_table(each, name) for each in found.values()]
-        have = [table for table in tables if table is not None]
-        if len(have) == len(found):
-            rows = [{_row_name(table, row): row for row in table.rows} for table in have]
+    blocks = []
+    for name, experiment in EXPERIMENTS.items():
+        tables = [table for each in found.values() for table in each.experiments if table.name == name]
+        if len(tables) == len(found):
+            rows = [{tuple(row[label] for label in experiment.labels): row for row in table.rows} for table in tables]
+            pairs = list(zip(tables, rows, strict=True))
             lines = [
-                [f"{label}{MEASURES[measure][0]}", *(measure_cell(each[label], measure) for each in rows)]
-                for label in rows[0]
-                for measure in have[0].measures
-                if all(label in each for each in rows) and measure in rows[0][label]
+                [" ".join([*map(str, labels), measure.title]), *(table.cell(by[labels], key) for table, by in pairs)]
+                for labels in rows[0]
+                for key, measure in experiment.measures.items()
+                if all(key in by.get(labels, {}) for by in rows)
             ]
-            blocks[name] = Block(title, ["", *found], lines)
+            blocks.append(Block(experiment.title, ["", *found], lines))
     return blocks
-
-
-def _row_name(table: ExperimentTable, row: dict[str, Any]) -> str:
-    """What tells the row of an experiment from its others, to stand before a measure's name."""
-    words = {"turn": "turn {}", "function_evaluations": "of {} evaluations"}
-    return " ".join(words.get(key, "{}").format(row[key]) for key in table.labels) + (": " if table.labels else "")
 
 
 def _plain(block: Block) -> str:
@@ -175,58 +151,30 @@ def _plain(block: Block) -> str:
     return "\n".join([block.title, *rows, ""])
 
 
-# --------------------------------------------------------------------------------------------------------------- plots
+# --------------------------------------------------------------------------------------------------- plots and views
 
 
-def _plots_by_radius(found: dict[str, Evaluation]) -> list[Plot]:
-    """Every metric that an evaluation has, against the radius."""
+def _plots_by_radius(found: dict[str, Evaluation]) -> list[str]:
+    """Every plotted measure that an evaluation has against the radius, as data URIs."""
     records = {name: each.records for name, each in found.items()}
     return [
-        Plot(data_uri(plots.to_png(plots.several_figure(records, metric))), metric.definition)
-        for metric in plots.METRICS
-        if any(each.metrics.measured(metric.field) for each in found.values())
+        data_uri(plots.to_png(plots.several_figure(records, name)))
+        for name, measure in MEASURES.items()
+        if measure.plotted and any(each.metrics.measured(name) for each in found.values())
     ]
 
 
-def _experiment_plots(found: dict[str, Evaluation], name: str) -> list[Plot]:
-    tables = {run: table.rows for run, each in found.items() if (table := _table(each, name)) is not None}
-    return [Plot(data_uri(plots.to_png(figure)), "") for figure in plots.several_experiments(name, tables)]
-
-
-def _experiment_pictures(found: dict[str, Evaluation], name: str) -> dict[str, str]:
-    """The pictures that the experiment of every evaluation left, by caption, those of the same kind together."""
-    shown = [
-        (caption, run, uri)
-        for run, each in found.items()
-        if (table := _table(each, name)) is not None
-        for caption, uri in experiment_pictures(each.folder, table).items()
-    ]
-    captions = list(dict.fromkeys(caption for caption, _, _ in shown))
-    ordered = sorted(shown, key=lambda each: captions.index(each[0]))
-    return {f"{run}: {caption}": uri for caption, run, uri in ordered}
-
-
-# --------------------------------------------------------------------------------------------------------------- views
-
-
-def _shared_views(found: dict[str, Evaluation]) -> list[SharedView]:
+def _shared_views(found: dict[str, Evaluation]) -> list[ShownView]:
     """Views whose pictures all evaluations kept, the worst by the largest of their errors first."""
     kept = [set(each.pictures["key"].tolist()) if each.pictures else set() for each in found.values()]
-    keys = set.intersection(*kept)
-    records = {name: {each.key: each for each in evaluation.records} for name, evaluation in found.items()}
-    ordered = sorted(keys, key=lambda key: (-max(view_error(each[key]) for each in records.values()), key))
+    records = [{record.key: record for record in each.records} for each in found.values()]
+    worst = {key: max(each[key].rank for each in records) for key in set.intersection(*kept)}
     shared = []
-    for key in ordered[:VIEWS_SHOWN]:
-        pictures: dict[str, tuple[str, str]] = {}
-        for name, evaluation in found.items():
-            arrays, record = evaluation.pictures, records[name][key]
-            place = arrays["key"].tolist().index(key)
-            if not pictures:
-                pictures["true"] = (picture_uri(arrays["true"][place]), f"r = {record.radius:.2f}")
-            errors = {"{:.2f}°": record.rotation_error_deg, "{:.3f}": record.translation_error}
-            errors["{:.1f} dB"] = record.psnr
-            text = ", ".join(style.format(value) for style, value in errors.items() if value is not None)
-            shown = arrays["rendered" if "rendered" in arrays else "true"][place]
-            pictures[name] = (picture_uri(shown), text)
-        shared.append(SharedView(key, pictures))
+    for key in sorted(worst, key=lambda key: (-worst[key], key))[:VIEWS_SHOWN]:
+        pictures = {}
+        for (name, evaluation), by_key in zip(found.items(), records, strict=True):
+            own = view_pictures(evaluation, key)
+            pictures["true"] = own["true"]
+            pictures[f"{name}: {by_key[key].text()}"] = own.get("rendered", own["true"])
+        shared.append(ShownView(key, f"r = {records[0][key].radius:.2f}", pictures))
     return shared

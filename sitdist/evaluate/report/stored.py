@@ -8,22 +8,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sitdist.evaluate.baselines import NoiseFloor
-from sitdist.evaluate.coverage import AZIMUTHS, HEIGHTS
 from sitdist.evaluate.experiments.tables import ExperimentTable, load_experiments
-from sitdist.evaluate.plots import evenly
-from sitdist.evaluate.schema import Count, Length, Number, Share, Text, damaged, fault, read_table, record_of
+from sitdist.evaluate.measures import MEASURES, RECORD, ViewRecord
+from sitdist.evaluate.schema import (
+    AGAIN,
+    Count,
+    Length,
+    Number,
+    Share,
+    Text,
+    damaged,
+    fault,
+    may_be_missing,
+    measures_of,
+    read_records,
+)
 from sitdist.evaluate.statistics import Summary
-from sitdist.evaluate.symmetry import Symmetries
-from sitdist.evaluate.units import BINS_AT_MOST, POSE_ENTRIES, RECORD, ViewRecord
+from sitdist.evaluate.units import BINS_AT_MOST
 from sitdist.io.json_file import read_json
 from sitdist.io.npz import load_arrays
 
-CAMERAS_SHOWN = 64
+ALWAYS_MEASURED = [name for name in measures_of(ViewRecord) if not may_be_missing(ViewRecord, name)]
 PICTURES = ("key", "bin", "true", "rendered")
-AGAIN = "run `sitdist eval` again"
 
 
 class _Checked(BaseModel):
@@ -31,38 +40,32 @@ class _Checked(BaseModel):
 
 
 class Row(_Checked):
-    """One row of the table: the views with a radius in `radius`, and summaries over exactly these."""
+    """One row of the table: the views with a radius in `radius`, and a summary of every measure over exactly these.
+
+    Summaries of what only earlier versions measured may be there and are left out.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Summary | None]
 
     name: Text
     radius: tuple[Count, Count]
     n: Count
-    rotation_error_deg: Summary | None = None
-    translation_error: Summary | None = None
-    focal_error: Summary | None = None
-    translation_share: Summary | None = None
-    symmetric_rotation_error_deg: Summary | None = None
-    symmetric_translation_error: Summary | None = None
-    mae: Summary | None = None
-    psnr: Summary | None = None
-    object_psnr: Summary | None = None
-    codec_object_psnr: Summary | None = None
-    ssim: Summary | None = None
-    lpips: Summary | None = None
-    constant_rotation_error_deg: Summary
-    constant_translation_error: Summary
-    nearest_rotation_error_deg: Summary
-    nearest_translation_error: Summary
-    nearest_psnr: Summary
-    codec_mae: Summary
-    codec_psnr: Summary
-    codec_ssim: Summary
 
-    @field_validator("rotation_error_deg")
-    @classmethod
-    def _has_share(cls, summary: Summary | None) -> Summary | None:
-        if summary is not None and summary.share_under_5_deg is None:
-            raise ValueError("no share_under_5_deg")
-        return summary
+    @model_validator(mode="after")
+    def _complete(self) -> Row:
+        for name in MEASURES:
+            summary = self.get(name)
+            if summary is None and name in ALWAYS_MEASURED:
+                raise ValueError(f"{name} is missing")
+            shares = [each for each in MEASURES[name].main if each.startswith("share")]
+            if summary is not None and any(getattr(summary, share) is None for share in shares):
+                raise ValueError(f"{name} has no {shares[0]}")
+        return self
+
+    def get(self, name: str) -> Summary | None:
+        """The summary of a measure; None where it was not measured."""
+        return self.__pydantic_extra__.get(name)
 
     @property
     def is_bin(self) -> bool:
@@ -71,13 +74,8 @@ class Row(_Checked):
 
     def summaries(self) -> dict[str, Summary]:
         """What was measured, by name."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in values.items() if isinstance(value, Summary)}
-
-
-POSE_MEASURES = ("rotation_error_deg", "translation_error")
-PICTURE_MEASURES = ("psnr", "mae", "ssim")
-Coverage = Annotated[list[Count], Field(min_length=AZIMUTHS, max_length=AZIMUTHS)]
+        found = {name: self.get(name) for name in MEASURES}
+        return {name: summary for name, summary in found.items() if summary is not None}
 
 
 class TrainingCounts(_Checked):
@@ -95,7 +93,7 @@ class Shares(_Checked):
     n: Count
 
 
-class Bars(Shares):
+class BarShares(Shares):
     """The same over all views, and over the quarter with the largest bars."""
 
     largest_quarter: Shares
@@ -114,8 +112,8 @@ class CalibrationSummary(_Checked):
 
     fitted_on: FittedOn
     expected: list[Share]
-    rotation: Bars
-    translation: Bars
+    rotation: BarShares
+    translation: BarShares
 
     @model_validator(mode="after")
     def _complete(self) -> CalibrationSummary:
@@ -156,11 +154,9 @@ class Metrics(_Checked):
     radius_augmented: Count = 0
     training_views: TrainingCounts
     versions: dict[Text, Text]
-    training_coverage: Annotated[list[Coverage], Field(min_length=HEIGHTS, max_length=HEIGHTS)] | None = None
     provenance: dict[Text, Text] = Field(default={})
     config: dict[str, Any] = Field(default={})
     background: tuple[Share, Share, Share] | None = None
-    symmetry: Symmetries | None = None
     calibration: CalibrationSummary | None = None
     rows: list[Row]
     labels: list[Row] = Field(default=[])
@@ -180,7 +176,7 @@ class Metrics(_Checked):
 
     def measured(self, field: str) -> bool:
         """Whether there are rows and every one has this measure."""
-        return bool(self.rows) and all(getattr(row, field) is not None for row in self.rows)
+        return bool(self.rows) and all(row.get(field) is not None for row in self.rows)
 
     @model_validator(mode="after")
     def _complete(self) -> Metrics:
@@ -188,10 +184,10 @@ class Metrics(_Checked):
             return self
         if self.function_evaluations is None:
             raise ValueError("function_evaluations is missing")
-        for reason, names in ((self.no_pose, POSE_MEASURES), (self.no_picture, PICTURE_MEASURES)):
-            for name in names:
-                if self.measured(name) == bool(reason):
-                    raise ValueError(f"{name} is {'there' if reason else 'missing'}")
+        for name, measure in MEASURES.items():
+            reason = self.no_pose if measure.of == "pose" else self.no_picture
+            if measure.plotted and self.measured(name) == bool(reason):
+                raise ValueError(f"{name} is {'there' if reason else 'missing'}")
         return self
 
 
@@ -209,14 +205,15 @@ class Evaluation:
     experiments: list[ExperimentTable]
 
     def cameras(self) -> list[tuple[list[float], list[float] | None]]:
-        """True and estimated poses to be shown in space, at most CAMERAS_SHOWN, evenly by radius; else the turntable's.
+        """True and estimated poses, in the order of the radii; without views by radius those of the turntable.
 
         A pose is the upper three rows of camera_to_world, row-major.
         """
         if self.records:
-            return [(record.true, record.estimated) for record in evenly(self.records, CAMERAS_SHOWN)]
+            ordered = sorted(self.records, key=lambda record: (record.radius, record.key))
+            return [(record.true, record.estimated) for record in ordered]
         circle = [record for table in self.experiments if table.name == "turntable" for record in table.records]
-        return [(each["true"], each.get("estimated") or each.get("rendered_estimated")) for each in circle]
+        return [(each["true"], each["estimated"] or each["rendered_estimated"]) for each in circle]
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -227,7 +224,8 @@ def load_evaluation(folder: Path) -> Evaluation:
         if (folder / "records.csv").is_file():
             raise damaged(folder / "metrics.json", "no rows, but there is a records.csv beside it")
         return Evaluation(folder, metrics, [], {}, experiments)
-    records = _load_records(folder / "records.csv", metrics)
+    records: list[ViewRecord] = read_records(folder / "records.csv", RECORD)
+    _check_same_views(folder / "records.csv", metrics, records)
     pictures = _load_pictures(folder / "images.npz", metrics, records)
     return Evaluation(folder, metrics, records, pictures, experiments)
 
@@ -250,16 +248,6 @@ def parse_metrics(values: Any) -> Metrics:
         raise ValueError(fault(error)) from None
 
 
-def _load_records(path: Path, metrics: Metrics) -> list[ViewRecord]:
-    """The records, whose bins must hold as many views as metrics.json says."""
-    try:
-        records = [_record(row) for row in read_table(path)]
-    except ValueError as error:
-        raise damaged(path, error) from None
-    _check_same_views(path, metrics, records)
-    return records
-
-
 def _check_same_views(path: Path, metrics: Metrics, records: list[ViewRecord]) -> None:
     """DataError unless the records are those that metrics.json is over: as many in every bin, with or without LPIPS."""
     bins = [record.bin for record in records]
@@ -274,22 +262,12 @@ def _check_same_views(path: Path, metrics: Metrics, records: list[ViewRecord]) -
         found = sum(record.bin == row.radius[0] for record in records)
         if found != row.n:
             raise damaged(path, f"{found} views {row.name}, but metrics.json is over {row.n}")
-    with_lpips = sum(record.lpips is not None for record in records)
-    if with_lpips != (count if metrics.measured("lpips") else 0):
-        raise damaged(path, f"{with_lpips} of {count} views have LPIPS, but metrics.json says '{metrics.lpips}'")
-    for name in ("rotation_error_deg", "psnr"):
-        if sum(getattr(record, name) is not None for record in records) != (count if metrics.measured(name) else 0):
-            raise damaged(path, f"{name} is not of as many views as metrics.json says")
+    for name in ("lpips", *(name for name, measure in MEASURES.items() if measure.plotted)):
+        found = sum(getattr(record, name) is not None for record in records)
+        if found != (count if metrics.measured(name) else 0):
+            raise damaged(path, f"{found} of {count} views have {name}, unlike metrics.json")
     if any((record.estimated is None) != (record.rotation_error_deg is None) for record in records):
         raise damaged(path, "a rotation error without an estimated pose")
-
-
-def _record(row: dict[str, Any]) -> ViewRecord:
-    """One line of records.csv; ValueError if it is not one."""
-    for name in ("true", "estimated"):
-        entries = [row.pop(f"{name}_{entry}", "") for entry in POSE_ENTRIES]
-        row[name] = entries if any(entries) else None
-    return record_of(row, RECORD)
 
 
 def _load_pictures(path: Path, metrics: Metrics, records: list[ViewRecord]) -> dict[str, np.ndarray]:

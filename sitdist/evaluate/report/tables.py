@@ -4,117 +4,91 @@ from __future__ import annotations
 
 import itertools
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+from sitdist.evaluate.measures import MEASURES
 from sitdist.evaluate.report.stored import Metrics, Row, parse_metrics
-from sitdist.evaluate.schema import damaged
+from sitdist.evaluate.schema import Measure, damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS
-from sitdist.evaluate.symmetry import Symmetries
 from sitdist.flow.choices import AdaptiveSolver
 
 LINE = 108  # characters of the terminal's table
-NEAREST_POSE = (
-    "Baselines, by their means: constant is the mean training pose, nearest the pose of the training view with the "
-    "nearest latent."
-)
+Of = Literal["pose", "picture"]
+NEAREST = {
+    "pose": "Baselines, by their means: constant is the mean training pose, nearest the pose of the training view with "
+    "the nearest latent.",
+    "picture": "Baselines, by their means: codec is the true view encoded and decoded, the ceiling of every rendered "
+    "view; nearest is the training view with the nearest camera, decoded.",
+}
 NOISE_FLOOR = (
     "The noise floor is what the noise of a packed pose leaves on average to an estimator that recovers x0 exactly; "
     "one_step estimates the mean of x0 and has none."
 )
 INTERVAL = f"95% of mean: {INTERVAL_DEFINITION}"
 AUC = f"AUC@30: {AUC_DEFINITION[0].lower()}{AUC_DEFINITION[1:]}"
-NEAREST_PICTURE = (
-    "Baselines, by their means: codec is the true view encoded and decoded, the ceiling of every rendered view; "
-    "nearest is the training view with the nearest camera, decoded."
-)
+HEADS = {"interval": "95% of mean", "auc_30_deg": "AUC@30"}
+HEADS |= {f"share_under_{angle}_deg": f"<{angle} deg" for angle in THRESHOLDS}
+STYLES = {"auc_30_deg": ".3f"} | {f"share_under_{angle}_deg": ".1%" for angle in THRESHOLDS}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A statistic of a summary, under `group` and `head`; `style` is how it is written.
-
-    `interval` and `quartiles` are two numbers each.
-    """
+    """A statistic of a measure, under the measure's name and `head`; an interval is two numbers."""
 
     group: str
     head: str
     field: str
     statistic: str = "mean"
-    style: str = ".2f"
+
+    def format(self, value: float) -> str:
+        return format(value, STYLES.get(self.statistic, MEASURES[self.field].style))
 
     def cell(self, row: Row) -> str:
         """The number as text; n/a where it was not measured."""
-        summary = getattr(row, self.field)
-        ends = {"interval": ("low", "high"), "quartiles": ("q25", "q75")}.get(self.statistic, (self.statistic,))
+        summary = row.get(self.field)
+        ends = ("low", "high") if self.statistic == "interval" else (self.statistic,)
         values = [None if summary is None else getattr(summary, end) for end in ends]
-        return "n/a" if None in values else " to ".join(format(value, self.style) for value in values)
+        return "n/a" if None in values else " to ".join(map(self.format, values))
 
 
-def _columns(group: str, field: str, style: str, baselines: dict[str, str], share: bool = False) -> list[Column]:
-    """Mean, median, share under 5 degrees where there is one, and the baselines' means (head -> field)."""
-    columns = [Column(group, "mean", field, "mean", style), Column(group, "median", field, "median", style)]
-    columns += [Column(group, "<5 deg", field, "share_under_5_deg", ".1%")] if share else []
-    return columns + [Column(group, head, name, "mean", style) for head, name in baselines.items()]
+def _columns(name: str, statistics: tuple[str, ...], with_baselines: bool) -> list[Column]:
+    """The statistics of a measure, and the means of its baselines under the first words of their names."""
+    group = MEASURES[name].title
+    columns = [Column(group, HEADS.get(each, each), name, each) for each in statistics]
+    baselines = MEASURES[name].baselines if with_baselines else ()
+    return columns + [Column(group, MEASURES[each].label.split()[0], each) for each in baselines]
 
 
-POSE_COLUMNS = [
-    *_columns(
-        "rotation error (deg)",
-        "rotation_error_deg",
-        ".2f",
-        {"constant": "constant_rotation_error_deg", "nearest": "nearest_rotation_error_deg"},
-        share=True,
-    ),
-    *_columns(
-        "translation error",
-        "translation_error",
-        ".3f",
-        {"constant": "constant_translation_error", "nearest": "nearest_translation_error"},
-    ),
-]
-PICTURE_COLUMNS = [
-    *_columns("PSNR (dB)", "psnr", ".2f", {"codec": "codec_psnr", "nearest": "nearest_psnr"}),
-    *_columns("MAE", "mae", ".4f", {"codec": "codec_mae"}),
-    *_columns("SSIM", "ssim", ".3f", {"codec": "codec_ssim"}),
-]
-POSE_SPREAD = [
-    Column("rotation error (deg)", "95% of mean", "rotation_error_deg", "interval"),
-    Column("rotation error (deg)", "quartiles", "rotation_error_deg", "quartiles"),
-    *(
-        Column("rotation error (deg)", f"<{angle}", "rotation_error_deg", f"share_under_{angle}_deg", ".0%")
-        for angle in THRESHOLDS
-    ),
-    Column("rotation error (deg)", "AUC@30", "rotation_error_deg", "auc_30_deg", ".3f"),
-    Column("translation error", "95% of mean", "translation_error", "interval", ".3f"),
-    Column("translation error", "of radius", "translation_share", "mean", ".1%"),
-]
-SYMMETRIC_COLUMNS = [
-    Column("rotation error (deg)", "plain", "rotation_error_deg"),
-    Column("rotation error (deg)", "up to symmetry", "symmetric_rotation_error_deg"),
-    Column("translation error", "plain", "translation_error", "mean", ".3f"),
-    Column("translation error", "up to symmetry", "symmetric_translation_error", "mean", ".3f"),
-]
-PICTURE_SPREAD = [
-    Column("PSNR (dB)", "95% of mean", "psnr", "interval"),
-    Column("PSNR (dB)", "quartiles", "psnr", "quartiles"),
-    Column("object PSNR", "mean", "object_psnr"),
-    Column("object PSNR", "median", "object_psnr", "median"),
-    Column("object PSNR", "codec", "codec_object_psnr"),
-    Column("SSIM", "95% of mean", "ssim", "interval", ".3f"),
-]
-LPIPS_COLUMNS = _columns("LPIPS", "lpips", ".3f", {})
-FOCAL_COLUMNS = _columns("focal error (%)", "focal_error", ".2f", {})
+def main_columns(of: Of, measured: Callable[[str], bool]) -> list[Column]:
+    """Means, medians and baselines of what is measured of poses, or of pictures.
+
+    A measure without baselines is left out where `measured` does not say that it is there.
+    """
+    shown = {name: measure for name, measure in MEASURES.items() if measure.of == of and measure.main}
+    return [
+        column
+        for name, measure in shown.items()
+        if measure.baselines or measured(name)
+        for column in _columns(name, measure.main, True)
+    ]
 
 
-@dataclass(frozen=True)
-class Listing:
-    """A plain table that the page shows when asked: its title, heads and lines."""
+def _spread_columns(of: Of, metrics: Metrics) -> list[Column]:
+    """Intervals and shares of what was measured by an evaluation that states them."""
 
-    title: str
-    heads: list[str]
-    lines: list[list[str]]
+    def stated(name: str, measure: Measure) -> bool:
+        summaries = [row.get(name) for row in metrics.rows]
+        return measure.of == of and any(each is not None and each.low is not None for each in summaries)
+
+    return [
+        column
+        for name, measure in MEASURES.items()
+        if stated(name, measure)
+        for column in _columns(name, measure.spread, not measure.main)
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,7 +103,6 @@ class Table:
     lines: list[list[str]]
     notes: list[str]
     rows_are: str = "radius"
-    listed: Listing | None = None
 
     @property
     def groups(self) -> list[tuple[str, int]]:
@@ -139,110 +112,58 @@ class Table:
 
 
 def tables_of(metrics: Metrics) -> list[Table]:
-    """Poses and pictures, by radius, beside their baselines; none where no radii were measured."""
+    """Poses and pictures by radius and by object, beside their baselines; none where no radii were measured."""
     if not metrics.rows:
         return []
-    pose_columns = POSE_COLUMNS + (FOCAL_COLUMNS if metrics.measured("focal_error") else [])
-    picture_columns = PICTURE_COLUMNS + (LPIPS_COLUMNS if metrics.measured("lpips") else [])
-    pose, picture = (_lines(metrics.rows, columns) for columns in (pose_columns, picture_columns))
-    lpips = f"LPIPS backbone: {metrics.lpips}." if metrics.measured("lpips") else f"LPIPS {metrics.lpips}."
-    pose_notes, picture_notes = [NEAREST_POSE], [NEAREST_PICTURE, lpips]
-    if metrics.radius_augmented:
-        count, of = metrics.radius_augmented, metrics.training_views.count
-        note = f"Radius augmented: {count} of the {of} training views are zoomed copies, for every row and baseline."
-        pose_notes.append(note)
-        picture_notes.append(note)
-    if metrics.floors:
-        floor = [
-            format(metrics.floors[column.field], column.style)
-            if column.head == "mean" and column.field in metrics.floors
-            else ""
-            for column in pose_columns
-        ]
-        pose.append(["noise floor", "", *floor])
-        pose_notes.append(NOISE_FLOOR)
-    if metrics.no_pose:
-        pose_notes.insert(0, f"No pose is read off a picture: {metrics.no_pose}.")
-    if metrics.no_picture:
-        picture_notes.insert(0, f"No picture is rendered: {metrics.no_picture}.")
-    tables = [
-        Table("Pose of a picture", pose_columns, pose, pose_notes),
-        *_spread_tables(metrics, "rotation_error_deg", "Pose: spread", POSE_SPREAD, [INTERVAL, AUC]),
-        Table("Picture of a pose", picture_columns, picture, picture_notes),
-        *_spread_tables(metrics, "psnr", "Picture: spread", PICTURE_SPREAD, [_object_note(metrics)]),
-    ]
-    return tables + _symmetry_tables(metrics) + _label_tables(metrics, pose_columns, picture_columns)
-
-
-def _spread_tables(metrics: Metrics, field: str, title: str, columns: list[Column], notes: list[str]) -> list[Table]:
-    """Intervals, quartiles and shares, where `field` was measured by an evaluation that states them."""
-    if not metrics.measured(field) or any(getattr(row, field).low is None for row in metrics.rows):
-        return []
-    return [Table(title, columns, _lines(metrics.rows, columns), notes)]
-
-
-def _object_note(metrics: Metrics) -> str:
-    if metrics.background is None:
-        return "PSNR on the object: n/a, as the corners of the views have no common colour, so no plain background."
-    colour = " ".join(f"{255 * value:.0f}" for value in metrics.background)
-    return (
-        f"PSNR on the object: over the pixels where the true view differs from the background ({colour} of 255) by "
-        "more than 4, for views that show the object."
-    )
-
-
-def _symmetry_tables(metrics: Metrics) -> list[Table]:
-    """Errors up to the object's symmetries, if it has any; a note on what was looked for else."""
-    symmetry = metrics.symmetry
-    if symmetry is None:
-        return []
-    columns = SYMMETRIC_COLUMNS if symmetry.symmetries else []
-    lines = _lines(metrics.rows, columns) if columns else []
-    listed = _pairs(symmetry) if symmetry.pairs else None
-    return [Table("Symmetry", columns, lines, _symmetry_notes(symmetry), listed=listed)]
-
-
-def _pairs(symmetry: Symmetries) -> Listing:
-    lines = [
-        [f"{pair.a}", f"{pair.b}", f"{pair.label}", f"{pair.angle_deg:.1f}", f"{pair.distance:.4f}"]
-        for pair in symmetry.pairs
-    ]
-    heads = ["training view", "coincides with", "label", "cameras apart (deg)", "RMS between latents"]
-    return Listing(f"The {len(lines)} nearest pairs of coinciding views", heads, lines)
-
-
-def _symmetry_notes(symmetry: Symmetries) -> list[str]:
-    """How many views coincide with one from far away, which pairs, and which motions follow."""
-    notes = [
-        f"{symmetry.coinciding} of {symmetry.examined} training views examined coincide with a view from a camera that "
-        "is more than 20 deg away: their latents are as near as those of neighbouring cameras."
-    ]
-    if symmetry.pairs:
-        shown = ", ".join(f"{pair.a}-{pair.b} ({pair.angle_deg:.0f} deg)" for pair in symmetry.pairs[:6])
-        notes.append(f"The nearest such pairs, by number of the training sample: {shown}.")
-    notes += [
-        f"Symmetry of label {motion.label}: a turn of {motion.angle_deg:.1f} deg, shown by {motion.support:.0%} of "
-        "the views examined. Errors up to symmetry are against the nearest pose from which the view is the same."
-        for motion in symmetry.symmetries
-    ]
-    if not symmetry.symmetries:
-        notes.append("That is no symmetry of the object, so there is no error up to symmetry beside the plain one.")
-    return notes
-
-
-def _label_tables(metrics: Metrics, pose_columns: list[Column], picture_columns: list[Column]) -> list[Table]:
-    """The tables once more by object, where there are several."""
-    if not metrics.labels:
-        return []
-    pose, picture = (_lines(metrics.labels, columns) for columns in (pose_columns, picture_columns))
-    return [
-        Table("Pose, by object", pose_columns, pose, [], "object"),
-        Table("Picture, by object", picture_columns, picture, [], "object"),
-    ]
+    kinds: tuple[tuple[Of, str], ...] = (("pose", "Pose of a picture"), ("picture", "Picture of a pose"))
+    tables, by_object = [], []
+    for of, title in kinds:
+        columns, spread = main_columns(of, metrics.measured), _spread_columns(of, metrics)
+        lines = _lines(metrics.rows, columns)
+        if of == "pose" and metrics.floors:
+            lines.append(["noise floor", "", *(_floor(metrics, column) for column in columns)])
+        tables.append(Table(title, columns, lines, _notes(of, metrics)))
+        if spread:
+            notes = [INTERVAL, AUC] if of == "pose" else [_object_note(metrics)]
+            tables.append(Table(f"{of.capitalize()}: spread", spread, _lines(metrics.rows, spread), notes))
+        if metrics.labels:
+            by_object.append(Table(f"{title}, by object", columns, _lines(metrics.labels, columns), [], "object"))
+    return tables + by_object
 
 
 def _lines(rows: list[Row], columns: list[Column]) -> list[list[str]]:
     return [[row.name, f"{row.n}", *(column.cell(row) for column in columns)] for row in rows]
+
+
+def _floor(metrics: Metrics, column: Column) -> str:
+    is_mean = column.statistic == "mean" and column.field in metrics.floors
+    return column.format(metrics.floors[column.field]) if is_mean else ""
+
+
+def _notes(of: Of, metrics: Metrics) -> list[str]:
+    """What the main table leaves out and why, and what its columns are."""
+    notes = [NEAREST[of]]
+    if of == "pose" and metrics.no_pose:
+        notes.insert(0, f"No pose is read off a picture: {metrics.no_pose}.")
+    if of == "picture":
+        if metrics.no_picture:
+            notes.insert(0, f"No picture is rendered: {metrics.no_picture}.")
+        notes.append(f"LPIPS{' backbone:' if metrics.measured('lpips') else ''} {metrics.lpips}.")
+    if metrics.radius_augmented:
+        count, total = metrics.radius_augmented, metrics.training_views.count
+        notes.append(
+            f"Radius augmented: {count} of the {total} training views are zoomed copies, for every row and baseline."
+        )
+    if of == "pose" and metrics.floors:
+        notes.append(NOISE_FLOOR)
+    return notes
+
+
+def _object_note(metrics: Metrics) -> str:
+    if metrics.background is None:
+        return "Object PSNR: n/a, as the corners of the views have no common colour, so no plain background."
+    colour = " ".join(f"{255 * value:.0f}" for value in metrics.background)
+    return f"Object PSNR: {MEASURES['object_psnr'].definition} The background is {colour} of 255."
 
 
 def format_table(metrics: dict[str, Any]) -> str:
@@ -284,23 +205,21 @@ def how(metrics: Metrics) -> str:
 def _plain(table: Table) -> str:
     """The table with aligned columns, its groups in a line above the heads, and its notes below."""
     heads = [table.rows_are, "n", *(column.head for column in table.columns)]
-    notes = [textwrap.fill(note, LINE) for note in table.notes]
-    if not table.lines:
-        return "\n".join(["", table.title, *notes])
     widths = [max(map(len, cells)) for cells in zip(heads, *table.lines, strict=True)]
-    widths[0] = max(widths[0], len(table.title) - 1 - widths[1])
     spans = [2, *(count for _, count in table.groups)]
-    names = [table.title, *(name for name, _ in table.groups)]
-    parts = _parts([" " * width for width in widths], widths, spans)
-    top = [
-        names[0].ljust(len(parts[0])),
-        *(f" {name} ".center(len(part), "-") for name, part in zip(names[1:], parts[1:], strict=True)),
-    ]
-    lines = [top, *(_parts(cells, widths, spans) for cells in (heads, *table.lines))]
+    names = [table.title, *(f" {name} " for name, _ in table.groups)]
+    for start, span, name in zip(itertools.accumulate(spans, initial=0), spans, names, strict=False):
+        width = sum(widths[start : start + span]) + span - 1
+        widths[start] += max(0, len(name) - width)
+    title, *others = _spans([" " * width for width in widths], widths, spans)
+    top = [names[0].ljust(len(title))]
+    top += [name.center(len(part), "-") for name, part in zip(names[1:], others, strict=True)]
+    lines = [top, *(_spans(cells, widths, spans) for cells in (heads, *table.lines))]
+    notes = [textwrap.fill(note, LINE) for note in table.notes]
     return "\n".join(["", *(" | ".join(line).rstrip() for line in lines), *notes])
 
 
-def _parts(cells: list[str], widths: list[int], spans: list[int]) -> list[str]:
+def _spans(cells: list[str], widths: list[int], spans: list[int]) -> list[str]:
     """Cells, the first to the left and the others to the right of their columns, joined within each span."""
     padded = [
         cells[0].ljust(widths[0]),
