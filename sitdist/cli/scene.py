@@ -101,6 +101,7 @@ def _fit(options: argparse.Namespace) -> None:
     from sitdist.checks import find_device
     from sitdist.evaluate import metrics
     from sitdist.io.atomic import check_free
+    from sitdist.model.codec import psnr
     from sitdist.scene.fit import FitOptions, fit_scene, turntable
     from sitdist.scene.photos import read_photos
     from sitdist.scene.store import save_scene
@@ -109,7 +110,7 @@ def _fit(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     background = background_of(options.background)
     photos = read_photos(options.photos, background, options.images).thinned(options.max_views)
-    measures = {"psnr": metrics.psnr}
+    measures: dict[str, Any] = {"psnr": psnr}
     if min(photos.images.shape[-2:]) >= metrics.SSIM_WINDOW:
         measures["ssim"] = metrics.ssim
     if options.lpips_backbone:

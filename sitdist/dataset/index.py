@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def _inside(index: Mapping[str, np.ndarray], field: str, size: int | np.ndarray)
     return (at % BLOCK == 0) & (at >= index["start"] + BLOCK) & (at + size <= index["stop"])
 
 
-def _are_intrinsics(index: Mapping[str, np.ndarray]) -> np.ndarray:
+def _are_intrinsics(index: Mapping[str, np.ndarray]) -> Any:
     """Whether the intrinsics of each sample are within the bounds of `check_intrinsics`; NaN is not."""
     if "intrinsics" not in index:
         return np.ones(len(index["start"]), dtype=bool)

@@ -91,7 +91,9 @@ class ShardReader:
         arrays = self.manifest.arrays()
         self._moments, self._packed_pose = (_Member(name, *arrays[name]) for name in ("moments", "packed_pose"))
         self._open = LruCache(self._open_shard, OPEN_SHARDS)
-        self._intrinsics = LruCache(lambda number: self.index(number).get("intrinsics"), len(self.shards))
+        self._intrinsics: LruCache[int, np.ndarray | None] = LruCache(
+            lambda number: self.index(number).get("intrinsics"), len(self.shards)
+        )
         self._reading: dict[int, int] = {}  # thread: the shard that it reads
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,13 +85,19 @@ class PoseEstimate:
     @classmethod
     def concatenated(cls, estimates: Sequence[PoseEstimate]) -> PoseEstimate:
         """The estimates of several batches as one."""
-        columns = {field.name: [getattr(each, field.name) for each in estimates] for field in fields(cls)}
-        return cls(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            parts = [getattr(each, field.name) for each in estimates]
+            values[field.name] = None if parts[0] is None else torch.cat(parts)
+        return cls(**values)
 
     def cpu(self) -> PoseEstimate:
         """The same on the CPU."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PoseEstimate(**{name: None if value is None else value.cpu() for name, value in values.items()})
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = None if value is None else value.cpu()
+        return PoseEstimate(**values)
 
 
 def posterior_mean_x0(model: Model, interpolant: Interpolant, x1: Tensor, y: Tensor) -> Tensor:

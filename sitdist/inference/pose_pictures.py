@@ -84,7 +84,7 @@ def _posed(
         column = getattr(estimate, name)
         if column is not None:
             facts[name] = float(column[row])
-    if estimate.rotation_bars_deg is not None:
+    if estimate.rotation_bars_deg is not None and estimate.translation_bars is not None:
         facts["rotation_bar_90_deg"] = float(estimate.rotation_bars_deg[row, 1])
         facts["translation_bar_90"] = float(estimate.translation_bars[row, 1])
     return PosedPicture(file, estimate.camera_to_world[row], camera, facts)

@@ -164,7 +164,7 @@ def _background(manifest: DatasetManifest, settings: EvaluateConfig) -> Tensor |
     """The colour [3] around a picture that is made smaller; None where no zoom makes it so."""
     if settings.estimator != "multi_zoom" or min(settings.zooms) >= 1.0:
         return None
-    colour = settings.background
+    colour: Sequence[float] | None = settings.background
     for source in manifest.train_sources():
         colour = colour or stated_background(source)
     if colour is None:

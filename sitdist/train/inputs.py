@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -55,7 +56,10 @@ class Inputs:
         """Micro-batches of `size` samples."""
         for start in range(0, len(self.t), size):
             rows = slice(start, start + size)
-            yield Inputs(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
+            values: dict[str, Any] = {
+                name: None if value is None else value[rows] for name, value in vars(self).items()
+            }
+            yield Inputs(**values)
 
 
 def make_inputs(batch: Batch, config: Config, endpoint: Endpoint, interpolant: Interpolant) -> Inputs:

@@ -51,7 +51,8 @@ class Column:
         summary = row.get(self.field)
         ends = ("low", "high") if self.statistic == "interval" else (self.statistic,)
         values = [None if summary is None else getattr(summary, end) for end in ends]
-        return "n/a" if None in values else " to ".join(map(self.format, values))
+        known = [self.format(value) for value in values if value is not None]
+        return " to ".join(known) if len(known) == len(values) else "n/a"
 
 
 def _columns(name: str, statistics: tuple[str, ...], with_baselines: bool) -> list[Column]:
