@@ -164,7 +164,7 @@ def _read_array(stream: IO[Any], size: int, name: str, remedy: str) -> np.ndarra
     else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     if dtype.hasobject:
-        raise DataError(f"{name}: an object array, as of pictures of several sizes; save one array of numbers")
+        raise DataError(f"{name}: an object array, as of pictures of several sizes; {remedy}")
     need = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or need > size or (shape and not dtype.itemsize):
         raise DataError(f"{name}: shape {list(shape)} of {dtype} needs {need:,} bytes and {size:,} are there; {remedy}")

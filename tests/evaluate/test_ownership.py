@@ -144,7 +144,7 @@ def test_a_file_that_is_there_is_refused_before_any_work_is_done(
         for work in ("sitdist.evaluate.likelihood.load_run", "benchmarks.pose.load_run"):
             patch.setattr(work, None)
         patch.setattr("sitdist.runs.averages.reconstruct", None)
-        patch.setattr("sitdist.build.camera_path.open_splits", None)
+        patch.setattr("sitdist.build.camera_path.recipe_cameras", None)
         (tmp_path / "file").write_text("mine")
         assert f"{tmp_path / 'file'}: already exists; give another name or --overwrite" in refused(*words)
         (tmp_path / "file").unlink()

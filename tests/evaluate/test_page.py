@@ -306,7 +306,7 @@ def test_strips_that_are_no_pictures_are_refused(folder, tmp_path, strip):
     shutil.copytree(folder, tmp_path / "copy")
     np.savez(tmp_path / "copy" / "cycle" / "strips.npz", pair000_slerp=strip)
     (table,) = load_experiments(folder)
-    with pytest.raises(DataError, match=r"strips\.npz: damaged"):
+    with pytest.raises(DataError, match=r"strips\.npz: .*(damaged|object array)"):
         experiment_pictures(tmp_path / "copy", table)
 
 

@@ -530,7 +530,7 @@ def flip_a_pixel(folder):
         (change_pictures(bin=lambda bin_: bin_ + 1), r"view v2_0 of bin 3 is not in records\.csv"),
         (change_pictures(bin=lambda bin_: bin_ + 0.5), r"bin float64"),
         (change_pictures(true=lambda true: true[:, :0], rendered=lambda true: true[:, :0]), r"true \[8, 0, 16, 3\]"),
-        (change_pictures(key=lambda key: key.astype(object)), r"images\.npz: damaged \(Object arrays"),
+        (change_pictures(key=lambda key: key.astype(object)), r"images\.npz: key: an object array"),
         (compressed, r"images\.npz: damaged \(compressed, "),
         (lambda folder: save_arrays(folder / "images.npz", {"key": np.array(["v2_0"])}), r"damaged \(no bin\)"),
     ],

@@ -179,21 +179,28 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
 
 def test_racing_starts_on_a_new_folder_give_one_writer(tmp_path):
     script = """
-import sys, time
+import sys
 from pathlib import Path
 from sitdist.errors import DataError
 from sitdist.io.ownership import only_writer
-time.sleep(max(0, float(sys.argv[2]) - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     with only_writer(Path(sys.argv[1]), "run"):
-        time.sleep(0.5)
-        print("worked")
+        print("worked", flush=True)
+        sys.stdin.read()
 except DataError as error:
-    print(error)
+    print(error, flush=True)
 """
     for attempt in range(3):
-        command = [sys.executable, "-c", script, str(tmp_path / str(attempt)), str(time.time() + 1.0)]
-        pair = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        said = sorted(process.communicate()[0].strip() for process in pair)
+        command = [sys.executable, "-c", script, str(tmp_path / str(attempt))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        racing = [subprocess.Popen(command, **pipes) for _ in range(3)]
+        assert [process.stdout.readline() for process in racing] == ["ready\n"] * 3
+        for process in racing:
+            process.stdin.write("go\n")
+        said = sorted(process.stdout.readline().strip() for process in racing)
+        for process in racing:
+            process.communicate()
         assert said[-1] == "worked", said
         assert all("in use by process" in line for line in said[:2]), said
