@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from sitdist.build.sources import ViewSource
-from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS, padded_size, sample_key
+from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS, index_name, padded_size, sample_key
 from sitdist.dataset.index import load_index
 from sitdist.dataset.manifest import ShardEntry
 from sitdist.errors import DataError
@@ -92,7 +92,7 @@ class Shard:
 
     def index(self, out: Path) -> Path:
         """The path of its index, which is written after the tar: a shard that has it is complete."""
-        return out / f"{self.name}.index.npz"
+        return out / index_name(f"{self.name}.tar")
 
 
 def shards_of(split: Split, size: int) -> list[Shard]:

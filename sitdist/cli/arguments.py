@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from sitdist.checks import LARGEST, LARGEST_SEED
-from sitdist.errors import CheckpointError, shown
+from sitdist.errors import shown
 
 METAVARS = {"refine": "SCENE", "lpips_backbone": "FILE"}
 
@@ -98,7 +98,9 @@ def radii(text: str) -> tuple[int, int]:
 def check_run(run: Path) -> None:
     """CheckpointError unless the folder is there, before anything slow is imported. Several processes look together."""
     if os.environ.get("WORLD_SIZE", "1") == "1" and not os.path.isdir(run):
-        raise CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`, or train first")
+        from sitdist.runs.checkpoint import no_checkpoint
+
+        raise no_checkpoint(run)
 
 
 def add_overwrite(command: argparse.ArgumentParser) -> None:

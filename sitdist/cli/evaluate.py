@@ -65,9 +65,10 @@ def _eval_options(command: Parser) -> None:
     _add_data(command)
     command.add_argument("--out", type=output, help="Folder of the results. Default: RUN/eval/...")
     add_evaluate_keys(
-        command, "estimator", "estimator_steps", "readout", "refine", "generator", "generator_steps", "batch", "seed"
+        command,
+        *("estimator", "estimator_steps", "readout", "refine", "generator", "generator_steps", "batch", "seed"),
+        "lpips_backbone",
     )
-    add_evaluate_keys(command, "lpips_backbone")
     add_set(command, "evaluate.guidance=2")
     command.add_argument("--uncalibrated", action="store_true", help="Leave out the run's error bars and trust.")
 
@@ -165,9 +166,10 @@ def _report(options: argparse.Namespace) -> None:
 
 def _show_results(folder: Path) -> None:
     from sitdist.evaluate.report import format_table
+    from sitdist.evaluate.schema import AGAIN
     from sitdist.io.json_file import read_json
 
-    show(format_table(read_json(folder / "metrics.json", "run `sitdist eval` again")))
+    show(format_table(read_json(folder / "metrics.json", AGAIN)))
     tell(f"report: {folder / 'report.html'}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class NoiseFloor:
 
 
 def noise_floor(
-    camera_to_world: Tensor, statistics: PoseStatistics, sigma: float, latent: tuple[int, int, int], seed: int
+    camera_to_world: Tensor, statistics: PoseStatistics, sigma: float, latent: Sequence[int], seed: int
 ) -> NoiseFloor:
     """Mean errors of poses [N, 4, 4] packed into a latent (C, h, w), given noise sigma * N(0, 1), and unpacked again.
 

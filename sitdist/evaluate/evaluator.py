@@ -31,7 +31,6 @@ from sitdist.evaluate.units import BINS_AT_MOST, Unit, make_units, thinned
 from sitdist.evaluate.view_evaluator import ViewEvaluator
 from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, RenderedViews, SplitViews, Views
 from sitdist.flow.choices import PICTURE_ESTIMATORS
-from sitdist.geometry.packing import PoseStatistics
 from sitdist.inference import calibration as calibrate
 from sitdist.inference.options import build_estimate
 from sitdist.inference.pose_reader import PoseReader
@@ -166,7 +165,6 @@ def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> P
     tools = Tools(
         loaded=evaluation.loaded,
         settings=evaluation.settings,
-        statistics=evaluation.statistics,
         views=evaluation.views,
         scene=source if isinstance(source, SceneSource) else None,
         training_poses=evaluation.training.camera_to_world(),
@@ -214,7 +212,6 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> ViewEvaluato
         calibration=calibration,
         why_uncalibrated=why_uncalibrated,
         settings=settings,
-        statistics=PoseStatistics.from_dict(loaded.manifest.statistics),
         poses=poses,
         views=views,
         units=units,

@@ -19,7 +19,7 @@ from sitdist.dataset.store import store_of
 from sitdist.errors import ConfigError, DataError
 from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
 from sitdist.flow.solve import MOST_STEPS
-from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.geometry.packing import standardize
 from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.memory import require_memory
@@ -85,13 +85,15 @@ def split_likelihood(
     base, reader = _base(loaded, folder), ShardReader(folder, split)
     count = len(reader) if views is None else min(views, len(reader))
     batch = min(batch, count)
-    need = PROBE_BYTES * probes * batch * math.prod(_shape(loaded))
+    need = PROBE_BYTES * probes * batch * math.prod(loaded.latent_shape)
     require_memory(need, f"{probes:,} probes of {batch:,} views", "give fewer --probes or a smaller --batch")
     densities = []
     for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
         indices = list(range(start, min(start + batch, count)))
         densities.append(_of_views(loaded, reader, indices, base, probes, method, steps, seed))
-    result = SplitLikelihood([reader.keys()[i] for i in range(count)], torch.cat(densities), math.prod(_shape(loaded)))
+    result = SplitLikelihood(
+        [reader.keys()[i] for i in range(count)], torch.cat(densities), math.prod(loaded.latent_shape)
+    )
     bad = (~result.log_density.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         raise DataError(
@@ -116,8 +118,8 @@ def _of_views(
     device = next(loaded.model.parameters()).device
     latents = latent_mean(reader.moments(indices).float()).to(device)
     labels = reader.labels()[indices].to(device)
-    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
-    packed_pose = standardize(reader.camera_to_world()[indices], statistics, reader.intrinsics(indices)).to(device)
+    poses, intrinsics = reader.camera_to_world()[indices], reader.intrinsics(indices)
+    packed_pose = standardize(poses, loaded.statistics, intrinsics).to(device)
     signs = rademacher(seed, torch.tensor(indices, device=device), probes, latents.shape[1:])
     model = loaded.endpoint.conditioned(loaded.model, packed_pose)
     return log_likelihood(model, loaded.interpolant, latents, labels, base, signs, method, steps).log_density.cpu()
@@ -129,15 +131,9 @@ def _base(loaded: LoadedRun, data: Path) -> GaussianBase | PoseBase:
         return GaussianBase()
     reader = ShardReader(data, "train")
     every = list(range(len(reader)))
-    statistics = PoseStatistics.from_dict(loaded.manifest.statistics)
-    packed_poses = standardize(reader.camera_to_world(), statistics, reader.intrinsics(every))
-    zeros = torch.zeros(len(reader), *_shape(loaded))
+    packed_poses = standardize(reader.camera_to_world(), loaded.statistics, reader.intrinsics(every))
+    zeros = torch.zeros(len(reader), *loaded.latent_shape)
     return PoseBase(loaded.endpoint.x0(packed_poses, zeros), loaded.endpoint.sigma)
-
-
-def _shape(loaded: LoadedRun) -> tuple[int, int, int]:
-    latent = loaded.manifest.latent
-    return latent.channels, latent.height, latent.width
 
 
 def _write(out: Path, result: SplitLikelihood) -> None:

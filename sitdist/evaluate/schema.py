@@ -45,7 +45,7 @@ class Measure:
     of: what it says something of, the pose of a picture or the picture of a pose.
     main, spread: the statistics in the report's main table and in the table of its spread.
     baselines: fields that it is held against, by their means.
-    plotted: drawn against the radius. card: in the model card. board: written to TensorBoard.
+    plotted: drawn against the radius. card: in the model card.
     """
 
     label: str
@@ -59,7 +59,6 @@ class Measure:
     baselines: tuple[str, ...] = ()
     plotted: bool = False
     card: bool = False
-    board: bool = True
 
     @property
     def title(self) -> str:

@@ -33,8 +33,6 @@ from sitdist.evaluate.tasks import Task
 from sitdist.evaluate.units import Unit, merge_pictures, pictured
 from sitdist.evaluate.views import Views, to_uint8
 from sitdist.flow.estimate import PoseEstimate
-from sitdist.flow.sample import sample_latents
-from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference import calibration as calibrate
 from sitdist.inference.options import build_sampling
@@ -57,7 +55,6 @@ class ViewEvaluator:
     calibration: calibrate.RunCalibration | None
     why_uncalibrated: str
     settings: EvaluateConfig
-    statistics: PoseStatistics
     poses: PoseReader
     views: Views
     units: list[Unit]
@@ -138,7 +135,9 @@ class ViewEvaluator:
         if flow.why_no_pose() is None:
             values |= self._pose_errors(self._estimate(images, moments, labels, intrinsics), true, intrinsics)
         if flow.why_no_picture() is None:
-            rendered = codec.decode(self._generate(unit, true, intrinsics, labels, latents.shape[1:]))
+            positions = torch.tensor([view.position for view in unit.views], device=self.device)
+            how = (build_sampling(self.settings), self.settings.seed, "eval", positions)  # of the noise: seed and on
+            rendered = self.loaded.render(true, intrinsics, labels, *how)
             values |= self._picture_errors(rendered, images)
         columns = {name: value if isinstance(value, list) else value.tolist() for name, value in values.items()}
         columns |= {name: [getattr(view, name) for view in unit.views] for name in ("key", "radius", "bin")}
@@ -179,26 +178,6 @@ class ViewEvaluator:
             "ssim": metrics.ssim(rendered, images),
         }
         return values if self.lpips is None else values | {"lpips": self.lpips(rendered, images)}
-
-    def _generate(
-        self, unit: Unit, camera_to_world: Tensor, intrinsics: Tensor, labels: Tensor, shape: torch.Size
-    ) -> Tensor:
-        """Latents generated from the true poses, with noise keyed by (seed, position of the view)."""
-        return sample_latents(
-            self.loaded.model,
-            self.loaded.interpolant,
-            self.loaded.endpoint,
-            standardize(camera_to_world, self.statistics, intrinsics),
-            labels,
-            shape,
-            build_sampling(self.settings),
-            self.settings.seed,
-            "eval",
-            self._positions(unit),
-        )
-
-    def _positions(self, unit: Unit) -> Tensor:
-        return torch.tensor([view.position for view in unit.views], device=self.device)
 
     def write_summary(self, records: list[ViewRecord]) -> None:
         """metrics.json, without rows where there are no records."""
@@ -261,6 +240,6 @@ class ViewEvaluator:
         }
 
     def _noise_floor(self) -> NoiseFloor:
-        shape, endpoint = self.loaded.manifest.latent, self.loaded.endpoint
-        latent, sigma = (shape.channels, shape.height, shape.width), endpoint.sigma / endpoint.gain
-        return noise_floor(self.training.camera_to_world(), self.statistics, sigma, latent, self.settings.seed)
+        loaded, poses = self.loaded, self.training.camera_to_world()
+        sigma = loaded.endpoint.sigma / loaded.endpoint.gain
+        return noise_floor(poses, loaded.statistics, sigma, loaded.latent_shape, self.settings.seed)

@@ -38,6 +38,5 @@ STOCHASTIC = {"euler_maruyama": "euler_maruyama", "stochastic_heun": "heun"}  # 
 GENERATORS = get_args(Generator)
 LATENT_ESTIMATORS = get_args(LatentEstimator)
 PICTURE_ESTIMATORS = get_args(PictureEstimator)
-ESTIMATORS = get_args(Estimator)
 RENAMED_ESTIMATORS = {"source": "euler_249"}  # names in older files
 READOUTS = get_args(Readout)

@@ -1,4 +1,4 @@
-"""From a config and a dataset's manifest to the model and its optimizer."""
+"""How latents are generated and read, from the `evaluate` part of a config."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from sitdist.runs.checkpoint import (
     _check_same,
     check_tensors,
     folder_of,
+    no_checkpoint,
     read_checkpoint,
     read_newest,
     stored_config,
@@ -54,6 +55,12 @@ class LoadedRun:
     def statistics(self) -> PoseStatistics:
         """The pose statistics of the training data."""
         return PoseStatistics.from_dict(self.manifest.statistics)
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        """[C, h, w] of the latents."""
+        latent = self.manifest.latent
+        return torch.Size((latent.channels, latent.height, latent.width))
 
     def estimate(
         self, latents: Tensor, labels: Tensor, options: EstimateOptions, guidance: tuple[float, str] | None = None
@@ -82,7 +89,7 @@ class LoadedRun:
             self.endpoint,
             standardize(camera_to_world, self.statistics, intrinsics),
             labels,
-            torch.Size([self.manifest.latent.channels, self.manifest.latent.height, self.manifest.latent.width]),
+            self.latent_shape,
             options,
             seed,
             stream,
@@ -103,7 +110,7 @@ def load_run(
     run = Path(run)
     checkpoint = read_newest(run, ["ema"]) if step is None else read_checkpoint(folder_of(run, step), ["ema"])
     if checkpoint is None:
-        raise CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`, or train first")
+        raise no_checkpoint(run)
     config = _config_of(run, checkpoint)
     manifest = _dataset_of(run, checkpoint, config)
     weights = checkpoint.folder / "ema.safetensors"

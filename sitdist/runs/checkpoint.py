@@ -361,6 +361,11 @@ def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
             )
 
 
+def no_checkpoint(run: Path) -> CheckpointError:
+    """The error for a folder without a checkpoint that can be used."""
+    return CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`, or train first")
+
+
 def dataset_fingerprint(dataset: Path) -> str:
     """SHA-256 of the dataset's manifest, which holds the hashes of all its shards."""
     return file_sha256(dataset / "manifest.json")

@@ -12,7 +12,7 @@ from torch import Tensor
 from sitdist.errors import CheckpointError, ConfigError
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.model.pretrained import read_weights
-from sitdist.runs.checkpoint import folder_of, read_checkpoint, read_newest
+from sitdist.runs.checkpoint import folder_of, no_checkpoint, read_checkpoint, read_newest
 
 Weights = Literal["ema", "model"]
 SUFFIXES = (".safetensors", ".pt")
@@ -54,5 +54,5 @@ def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
 def _of_run(run: Path, step: int | None, weights: Weights) -> tuple[dict[str, Tensor], str]:
     checkpoint = read_newest(run, [weights]) if step is None else read_checkpoint(folder_of(run, step), [weights])
     if checkpoint is None:
-        raise CheckpointError(f"{run}: has no whole checkpoint; give the --out of `sitdist train`")
+        raise no_checkpoint(run)
     return checkpoint.tensors[weights], f"{checkpoint.folder / weights}.safetensors"

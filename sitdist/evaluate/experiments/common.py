@@ -21,11 +21,9 @@ from sitdist.evaluate.statistics import summarize_all
 from sitdist.evaluate.units import ViewRef
 from sitdist.evaluate.views import ViewBatch, Views
 from sitdist.flow import draws
-from sitdist.flow.estimate import EstimateOptions, estimate_pose
-from sitdist.flow.sample import sample_latents
+from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.solve import generate
 from sitdist.geometry.camera import Intrinsics
-from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.inference.options import build_estimate, build_sampling
 from sitdist.inference.run import LoadedRun
 from sitdist.io.json_file import write_json
@@ -42,7 +40,6 @@ class Tools:
 
     loaded: LoadedRun
     settings: EvaluateConfig
-    statistics: PoseStatistics
     views: Views
     scene: SceneSource | None
     training_poses: Tensor
@@ -65,11 +62,6 @@ class Tools:
         """The label of the scene's object, or else of the first view."""
         return self.scene.label if self.scene else int(self.views.load((self.references[0],)).labels[0])
 
-    @property
-    def latent_shape(self) -> torch.Size:
-        shape = self.loaded.manifest.latent
-        return torch.Size((shape.channels, shape.height, shape.width))
-
     def intrinsics(self, count: int) -> Tensor:
         """Normalized intrinsics [count, 4] of a training camera."""
         return self.focal.to(self.device).expand(count, 4)
@@ -77,12 +69,7 @@ class Tools:
     @torch.no_grad()
     def read(self, latents: Tensor, labels: Tensor, options: EstimateOptions | None = None) -> Tensor:
         """Poses [B, 4, 4] read off latents [B, C, h, w]."""
-        loaded, settings = self.loaded, self.settings
-        chosen = options or build_estimate(settings)
-        estimate = estimate_pose(
-            loaded.model, loaded.interpolant, latents, labels, self.statistics, chosen, loaded.endpoint
-        )
-        return estimate.camera_to_world
+        return self.loaded.estimate(latents, labels, options or build_estimate(self.settings)).camera_to_world
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -94,24 +81,13 @@ class Tools:
         self, poses: Tensor, intrinsics: Tensor, labels: Tensor, stream: str, positions: Tensor, **changes: Any
     ) -> Tensor:
         """Pictures [B, 3, H, W] that the model renders from poses [B, 4, 4]; noise by (seed, stream, position)."""
-        loaded = self.loaded
-        latents = sample_latents(
-            loaded.model,
-            loaded.interpolant,
-            loaded.endpoint,
-            standardize(poses.to(self.device), self.statistics, intrinsics),
-            labels,
-            self.latent_shape,
-            build_sampling(self.settings.model_copy(update=changes)),
-            self.settings.seed,
-            stream,
-            positions.to(self.device),
-        )
-        return loaded.codec.decode(latents)
+        options, seed = build_sampling(self.settings.model_copy(update=changes)), self.settings.seed
+        poses, positions = poses.to(self.device), positions.to(self.device)
+        return self.loaded.render(poses, intrinsics, labels, options, seed, stream, positions)
 
     def noise(self, stream: str, positions: Tensor) -> Tensor:
         """Standard normal noise [B, C, h, w] of the latents' shape."""
-        shape = self.latent_shape
+        shape = self.loaded.latent_shape
         return draws.normal(self.settings.seed, stream, positions.to(self.device), math.prod(shape)).reshape(-1, *shape)
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ class Interpolation:
             pictures = tools.render(way, intrinsics, labels, self.name, positions)
         else:
             noise = tools.noise(self.name, torch.tensor([end.position for end in ends]))
-            packed = standardize(poses.to(tools.device), tools.statistics, intrinsics[:2])
+            packed = standardize(poses.to(tools.device), tools.loaded.statistics, intrinsics[:2])
             start, stop = tools.loaded.endpoint.x0(packed, noise)
             share = torch.linspace(0.0, 1.0, STEPS, device=tools.device)[:, None, None, None]
             pictures = tools.follow((1.0 - share) * start + share * stop, labels)  # [STEPS, 3, H, W]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sitdist.evaluate.experiments.tables import ExperimentTable, mean_of
-from sitdist.evaluate.measures import MEASURES
 from sitdist.evaluate.report.stored import Evaluation, Metrics, Row
 from sitdist.io.atomic import cannot_write, remove_leftovers, temporary_name
 from sitdist.io.images import picture_sizes
@@ -117,6 +116,5 @@ def _scalars(row: Row) -> dict[str, float]:
     return {
         f"{name}/{statistic}": float(value)
         for name, summary in row.summaries().items()
-        if MEASURES[name].board
         for statistic, value in summary.to_dict().items()
     }
