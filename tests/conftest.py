@@ -49,6 +49,14 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def views_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same dataset with its views kept, for appearances; never write into it."""
+    folder = tmp_path_factory.mktemp("data") / "views"
+    build(parse(Recipe, {**TINY_RECIPE, "keep_views": True}, "views"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ball_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a fitted scene: a grey ball in an empty white box; never write into it."""
     axis = torch.linspace(-1.0, 1.0, 12)

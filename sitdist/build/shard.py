@@ -21,8 +21,8 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from sitdist.build.sources import ViewSource
-from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS, index_name, padded_size, sample_key
+from sitdist.build.sources import ViewSource, cut_out
+from sitdist.dataset.format import IMAGE_MEMBER, INDEX_FIELDS, VIEW_MEMBER, index_name, padded_size, sample_key
 from sitdist.dataset.index import load_index
 from sitdist.dataset.manifest import ShardEntry
 from sitdist.errors import DataError
@@ -135,6 +135,7 @@ class SampleMaker:
     codec: Codec
     statistics: PoseStatistics
     batch: int
+    keep_views: bool = False
 
     def batches(self, shard: Shard) -> list[ViewBatch]:
         """The batches of one shard, in order; no batch spans two shards."""
@@ -143,14 +144,20 @@ class SampleMaker:
 
     def __call__(self, batch: ViewBatch) -> list[Sample]:
         """The samples of one batch; DataError where a picture cannot be read or a latent is not finite."""
-        images = batch.split.source.images(batch.indices)
+        source = batch.split.source
+        views = source.views(batch.indices)
+        images = source.pictures(batch.indices, views)
         moments = self._encode(batch, images)
         keep = batch.split.keeps_images
         codec_psnr = _codec_psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
-        return [
-            self._sample(batch, row, moments[row], images[row] if keep else None, codec_psnr[row])
-            for row in range(len(images))
-        ]
+        samples = []
+        for row, index in enumerate(batch.indices):
+            background, view = source.background(index), views[row]
+            if self.keep_views and background is not None and not view[3].any():
+                view = cut_out(images[row], background)
+            image, kept = images[row] if keep else None, view if self.keep_views else None
+            samples.append(self._sample(batch, row, moments[row], image, kept, codec_psnr[row]))
+        return samples
 
     @torch.no_grad()
     def _encode(self, batch: ViewBatch, images: Tensor) -> Tensor:
@@ -163,7 +170,15 @@ class SampleMaker:
             raise DataError(f"{batch.split.name} view {views}: {_why_not_finite(self.codec, moments)}")
         return stored
 
-    def _sample(self, batch: ViewBatch, row: int, moments: Tensor, image: Tensor | None, codec_psnr: float) -> Sample:
+    def _sample(
+        self,
+        batch: ViewBatch,
+        row: int,
+        moments: Tensor,
+        image: Tensor | None,
+        kept_view: Tensor | None,
+        codec_psnr: float,
+    ) -> Sample:
         source, view = batch.split.source, batch.indices[row]
         camera_to_world = source.camera_to_world[view]
         intrinsics = torch.tensor(source.intrinsics(view).normalized(), dtype=torch.float64)
@@ -176,6 +191,8 @@ class SampleMaker:
         }
         if image is not None:
             members[IMAGE_MEMBER] = _png(image)
+        if kept_view is not None:
+            members[VIEW_MEMBER] = _npy((kept_view.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8))
         columns = {
             "label": int(source.labels[view]),
             "camera_to_world": camera_to_world.numpy(),
@@ -343,8 +360,11 @@ def _index(tar: Path, columns: Sequence[dict[str, Any]]) -> dict[str, np.ndarray
                 "image": image.offset_data if image else 0,
                 "image_bytes": image.size if image else 0,
             }
+            if VIEW_MEMBER in members:
+                places["view"] = members[VIEW_MEMBER].offset_data
             rows.append(places | given)
-    return {name: np.asarray([row[name] for row in rows], dtype) for name, (dtype, _) in INDEX_FIELDS.items()}
+    kinds = {name: kind for name, (kind, _) in INDEX_FIELDS.items() if name in rows[0]}
+    return {name: np.asarray([row[name] for row in rows], kind) for name, kind in kinds.items()}
 
 
 def _measure(shard: Shard, out: Path) -> BuiltShard:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from sitdist.config.recipe import NpzSource, RadiusAugmentation, SceneSource, TransformsSource
 from sitdist.errors import DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
-from sitdist.geometry.resample import zoomed
+from sitdist.geometry.resample import resampled
 from sitdist.io.atomic import file_sha256
 from sitdist.io.files import sha256_of
 from sitdist.io.images import to_pixels
@@ -24,14 +26,16 @@ from sitdist.io.npz import PosedArray, npz_files, read_posed_array
 from sitdist.io.transforms import read_posed_files, transforms_file
 from sitdist.scene.views import (
     backdrop,
+    border_pixels,
     capture_similarity,
+    look,
     open_scene,
     random_cameras,
     random_fov_deg,
-    render,
     scene_files,
 )
 
+BORDER_TOLERANCE = 0.04  # how far a pixel of a plain background may be from its colour
 PAST_ORIGIN = 1e-2  # with radius augmentation, how far a camera may look past the origin, relative to its distance
 
 
@@ -49,8 +53,30 @@ class ViewSource(ABC):
         """The intrinsics of view `index`, in pixels."""
 
     @abstractmethod
+    def views(self, indices: Sequence[int]) -> Tensor:
+        """These views without their background, [B, 4, H, W] float32: light (colour times opacity) and transmittance.
+
+        The transmittance is 0 where a picture has no alpha. DataError if one is not a picture.
+        """
+
+    @abstractmethod
+    def background(self, index: int) -> Tensor | None:
+        """The colour [3] behind view `index`; None where it is unknown or not plain."""
+
+    def pictures(self, indices: Sequence[int], views: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] float32 in [0, 1] of `views` before their backgrounds."""
+        return torch.stack([self._on_background(index, view) for index, view in zip(indices, views, strict=True)])
+
+    def _on_background(self, index: int, view: Tensor) -> Tensor:
+        if not view[3].any():
+            return view[:3].clamp(0.0, 1.0)
+        background = self.background(index)
+        assert background is not None
+        return (view[:3] + view[3] * background[:, None, None]).clamp(0.0, 1.0)
+
     def images(self, indices: Sequence[int]) -> Tensor:
         """Pictures [B, 3, H, W] float32 in [0, 1] of these views; DataError if one is not a picture."""
+        return self.pictures(indices, self.views(indices))
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -82,16 +108,14 @@ def open_source(config: SourceConfig | list[SourceConfig], image_size: int) -> V
         source = _TransformsViews(config, image_size)
     if config.radius_augmentation is None:
         return source
-    return _RadiusAugmentedViews(source, config.radius_augmentation, _background(config))
-
-
-def _background(config: SourceConfig) -> Tensor:
-    """The background colour [3] of a source with radius augmentation."""
-    assert config.radius_augmentation is not None
-    colour = config.radius_augmentation.background
-    if colour is None and not isinstance(config, NpzSource):
-        colour = config.background
-    return backdrop(open_scene(config.scene)) if colour is None else torch.tensor(colour)  # type: ignore[union-attr]
+    given = config.radius_augmentation.background
+    background = source.background(0) if given is None else torch.tensor(given)
+    if background is None:
+        raise DataError(
+            "radius_augmentation has no background, and that of the pictures is not plain; set "
+            "radius_augmentation.background, such as [1, 1, 1]"
+        )
+    return _RadiusAugmentedViews(source, config.radius_augmentation, background)
 
 
 class _MixedViews(ViewSource):
@@ -110,10 +134,23 @@ class _MixedViews(ViewSource):
         self.labels = torch.cat([source.labels for source in sources])[order]
 
     def intrinsics(self, index: int) -> Intrinsics:
-        return self._sources[int(self._source[index])].intrinsics(int(self._view[index]))
+        source, view = self._place(index)
+        return source.intrinsics(view)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        return torch.cat([self._sources[int(self._source[i])].images([int(self._view[i])]) for i in indices])
+    def _place(self, index: int) -> tuple[ViewSource, int]:
+        """The source of a view, and its number there."""
+        return self._sources[int(self._source[index])], int(self._view[index])
+
+    def views(self, indices: Sequence[int]) -> Tensor:
+        return torch.cat([source.views([view]) for source, view in map(self._place, indices)])
+
+    def background(self, index: int) -> Tensor | None:
+        source, view = self._place(index)
+        return source.background(view)
+
+    def _on_background(self, index: int, view: Tensor) -> Tensor:
+        source, number = self._place(index)
+        return source._on_background(number, view)
 
     @property
     def original(self) -> Tensor:
@@ -157,16 +194,29 @@ class _RadiusAugmentedViews(ViewSource):
     def intrinsics(self, index: int) -> Intrinsics:
         return self._source.intrinsics(index // (1 + self._config.copies))
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        group = 1 + self._config.copies
-        pictures = self._source.images([index // group for index in indices])
-        return torch.stack([self._picture(index, picture) for index, picture in zip(indices, pictures, strict=True)])
+    def views(self, indices: Sequence[int]) -> Tensor:
+        views = self._source.views([index // (1 + self._config.copies) for index in indices])
+        return torch.stack([self._zoomed(index, view) for index, view in zip(indices, views, strict=True)])
 
-    def _picture(self, index: int, picture: Tensor) -> Tensor:
-        if index % (1 + self._config.copies) == 0:
-            return picture
-        camera = self.intrinsics(index)
-        return zoomed(picture, 1.0 / float(self._ratio[index]), (camera.cx, camera.cy), self._background)
+    def _zoomed(self, index: int, view: Tensor) -> Tensor:
+        if self._is_original(index):
+            return view
+        camera, empty = self.intrinsics(index), view.new_tensor([0.0, 0.0, 0.0, 1.0])
+        if not view[3].any():  # a picture without alpha: what lies around it is the background
+            empty[:3] = self._background
+            empty[3] = 0.0
+        return resampled(view, 1.0 / float(self._ratio[index]), (camera.cx, camera.cy), empty)
+
+    def background(self, index: int) -> Tensor | None:
+        return self._background
+
+    def _is_original(self, index: int) -> bool:
+        return index % (1 + self._config.copies) == 0
+
+    def _on_background(self, index: int, view: Tensor) -> Tensor:
+        if self._is_original(index):
+            return self._source._on_background(index // (1 + self._config.copies), view)
+        return _in_steps(super()._on_background(index, view))
 
     def fingerprint(self) -> str:
         settings = f"{self._config.model_dump_json()} {self._background.tolist()}"
@@ -200,6 +250,7 @@ class _SceneViews(ViewSource):
         need = (500 + 150 * copies) * config.views
         require_memory(need, f"the cameras of {config.views:,} views", "give fewer views or copies")
         self._scene = open_scene(config.scene)
+        self._background = backdrop(self._scene, config.background)
         positions = torch.arange(config.views)
         self.camera_to_world = random_cameras(config, positions)
         self._fov_deg = random_fov_deg(config, positions)
@@ -208,18 +259,19 @@ class _SceneViews(ViewSource):
     def intrinsics(self, index: int) -> Intrinsics:
         return Intrinsics.from_fov(float(self._fov_deg[index]), self._size, self._size)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        pictures = [
-            render(
-                self._scene,
-                self.camera_to_world[index],
-                self.intrinsics(index),
-                self.config.supersample,
-                self.config.background,
-            )
-            for index in indices
-        ]
-        return torch.stack(pictures)
+    def views(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._look(index) for index in indices])
+
+    def _look(self, index: int) -> Tensor:
+        camera_to_world, intrinsics = self.camera_to_world[index], self.intrinsics(index)
+        seen = look(self._scene, camera_to_world, intrinsics, self.config.supersample)
+        return torch.cat([seen.light.permute(2, 0, 1), seen.through[None]])
+
+    def background(self, index: int) -> Tensor | None:
+        return self._background
+
+    def _on_background(self, index: int, view: Tensor) -> Tensor:
+        return _in_steps((view[:3] + view[3] * self._background[:, None, None]).clamp(0.0, 1.0))
 
     def fingerprint(self) -> str:
         files = [] if self.config.scene is None else scene_files(self.config.scene)
@@ -256,9 +308,16 @@ class _NpzViews(ViewSource):
     def intrinsics(self, index: int) -> Intrinsics:
         return self._place(index)[0].intrinsics
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def views(self, indices: Sequence[int]) -> Tensor:
         places = [self._place(index) for index in indices]
-        return torch.stack([_picture(array.images[row]) for array, row in places])
+        return torch.stack([_opaque(_picture(array.images[row])) for array, row in places])
+
+    @cached_property
+    def _background(self) -> Tensor | None:
+        return plain_background(self.views(_some(len(self)))[:, :3])
+
+    def background(self, index: int) -> Tensor | None:
+        return self._background
 
     def fingerprint(self) -> str:
         return sha256_of(str(self._label).encode(), *(file_sha256(file).encode() for file in self._files))
@@ -268,7 +327,7 @@ class _TransformsViews(ViewSource):
     """Frames of a Blender or nerfstudio transforms.json: OpenGL camera-to-world matrices and picture files."""
 
     def __init__(self, config: TransformsSource, image_size: int) -> None:
-        self._config, self._background = config, torch.tensor(config.background)
+        self._config = config
         self._file = transforms_file(Path(config.path))
         self._views = read_posed_files(self._file)
         for view in self._views:
@@ -284,14 +343,28 @@ class _TransformsViews(ViewSource):
     def intrinsics(self, index: int) -> Intrinsics:
         return self._views[index].intrinsics
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def views(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self._read(self._views[index].picture) for index in indices])
 
-    def _read(self, path: Path) -> Tensor:
+    @staticmethod
+    def _read(path: Path) -> Tensor:
         colour, alpha = to_pixels(path, str(path))
-        if alpha is not None:
-            colour = colour * alpha + self._background[:, None, None] * (1.0 - alpha)
-        return colour.clamp(0.0, 1.0)
+        return _opaque(colour) if alpha is None else torch.cat([colour * alpha, 1.0 - alpha[None]])
+
+    @cached_property
+    def _learned(self) -> Tensor | None:
+        views = self.views(_some(len(self)))
+        opaque = views[~views[:, 3].flatten(1).any(1)]
+        if len(opaque) > len(views) // 2:
+            return plain_background(opaque[:, :3])
+        return torch.tensor(self._config.background)
+
+    def background(self, index: int) -> Tensor | None:
+        return self._learned
+
+    def _on_background(self, index: int, view: Tensor) -> Tensor:
+        given = torch.tensor(self._config.background)[:, None, None]  # of pictures with alpha
+        return (view[:3] + given * view[3]).clamp(0.0, 1.0)
 
     def fingerprint(self) -> str:
         background = str((self._config.background, self._config.label)).encode()
@@ -303,3 +376,41 @@ def _picture(image: np.ndarray) -> Tensor:
     """[H, W, 3] uint8, or float in [0, 1] but for rounding, as float32 [3, H, W] in [0, 1]."""
     scale = np.float32(255.0) if image.dtype == np.uint8 else np.float32(1.0)
     return torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1).clamp(0.0, 1.0)
+
+
+def _opaque(picture: Tensor) -> Tensor:
+    """A picture [3, H, W] without alpha as a view [4, H, W]."""
+    return torch.cat([picture, torch.zeros_like(picture[:1])])
+
+
+def _in_steps(picture: Tensor) -> Tensor:
+    """A picture in steps of 1/255."""
+    return (picture * 255.0).round() / 255.0
+
+
+def _some(count: int, most: int = 64) -> list[int]:
+    """At most `most` of `count` views, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, most)).long().tolist()
+
+
+def plain_background(pictures: Tensor) -> Tensor | None:
+    """The colour [3] that nine tenths of the border pixels of pictures [N, 3, H, W] have; None if there is none."""
+    border = border_pixels(pictures)
+    colour = border.quantile(0.5, dim=0)
+    same = (border - colour).abs().amax(dim=1) < BORDER_TOLERANCE
+    return colour if same.float().mean() > 0.9 else None
+
+
+def cut_out(picture: Tensor, background: Tensor) -> Tensor:
+    """The view [4, H, W] that gives `picture` [3, H, W] on a plain `background` [3], with the least opaque edges.
+
+    An opacity is at least what the pixel's colour needs. Pixels that differ from the background, and those that such
+    pixels enclose, are opaque but at their edge.
+    """
+    difference = picture - background[:, None, None]
+    room = torch.where(difference > 0, 1.0 - background[:, None, None], background[:, None, None])
+    opacity = (difference.abs() / room.clamp_min(1e-3)).amax(dim=0).clamp(0.0, 1.0)  # [H, W]
+    solid = ndimage.binary_fill_holes(difference.abs().amax(dim=0).numpy() > 2.0 * BORDER_TOLERANCE)
+    inside = torch.from_numpy(ndimage.binary_erosion(solid, np.ones((3, 3)))).float()
+    through = 1.0 - opacity.maximum(inside)
+    return torch.cat([picture - through * background[:, None, None], through[None]])

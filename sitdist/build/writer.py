@@ -74,7 +74,7 @@ def build(
             train = splits["train"]
             intrinsics = train.intrinsics if recipe.packing == "intrinsics" else None
             statistics = PoseStatistics.from_poses(train.camera_to_world, intrinsics)
-            make = SampleMaker(codec, statistics, recipe.encode_batch)
+            make = SampleMaker(codec, statistics, recipe.encode_batch, recipe.keep_views)
         built = _build_shards(splits, recipe.samples_per_shard, make, out, pool, depth, ranks)
         manifest: DatasetManifest | None = None
         with ranks.raise_together():
@@ -356,8 +356,20 @@ def _objects(recipe: Recipe, splits: dict[str, Split]) -> list[ObjectEntry]:
         counts = {name: int((mine == label).sum()) for name, mine in labels.items()}
         views = {name: count for name, count in counts.items() if count}
         name = names.get(label, f"object {label}")
-        entries.append(ObjectEntry(label=label, name=name, views=views, similarity=similarities.get(label)))
+        similarity, background = similarities.get(label), _background_of(label, splits) if recipe.keep_views else None
+        entries.append(ObjectEntry(label=label, name=name, views=views, similarity=similarity, background=background))
     return entries
+
+
+def _background_of(label: int, splits: dict[str, Split]) -> tuple[float, float, float] | None:
+    """The colour behind an object in the first of its views."""
+    for split in splits.values():
+        mine = split.indices[split.source.labels[split.indices] == label]
+        colour = split.source.background(int(mine[0])) if len(mine) else None
+        if colour is not None:
+            red, green, blue = colour.clamp(0.0, 1.0).tolist()
+            return red, green, blue
+    return None
 
 
 def _held_out_psnr(built: dict[str, list[BuiltShard]]) -> CodecPsnr | None:

@@ -194,6 +194,35 @@ class FlowConfig(Schema):
         return self
 
 
+class AppearanceConfig(Schema):
+    """How the views that train reading poses (t = 1) may look; it is drawn anew whenever a view is visited.
+
+    Backgrounds, mattes, shadows, occluders, light, blur, noise and compression vary. Rendering sees clean views. The
+    dataset must be built with keep_views.
+    """
+
+    strength: Annotated[float, Field(ge=0, le=3)] = Field(
+        1.0, description="Scale of all variations; 0 shows clean views."
+    )
+    pictures: Word | None = Field(
+        None, description="Folder of pictures to use as backgrounds, beside plain colours and random textures."
+    )
+    roll_deg: Annotated[float, Field(ge=0, le=180)] = Field(
+        0.0, description="Largest roll to turn cameras by, to either side; the pose turns along."
+    )
+    turn_deg: Annotated[float, Field(ge=0, le=30)] = Field(
+        0.0, description="Largest angle to turn cameras by to the sides, up and down; the pose turns along."
+    )
+    zoom: Annotated[float, Field(ge=1, le=2)] = Field(
+        1.0, description="Largest factor on the focal length, up or down; needs packing: intrinsics."
+    )
+
+    @property
+    def moves_cameras(self) -> bool:
+        """Whether the cameras of varied views are turned or zoomed."""
+        return self.roll_deg > 0 or self.turn_deg > 0 or self.zoom > 1
+
+
 class OptimizerConfig(Schema):
     """The optimizer: torch.optim.AdamW or SGD."""
 
@@ -394,13 +423,19 @@ class Config(Schema):
     seed: Seed = Field(0, description="Seed of the weights, the sample order and the noise.")
     model: ModelConfig = Field(description="The transformer.")
     flow: FlowConfig = Field(FlowConfig(), description="The interpolant.")
+    appearance: AppearanceConfig | None = Field(
+        None, description="How the views that train reading poses may look; null shows them as they are."
+    )
     train: TrainConfig = Field(description="The training run.")
     reader: ReaderConfig = Field(ReaderConfig(), description="How training samples are read.")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="How pictures are generated and poses estimated.")
 
     @model_validator(mode="after")
     def _generates(self) -> Config:
-        evaluate = self.evaluate
+        evaluate, flow = self.evaluate, self.flow
+        if self.appearance is not None and (flow.share_at_one == 0 or flow.why_no_pose() is not None):
+            reason = flow.why_no_pose() or "flow.share_at_one is 0"
+            raise ValueError(f"appearance varies the views that train reading poses, but {reason}; leave it out")
         if evaluate.generator in get_args(StochasticSolver) and self.flow.endpoint != "gaussian":
             raise ValueError(
                 f"evaluate.generator {evaluate.generator} follows the score, which is known for the gaussian endpoint "

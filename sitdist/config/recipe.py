@@ -227,6 +227,9 @@ class Recipe(Schema):
     splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)], Sources] = Field(
         description="The source of each split's views, or a list of sources; one of the splits is train."
     )
+    keep_views: bool = Field(
+        False, description="Also store each view with its transparency, which a config's appearance needs."
+    )
     val_views: NonNegative = Field(
         64, description="Number of training views to hold out as the split val; 0 where the recipe has one."
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ class Batch:
     """One rank's share of a global batch.
 
     moments [b, 2C, h, w] float32, packed_pose [b, 4, 4] float32, label [b], and positions [b]: the samples' global
-    positions in the endless sequence of epochs, which key all random numbers.
+    positions in the endless sequence of epochs, which key all random numbers. `view` [b, 4, H, W] uint8: the views
+    without background, where they are read.
     """
 
     moments: Tensor
@@ -34,6 +35,11 @@ class Batch:
     label: Tensor
     positions: Tensor
     keys: list[str]
+    view: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors to `device`."""
@@ -44,8 +50,10 @@ class Batch:
         return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        moments, packed_pose, label = change(self.moments), change(self.packed_pose), change(self.label)
-        return Batch(moments, packed_pose, label, change(self.positions), self.keys)
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 class BatchReader:
@@ -112,7 +120,7 @@ class BatchReader:
         for row in sorted(samples.faults):
             indices[row] = self._replace(samples, row, int(indices[row]), int(positions[row]))
         keys = [sample_key(index) for index in indices.tolist()]
-        return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, keys)
+        return Batch(samples.moments.float(), samples.packed_pose, samples.label, positions, keys, samples.view)
 
     def reading(self) -> list[str]:
         """The shards that threads are reading now."""
@@ -142,6 +150,8 @@ class BatchReader:
                 samples.moments[row] = found.moments[0]
                 samples.packed_pose[row] = found.packed_pose[0]
                 samples.label[row] = found.label[0]
+                if samples.view is not None and found.view is not None:
+                    samples.view[row] = found.view[0]
                 return replacement
         raise DataError(f"{fault}; and {REPLACEMENTS} others that were to replace it are damaged too")
 

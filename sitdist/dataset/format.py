@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MEMBERS = ("camera_to_world.npy", "meta.json", "moments.npy", "packed_pose.npy")
 IMAGE_MEMBER = "image.png"  # in every split but train
+VIEW_MEMBER = "view.npy"  # where the recipe says keep_views
 INDEX_FIELDS: dict[str, tuple[str, tuple[int, ...]]] = {  # type and shape of each sample's entry
     "start": ("<i8", ()),  # first byte of the sample's first tar header
     "stop": ("<i8", ()),  # one past the last padding byte of its last member
@@ -37,8 +38,9 @@ INDEX_FIELDS: dict[str, tuple[str, tuple[int, ...]]] = {  # type and shape of ea
     "camera_to_world": ("<f8", (4, 4)),
     "codec_psnr": ("<f8", ()),  # NaN where no image is kept
     "intrinsics": ("<f8", (4,)),  # fx / width, fy / height, cx / width, cy / height
+    "view": ("<i8", ()),
 }
-OPTIONAL_FIELDS = {"intrinsics"}  # missing in shards that older versions built
+OPTIONAL_FIELDS = {"intrinsics", "view"}  # missing in shards that older versions built, or that keep no views
 BLOCK = 512  # bytes of a tar header; members are padded to a multiple of it
 META_BYTES = 64 * BLOCK  # upper bound for meta.json, the tar headers and the padding of one sample
 PSNR = (0.0, 100.0)  # dB, of pictures in [0, 1]; the mean squared error is clamped to 1e-10

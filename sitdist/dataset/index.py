@@ -55,9 +55,10 @@ def check_index(
     start, stop, image, image_bytes = (index[name] for name in ("start", "stop", "image", "image_bytes"))
     least, most = manifest.sample_bytes()
     most_of_image = 4 * manifest.image_size**2 + META_BYTES
-    placed = np.logical_and.reduce(
-        [_inside(index, name, npy_size(*manifest.arrays()[name])) for name in ("moments", "packed_pose")]
-    )
+    arrays = {name: array for name, array in manifest.arrays().items() if name != "camera_to_world"}
+    if not arrays.keys() <= index.keys():
+        raise DataError("has no places of the views, which the recipe's keep_views promises")
+    placed = np.logical_and.reduce([_inside(index, name, npy_size(*array)) for name, array in arrays.items()])
     psnr, unknown = index["codec_psnr"], np.isnan(index["codec_psnr"])
     if split == "train":
         pictured, measured = (image == 0) & (image_bytes == 0), unknown

@@ -33,6 +33,7 @@ MAX_SHARD = 10**7  # samples per shard: the order of a window of shards is alloc
 MAX_LATENT = 2**26  # numbers in the moments of one sample
 ROW_BYTES = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in INDEX_FIELDS.values())
 Count = Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=100)]
 TarName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$", max_length=100)]
@@ -98,13 +99,14 @@ class ObjectEntry(StrictModel):
     """One object: its label, its name, and its number of views in every split.
 
     `similarity` maps the frame of its capture to the frame of the poses, where they differ: scale, rotation [3, 3] and
-    translation [3] of x -> scale * rotation @ x + translation.
+    translation [3] of x -> scale * rotation @ x + translation. `background`: the colour behind the object, if known.
     """
 
     label: Label
     name: Annotated[str, Field(min_length=1, max_length=1000)]
     views: dict[SplitName, Count]
     similarity: dict[str, Any] | None
+    background: Annotated[tuple[Share, Share, Share], Field(strict=False)] | None = None  # of its views, if known
 
     @field_validator("similarity")
     @classmethod
@@ -229,11 +231,22 @@ class DatasetManifest(StrictModel):
 
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of each .npy member of a sample."""
+        view = {"view": ("|u1", (4, self.image_size, self.image_size))} if self.keeps_views else {}
         return {
             "camera_to_world": ("<f8", (4, 4)),
             "moments": ("<f2", self.latent.moments),
             "packed_pose": ("<f4", (4, 4)),
+            **view,
         }
+
+    @property
+    def keeps_views(self) -> bool:
+        """Whether every sample holds its view without the background."""
+        return self.recipe.get("keep_views", False) is True
+
+    def backgrounds(self) -> dict[int, tuple[float, float, float]]:
+        """The colour behind each object, by label, where it is known."""
+        return {entry.label: entry.background for entry in self.objects if entry.background is not None}
 
     def labels(self) -> int:
         """The number of labels that a model must know: one more than the largest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -17,15 +18,17 @@ STALLED = 30.0  # seconds without a batch after which a warning names the shards
 
 
 class SideStream:
-    """Copies batches to a GPU on a stream of its own."""
+    """Copies batches to a GPU, and prepares them there, on a stream of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, prepare: Callable[[Batch], Batch] | None) -> None:
+        self._device, self._stream, self._prepare = device, torch.cuda.Stream(device), prepare
 
     def copy(self, batch: Batch) -> tuple[Batch, Any]:
         """Start copying the batch to the device; returns it and the event that marks the end of the copy."""
         with torch.cuda.stream(self._stream):
             there = batch.pinned().to(self._device)
+            if self._prepare is not None:
+                there = self._prepare(there)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return there, copied
@@ -34,7 +37,7 @@ class SideStream:
         """Make the current stream wait for the copy, and keep the batch's memory until then."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
-        for tensor in (batch.moments, batch.packed_pose, batch.label, batch.positions):
+        for tensor in batch.tensors():
             tensor.record_stream(stream)
 
 
@@ -42,7 +45,7 @@ class Prefetch:
     """Reads the next batches, one for each of `workers` threads. Threads suffice: checking and copying need no GIL.
 
     If `device` is a GPU, the batches are also copied there, from page-locked memory and on a stream of their own. Steps
-    from `stop` on are not read ahead.
+    from `stop` on are not read ahead. `prepare`: what is done to each batch in these threads, and on that stream.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class Prefetch:
         stop: int,
         workers: int = 1,
         device: torch.device = torch.device("cpu"),  # noqa: B008
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> None:
         self._reader, self._rank, self._world = reader, rank, world
         self._stop, self._workers = stop, workers
-        self._side = SideStream(device) if device.type == "cuda" else None
+        self._prepare = prepare
+        self._side = SideStream(device, prepare) if device.type == "cuda" else None
         self._pool = helper_threads(workers, "prefetch")
         self._pending: dict[int, Future[tuple[Batch, Any]]] = {}
 
@@ -82,7 +87,9 @@ class Prefetch:
     def _read(self, step: int) -> tuple[Batch, Any]:
         """The batch, and on a GPU the event that marks the end of its copy."""
         batch = self._reader.batch(step, self._rank, self._world)
-        return (batch, None) if self._side is None else self._side.copy(batch)
+        if self._side is not None:
+            return self._side.copy(batch)
+        return (batch if self._prepare is None else self._prepare(batch)), None
 
     def _drop_others(self, keep: range) -> None:
         """Drop batches that were read ahead for other steps."""

@@ -22,6 +22,7 @@ from sitdist.dataset.format import (
     BUILD_AGAIN,
     IMAGE_MEMBER,
     MEMBERS,
+    VIEW_MEMBER,
     SampleMeta,
     index_name,
     npy_header,
@@ -40,7 +41,7 @@ from sitdist.io.files import open_file
 from sitdist.io.images import open_picture
 
 OPEN_SHARDS = 8 * WINDOW  # shards whose index and memory map are kept
-READ_FIELDS = ("start", "stop", "crc32", "moments", "packed_pose", "image", "image_bytes", "label")
+READ_FIELDS = ("start", "stop", "crc32", "moments", "packed_pose", "view", "image", "image_bytes", "label")
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # before width, height, bit depth and colour type
 COLUMNS = ("camera_to_world", "label", "codec_psnr")
 
@@ -49,6 +50,7 @@ COLUMNS = ("camera_to_world", "label", "codec_psnr")
 class Samples:
     """Moments [B, 2C, h, w] float16, packed poses [B, 4, 4] float32 and labels [B] of some samples.
 
+    `view` [B, 4, H, W] uint8: light and transmittance of each, where they are read.
     `faults` says what is wrong with each row that cannot be used; the contents of such a row are undefined.
     """
 
@@ -56,6 +58,7 @@ class Samples:
     packed_pose: Tensor
     label: Tensor
     faults: dict[int, str]
+    view: Tensor | None = None
 
 
 class SampleSource(Protocol):
@@ -74,10 +77,11 @@ class ShardReader:
     """The samples of one split, by number. Every read checks the CRC of the samples and that their numbers are finite.
 
     The index of a shard is loaded, and checked against the manifest, when its first sample is read. The OPEN_SHARDS
-    most recent ones are kept, so memory does not grow with the dataset.
+    most recent ones are kept, so memory does not grow with the dataset. `views`: read the views without background, too
+    (ConfigError if the dataset keeps none).
     """
 
-    def __init__(self, dataset: str | Path | Store, split: str) -> None:
+    def __init__(self, dataset: str | Path | Store, split: str, views: bool = False) -> None:
         self.store = open_store(dataset) if isinstance(dataset, str | Path) else dataset
         self.folder, self.split = self.store.folder, split
         self.manifest = load_manifest(self.folder)
@@ -90,6 +94,12 @@ class ShardReader:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_counts, dtype=np.int64)])
         arrays = self.manifest.arrays()
         self._moments, self._packed_pose = (_Member(name, *arrays[name]) for name in ("moments", "packed_pose"))
+        if views and not self.manifest.keeps_views:
+            raise ConfigError(
+                f"{self.folder}: keeps no views, which appearance needs; set keep_views: true in the recipe and build "
+                "the dataset again, or leave appearance out"
+            )
+        self._view = _Member("view", *arrays["view"]) if views else None
         self._open = LruCache(self._open_shard, OPEN_SHARDS)
         self._intrinsics: LruCache[int, np.ndarray | None] = LruCache(
             lambda number: self.index(number).get("intrinsics"), len(self.shards)
@@ -118,6 +128,7 @@ class ShardReader:
     def samples(self, indices: np.ndarray) -> Samples:
         """The samples `indices` [B] int64; `faults` names those that are damaged."""
         moments, poses = self._moments.buffer(len(indices)), self._packed_pose.buffer(len(indices))
+        views = None if self._view is None else self._view.buffer(len(indices))
         labels = np.empty(len(indices), dtype=np.int64)
         faults: dict[int, str] = {}
         for number, rows in self._by_shard(indices):
@@ -129,6 +140,8 @@ class ShardReader:
             rows, places = rows[whole], places[whole]
             moments[rows] = self._moments.read(shard, places)
             poses[rows] = self._packed_pose.read(shard, places)
+            if views is not None and self._view is not None:
+                views[rows] = self._view.read(shard, places)
             labels[rows] = shard.index["label"][places]
         self._reading.pop(get_ident(), None)
         if not (self._moments.are_finite(moments) and self._packed_pose.are_finite(poses)):
@@ -136,7 +149,9 @@ class ShardReader:
                 one = slice(row, row + 1)
                 if not (self._moments.are_finite(moments[one]) and self._packed_pose.are_finite(poses[one])):
                     faults[row] = f"{self._name(int(indices[row]))}: NaN or infinity in its arrays; {BUILD_AGAIN}"
-        return Samples(self._moments.tensor(moments), self._packed_pose.tensor(poses), torch.from_numpy(labels), faults)
+        view = None if views is None or self._view is None else self._view.tensor(views)
+        latents, packed_poses = self._moments.tensor(moments), self._packed_pose.tensor(poses)
+        return Samples(latents, packed_poses, torch.from_numpy(labels), faults, view)
 
     def reading(self) -> list[str]:
         """The shards that threads are reading in `samples` now."""
@@ -191,7 +206,8 @@ class ShardReader:
     @property
     def members(self) -> tuple[str, ...]:
         """The names of every sample's members."""
-        return MEMBERS if self.split == "train" else (*MEMBERS, IMAGE_MEMBER)
+        views = (VIEW_MEMBER,) if self.manifest.keeps_views else ()
+        return (*MEMBERS, *views) if self.split == "train" else (*MEMBERS, IMAGE_MEMBER, *views)
 
     def expect(self, shards: list[int]) -> None:
         """Read or fetch these shards in the background, because their samples will be asked for soon."""
@@ -272,7 +288,7 @@ class ShardReader:
                 tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:  # empty
                 raise DataError(f"{path}: cannot be read ({error}); {BUILD_AGAIN}") from None
-        return _Shard(path, {name: index[name] for name in READ_FIELDS}, tar)
+        return _Shard(path, {name: index[name] for name in READ_FIELDS if name in index}, tar)
 
     def _name(self, index: int) -> str:
         file, _ = self._files(self._place(index)[0])[1]
@@ -313,8 +329,11 @@ class _Member:
     def __init__(self, field: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.field, self.dtype, self.shape = field, np.dtype(dtype), shape
         self._header, self._size = npy_header(dtype, shape), math.prod(shape) * self.dtype.itemsize
-        bits = np.array([np.inf, -np.inf], dtype).view(f"<i{self.dtype.itemsize}")  # NaN lies above either, in its sign
-        self._infinity, self._minus_infinity = bits[0], bits[1:].view(f"<u{self.dtype.itemsize}")[0]
+        if self.dtype.kind == "f":
+            bits = np.array([np.inf, -np.inf], dtype).view(
+                f"<i{self.dtype.itemsize}"
+            )  # NaN lies above either, in its sign
+            self._infinity, self._minus_infinity = bits[0], bits[1:].view(f"<u{self.dtype.itemsize}")[0]
 
     def buffer(self, count: int) -> np.ndarray:
         """An empty buffer for the bytes of `count` arrays, [count]."""

@@ -23,20 +23,25 @@ class ResidentSamples:
         self._faults: dict[int, str] = {}
         latent = reader.manifest.latent
         each = 4 * (2 * latent.channels * latent.height * latent.width + 16) + 8
+        each += 4 * reader.manifest.image_size**2 if reader.manifest.keeps_views else 0
         require_memory(2 * each * len(reader), f"{len(reader):,} resident samples", "set reader.resident to false")
         parts = []
         for first in range(0, len(reader), CHUNK):
             part = reader.samples(np.arange(first, min(first + CHUNK, len(reader))))
             self._faults |= {first + row: fault for row, fault in part.faults.items()}
-            parts.append([tensor.to(device) for tensor in (part.moments, part.packed_pose, part.label)])
-        self._moments, self._packed_pose, self._label = (torch.cat(column) for column in zip(*parts, strict=True))
+            tensors = (part.moments, part.packed_pose, part.label, part.view)
+            parts.append([tensor.to(device) for tensor in tensors if tensor is not None])
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        self._moments, self._packed_pose, self._label = columns[:3]
+        self._view = columns[3] if len(columns) > 3 else None
 
     def samples(self, indices: np.ndarray) -> Samples:
         """The samples `indices` [B] int64; `faults` names those that are damaged."""
         at = torch.from_numpy(indices).to(self._moments.device)
         rows = [row for row, index in enumerate(indices.tolist()) if index in self._faults] if self._faults else []
         faults = {row: self._faults[int(indices[row])] for row in rows}
-        return Samples(self._moments[at], self._packed_pose[at], self._label[at], faults)
+        view = None if self._view is None else self._view[at]
+        return Samples(self._moments[at], self._packed_pose[at], self._label[at], faults, view)
 
     def reading(self) -> list[str]:
         """No shard is read."""

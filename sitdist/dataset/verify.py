@@ -163,9 +163,10 @@ class _Samples:
         self.same_camera = self.same_camera and meta.camera == self._camera
         where = {name.partition(".")[0]: int(row["start"]) + at for name, (at, _) in members.items()}
         size = len(members[IMAGE_MEMBER][1]) if IMAGE_MEMBER in members else 0
-        for field in ("moments", "packed_pose", "image"):
-            if row[field] != where.get(field, 0):
-                return f"the index says that {field} begins at byte {row[field]}, and it does at {where.get(field, 0)}"
+        for field in ("moments", "packed_pose", "image", "view"):
+            said, found = row.get(field, 0), where.get(field, 0)
+            if said != found:
+                return f"the index says that {field} begins at byte {said}, and it does at {found}"
         if row["image_bytes"] != size:
             return f"the index says that the picture has {row['image_bytes']} bytes, and it has {size}"
         for name, array in arrays.items():

@@ -245,7 +245,7 @@ def _settings(options: EvalOptions, loaded: LoadedRun) -> EvaluateConfig:
 def _calibration(
     run: Path, loaded: LoadedRun, options: EvalOptions, settings: EvaluateConfig, manifest: DatasetManifest
 ) -> tuple[calibrate.RunCalibration | None, str]:
-    """The run's calibration, or None and why not; ConfigError if it was fitted on the views to evaluate."""
+    """The run's calibration, or None and why not."""
     if options.uncalibrated or loaded.config.flow.why_no_pose():
         return None, "--uncalibrated" if options.uncalibrated else ""
     if settings.refine is not None:
@@ -255,8 +255,9 @@ def _calibration(
     calibration, why_not = calibrate.load_calibration(run, loaded, build_estimate(settings))
     if calibration is None:
         return None, why_not
-    if options.split is not None or options.radii is None:
-        calibration.refuse_views_of(manifest, "test" if options.split is None else options.split)
+    split = options.split or ("test" if options.radii is None else None)
+    if split is not None and calibration.was_fitted_on(manifest, split):
+        return None, f"they were fitted on these views of {split}; evaluate another split to test them"
     return calibration, why_not
 
 

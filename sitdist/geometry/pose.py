@@ -70,3 +70,11 @@ def translation_error(camera_to_world_a: Tensor, camera_to_world_b: Tensor) -> T
     """Distance between the camera positions of poses [..., 4, 4], in the dataset's units, float64."""
     difference = camera_to_world_a[..., :3, 3].to(torch.float64) - camera_to_world_b[..., :3, 3].to(torch.float64)
     return torch.linalg.vector_norm(difference, dim=-1)
+
+
+def rotation_from_vector(vector: Tensor) -> Tensor:
+    """Rotations [..., 3, 3] about the axes `vector` [..., 3] by their lengths in radians (Rodrigues' formula)."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    rows = [torch.stack(row, -1) for row in ((zero, -z, y), (z, zero, -x), (-y, x, zero))]
+    return torch.linalg.matrix_exp(torch.stack(rows, dim=-2))

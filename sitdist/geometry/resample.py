@@ -11,16 +11,20 @@ SUPPORT = 2.0  # half the width of the kernel, in pixels of the coarser of both 
 
 
 def zoomed(picture: Tensor, scale: float, centre: tuple[float, float], background: Tensor) -> Tensor:
-    """`picture` [3, H, W] enlarged `scale` times about (x, y) = `centre` in pixels, in steps of 1/255.
+    """The same as `resampled` for a picture [3, H, W] in [0, 1], in steps of 1/255."""
+    return (resampled(picture, scale, centre, background).clamp(0.0, 1.0) * 255.0).round() / 255.0
 
-    What lies outside of it has the colour `background` [3]. Pixels are weighted means by Catmull and Rom's cubic
+
+def resampled(picture: Tensor, scale: float, centre: tuple[float, float], background: Tensor) -> Tensor:
+    """`picture` [C, H, W] enlarged `scale` times about (x, y) = `centre` in pixels.
+
+    What lies outside of it has the values `background` [C]. Pixels are weighted means by Catmull and Rom's cubic
     kernel, stretched where the picture shrinks (Keys 1981; Turkowski 1990).
     """
     height, width = picture.shape[1:]
     colour = background.double()[:, None, None]
     rows, columns = _weights(height, centre[1], scale), _weights(width, centre[0], scale)
-    out = colour + rows @ (picture.double() - colour) @ columns.T
-    return ((out.clamp(0.0, 1.0) * 255.0).round() / 255.0).float()
+    return (colour + rows @ (picture.double() - colour) @ columns.T).float()
 
 
 def _weights(size: int, centre: float, scale: float) -> Tensor:

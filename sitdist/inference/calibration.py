@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sitdist import checks
 from sitdist.config.load import parse
 from sitdist.config.schema import Positive, Schema
+from sitdist.dataset.appearance import Appearance
 from sitdist.dataset.manifest import DatasetManifest, load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import store_of
@@ -35,6 +37,8 @@ from sitdist.io.tensors import tensors_sha256
 from sitdist.model.codec import latent_mean
 
 FILE = "calibration.json"
+APPEARANCES = 4  # of each view
+NEVER_TRAINED = 2**48  # global positions from here on are beyond those of any training
 FORMAT = 1
 
 
@@ -75,13 +79,9 @@ class RunCalibration:
         )
         return self.calibration.filled(estimate, scores)
 
-    def refuse_views_of(self, manifest: DatasetManifest, split: str) -> None:
-        """ConfigError if these are the views that the calibration was fitted on."""
-        if split in manifest.splits and split_fingerprint(manifest, split) == self.split_sha256:
-            raise ConfigError(
-                f"split '{split}': {FILE} was fitted on these views, so its error bars cannot be tested on them; "
-                "evaluate another split, or leave them out by --uncalibrated"
-            )
+    def was_fitted_on(self, manifest: DatasetManifest, split: str) -> bool:
+        """Whether these are the views that the calibration was fitted on."""
+        return split in manifest.splits and split_fingerprint(manifest, split) == self.split_sha256
 
 
 def load_calibration(run: Path, loaded: LoadedRun, options: EstimateOptions) -> tuple[RunCalibration | None, str]:
@@ -163,6 +163,7 @@ class CalibrateOptions:
 def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     """Fit the run's error bars and trust on a split, and write RUN/calibration.json, replacing any other.
 
+    Each view counts as it is and, where the run's config varies appearances, in APPEARANCES of those, too.
     ConfigError for the training split, whose errors are smaller than others', and for a model that reads no poses.
     """
     run = Path(run)
@@ -185,7 +186,8 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
             f"estimator '{settings.estimator}': error bars are for estimators that read one latent; calibrate one_step"
         )
     how = build_estimate(settings)
-    fitted = _fit(loaded, ShardReader(data, options.split), how, options.batch or settings.batch)
+    varied = loaded.config.appearance is not None and manifest.keeps_views
+    fitted = _fit(loaded, ShardReader(data, options.split, views=varied), how, options.batch or settings.batch)
     kept = RunCalibration(
         calibration=fitted,
         weights=tensors_sha256(loaded.model.state_dict()),
@@ -197,6 +199,14 @@ def calibrate(run: Path, options: CalibrateOptions) -> RunCalibration:
     )
     write_json(run / FILE, kept.to_dict())
     return kept
+
+
+def calibrate_if_possible(run: Path) -> str:
+    """Calibrate a trained run on its validation views; what was fitted, or why there is nothing to fit."""
+    try:
+        return format_calibration(run, calibrate(run, CalibrateOptions(split="val")))
+    except (ConfigError, DataError) as error:
+        return f"No error bars: {error}"
 
 
 def _check_split(data: Path, manifest: DatasetManifest, loaded: LoadedRun, split: str) -> None:
@@ -220,20 +230,20 @@ def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch
     statistics = loaded.statistics
     renders = loaded.config.flow.why_no_picture() is None
     device = next(loaded.model.parameters()).device
-    estimates, residuals = [], []
+    estimates, residuals, seen = [], [], []
     for start in range(0, len(reader), batch):
         indices = list(range(start, min(start + batch, len(reader))))
-        latents = latent_mean(reader.moments(indices).float()).to(device)
         labels = reader.labels()[indices].to(device)
-        estimate = loaded.estimate(latents, labels, options)
-        estimates.append(estimate)
-        if renders:
-            rendered = rendered_mean(
-                loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
-            )
-            residuals.append(latents - rendered)
-    whole = PoseEstimate.concatenated(estimates)
-    true = reader.camera_to_world().to(device)
+        for latents in _latents(loaded, reader, indices):
+            estimate = loaded.estimate(latents, labels, options)
+            estimates.append(estimate)
+            seen.append(reader.camera_to_world()[indices])
+            if renders:
+                rendered = rendered_mean(
+                    loaded.model, loaded.interpolant, loaded.endpoint, statistics, estimate, latents, labels
+                )
+                residuals.append(latents - rendered)
+    whole, true = PoseEstimate.concatenated(estimates), torch.cat(seen).to(device)
     return fit_calibration(
         whole,
         statistics,
@@ -241,6 +251,23 @@ def _fit(loaded: LoadedRun, reader: ShardReader, options: EstimateOptions, batch
         translation_error(whole.camera_to_world, true),
         torch.cat(residuals) if renders else None,
     )
+
+
+def _latents(loaded: LoadedRun, reader: ShardReader, indices: list[int]) -> Iterator[Tensor]:
+    """Latents [B, C, h, w] of some views: as they are, then in several appearances if the reader has the views."""
+    device = next(loaded.model.parameters()).device
+    samples = reader.samples(np.asarray(indices))
+    if samples.faults:
+        raise DataError(samples.faults[min(samples.faults)])
+    yield latent_mean(samples.moments.float()).to(device)
+    manifest, config = reader.manifest, loaded.config.appearance
+    if samples.view is None or config is None:
+        return
+    appearance = Appearance(config, loaded.config.seed, manifest.image_size, manifest.backgrounds())
+    for number in range(APPEARANCES):
+        positions = NEVER_TRAINED + number * len(reader) + torch.tensor(indices)
+        pictures = appearance(samples.view, samples.label, positions).to(device)
+        yield latent_mean(loaded.codec.encode_moments(pictures))
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage

@@ -22,13 +22,14 @@ from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.prefetch import Prefetch
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.resident import ResidentSamples
-from sitdist.dataset.store import Store, store_of
+from sitdist.dataset.store import store_of
 from sitdist.distributed.accelerator import backend_of_launcher, count_nodes, make_backend, processes
 from sitdist.distributed.ranks import Ranks
 from sitdist.distributed.signals import StopSignal
 from sitdist.errors import CheckpointError, RunInterrupted
 from sitdist.flow.interpolant import get_interpolant
 from sitdist.flow.loss import flow_loss, weigh_times
+from sitdist.inference.calibration import calibrate_if_possible
 from sitdist.io.atomic import write_atomically
 from sitdist.io.ownership import only_writer
 from sitdist.model.flops import training_flops
@@ -46,7 +47,7 @@ from sitdist.train.compile import (
 from sitdist.train.ema import Ema
 from sitdist.train.guard import Guard, nan_if_not_finite
 from sitdist.train.hooks import Hook, StepResult
-from sitdist.train.inputs import Inputs, make_inputs, split_batch
+from sitdist.train.inputs import Inputs, VariedViews, make_inputs, split_batch
 from sitdist.train.memory import check_memory
 from sitdist.train.monitor import Monitor
 from sitdist.train.optimizer import build_optimizer
@@ -62,7 +63,8 @@ log = getLogger(__name__)
 def train(config: Config, run: Path) -> None:
     """Train `config` in the folder `run`, from its newest whole checkpoint if it has one; every process calls it.
 
-    RunInterrupted after SIGTERM, SIGINT or SIGUSR1, with a checkpoint of the last step done.
+    At the end, fit error bars on the validation views, where the dataset has enough of them. RunInterrupted after
+    SIGTERM, SIGINT or SIGUSR1, with a checkpoint of the last step done.
     """
     settings, run = config.train, Path(run)
     with (
@@ -74,10 +76,14 @@ def train(config: Config, run: Path) -> None:
             if accelerator.is_main_process:
                 held.enter_context(only_writer(run, "run"))
         trainer = Trainer(config, run, accelerator, ranks)
+        begun = trainer.step
         try:
             trainer.run_steps(stop)
         finally:
             trainer.close()
+        calibrates = accelerator.is_main_process and trainer.step > begun
+    if calibrates and config.flow.why_no_pose() is None:
+        log.info("%s", calibrate_if_possible(run))
 
 
 class Trainer:
@@ -96,7 +102,8 @@ class Trainer:
             self.manifest = load_manifest(self.dataset)
             fingerprint = checkpoints.dataset_fingerprint(self.dataset)
             self.split = split_batch(settings.global_batch, world, settings.max_batch_per_device)
-            reader = self._open_reader(store)
+            shards = ShardReader(store, "train", views=config.appearance is not None)
+            reader = self._open_reader(shards)
             self.interpolant = get_interpolant(config.flow.path, config.flow.prediction)
             self.endpoint = build_endpoint(config.flow)
             torch.manual_seed(config.seed)
@@ -147,7 +154,8 @@ class Trainer:
                 codec = load_matching_codec(self.dataset / "codec", self.manifest, device)
                 validation = Validation(config, self.dataset, self.manifest, codec, device)
             rank, scaler = accelerator.process_index, accelerator.scaler
-            self.prefetch = Prefetch(reader, rank, world, settings.steps, config.reader.workers, device)
+            vary = self._vary_views(shards)
+            self.prefetch = Prefetch(reader, rank, world, settings.steps, config.reader.workers, device, vary)
             monitor = Monitor(run, accelerator, ranks, config, self.step, training_flops(model))
             self.saver = Saver(run, config, fingerprint, self.state, accelerator, ranks, monitor)
             self.hooks: list[Hook] = [
@@ -168,9 +176,8 @@ class Trainer:
         """How many updates the weights have seen."""
         return self.state.step
 
-    def _open_reader(self, store: Store) -> BatchReader:
+    def _open_reader(self, shards: ShardReader) -> BatchReader:
         settings = self.config.reader
-        shards = ShardReader(store, "train")
         samples = ResidentSamples(shards, self.accelerator.device) if settings.resident else shards
         return BatchReader(
             samples,
@@ -180,6 +187,15 @@ class Trainer:
             settings.max_bad_samples,
             count_nodes(self.accelerator.num_processes) if settings.split_by_node else 1,
         )
+
+    def _vary_views(self, shards: ShardReader) -> VariedViews | None:
+        """What draws the appearance of the views that train reading poses."""
+        if self.config.appearance is None:
+            return None
+        device = self.accelerator.device
+        codec = load_matching_codec(self.dataset / "codec", self.manifest, device)
+        log.info("Appearances are drawn anew at every visit, and encoded on %s.", device)
+        return VariedViews(self.config, self.interpolant, shards, codec)
 
     def _write_run(self) -> None:
         """Write what makes the run usable without the dataset's folder: config, manifest and codec."""

@@ -45,6 +45,21 @@ def test_the_same_samples_noise_and_times_on_any_number_of_processes(seen, world
     assert not torch.equal(one[0]["x0"], one[1]["x0"])
 
 
+def test_appearances_are_the_same_on_two_processes_and_after_a_resume(
+    seen, train, views_dataset, tensor_bytes, tmp_path
+):
+    varied = (f"data={views_dataset}", "appearance={roll_deg: 5}", "train.steps=4")
+    one, two = seen(1, "one", *varied, steps=range(4)), seen(2, "two", *varied, steps=range(4))
+    assert_same(two, one)
+    clean = seen(1, "clean", *varied[::2], steps=range(4))
+    for batch, other in zip(one, clean, strict=True):
+        same = (batch["x1"] == other["x1"]).flatten(1).all(1)
+        assert torch.equal(same, batch["t"] != 1)
+    train(2, tmp_path / "parts", *varied[:2], "train.steps=2").run()
+    train(2, tmp_path / "parts", *varied).run()
+    assert tensor_bytes(tmp_path / "parts", 4) == tensor_bytes(tmp_path / "two", 4)
+
+
 def test_two_processes_train_to_the_weights_of_one(train, weights, tmp_path):
     for world in (1, 2):
         train(world, tmp_path / f"{world}", STEPS, *SGD).run()

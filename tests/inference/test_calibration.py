@@ -9,14 +9,24 @@ import pytest
 import torch
 from records import record
 
+from sitdist.build.writer import build
 from sitdist.cli.main import run as command
 from sitdist.config.experiment import Config
-from sitdist.config.load import parse
+from sitdist.config.load import load_yaml, parse
+from sitdist.config.recipe import Recipe
+from sitdist.dataset.manifest import load_manifest
 from sitdist.errors import ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.flow.error_bars import LEVELS, conformal_rank
 from sitdist.flow.estimate import EstimateOptions
-from sitdist.inference.calibration import CalibrateOptions, calibrate, coverage, coverage_summary, load_calibration
+from sitdist.inference.calibration import (
+    CalibrateOptions,
+    calibrate,
+    coverage,
+    coverage_summary,
+    load_calibration,
+    read_calibration,
+)
 from sitdist.inference.run import load_run
 from sitdist.train.trainer import train
 
@@ -93,14 +103,13 @@ def test_without_a_calibration_there_are_no_bars_and_it_says_why(run):
 
 def test_bars_are_never_tested_on_the_views_they_were_fitted_on(run, tiny_dataset, tmp_path):
     calibrate(run, CalibrateOptions("test"))
-    with pytest.raises(ConfigError, match="was fitted on these views"):
-        evaluate(run, EvalOptions(split="test"))
     renamed = tmp_path / "renamed"
     shutil.copytree(tiny_dataset, renamed)
-    with pytest.raises(ConfigError, match="was fitted on these views"):
-        evaluate(run, EvalOptions(split="test", data=renamed))
-    folder = evaluate(run, EvalOptions(split="test", uncalibrated=True))
-    assert json.loads((folder / "metrics.json").read_text())["calibration"] is None
+    for data in (None, renamed):
+        folder = evaluate(run, EvalOptions(split="test", data=data, out=tmp_path / f"{data is None}"))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["calibration"] is None
+        assert "fitted on these views" in metrics["why_uncalibrated"]
 
 
 def test_a_calibration_holds_for_its_weights_and_its_estimator(run, tiny_dataset, tmp_path):
@@ -225,3 +234,27 @@ def test_the_summary_reads_the_records(run):
     assert summary["translation"]["observed"] == [1.0] * len(LEVELS)
     assert summary["trust"] == {"mean": pytest.approx(0.45), "share_below_0.05": 0.1}
     assert summary["median_bar"]["rotation_deg"][1] == 4.5
+
+
+def test_a_run_with_appearances_is_calibrated_on_them(views_dataset, tiny_yaml, tmp_path):
+    clean = [f"data={views_dataset}", "train.steps=2"]
+    for name, overrides, pictures in (("clean", clean, 12), ("varied", [*clean, "appearance={}"], 12 * 5)):
+        train(load_yaml(Config, tiny_yaml, overrides), tmp_path / name)
+        kept = calibrate(tmp_path / name, CalibrateOptions("test"))
+        assert (kept.views, len(kept.calibration.trust.worst)) == (12, pictures)
+
+
+def test_training_ends_by_calibrating_on_validation_views(tiny_dataset, tiny_yaml, tmp_path):
+    build(parse(Recipe, load_manifest(tiny_dataset).recipe | {"val_views": 12}, "tiny"), tmp_path / "data")
+    train(load_yaml(Config, tiny_yaml, [f"data={tmp_path / 'data'}", "train.steps=2"]), tmp_path / "run")
+    kept = read_calibration(tmp_path / "run")
+    assert kept is not None
+    assert (kept.split, kept.views) == ("val", 12)
+
+
+def test_a_run_without_enough_validation_views_ends_without_bars(tiny_yaml, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sitdist.inference.calibration.FEWEST", 20)
+    with caplog.at_level("INFO"):
+        train(load_yaml(Config, tiny_yaml, ["train.steps=2"]), tmp_path / "run")
+    assert read_calibration(tmp_path / "run") is None
+    assert "split 'val' has 8 views, too few to calibrate on" in caplog.text
