@@ -60,6 +60,9 @@ def _eval_options(command: Parser) -> None:
     command.add_argument("--split", help="Split of the dataset to evaluate. Default: test.")
     command.add_argument("--radii", type=radii, metavar="A:B", help="Evaluate radii A to B in bins of width 1.")
     command.add_argument("--views-per-radius", type=positive, metavar="N", help="Number of views in each bin.")
+    command.add_argument(
+        "--photos", type=Path, metavar="PATH", help="Evaluate posed photos: .npz, transforms.json or a COLMAP folder."
+    )
     command.add_argument("--experiment", choices=(*EXPERIMENT_NAMES, "all"), default="radii", help="What to measure.")
     command.add_argument("--max-views", type=positive, metavar="N", help="Largest number of views per experiment.")
     _add_data(command)

@@ -29,11 +29,13 @@ from sitdist.evaluate.metrics import Lpips
 from sitdist.evaluate.tasks import Producer, do_left, do_tasks, merge, plan_conflict, prepare
 from sitdist.evaluate.units import BINS_AT_MOST, Unit, make_units, thinned
 from sitdist.evaluate.view_evaluator import ViewEvaluator
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, RenderedViews, SplitViews, Views
+from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, PhotoViews, RenderedViews, SplitViews, Views
 from sitdist.flow.choices import PICTURE_ESTIMATORS
+from sitdist.geometry.similarity import Similarity
 from sitdist.inference import calibration as calibrate
 from sitdist.inference.options import build_estimate
 from sitdist.inference.pose_reader import PoseReader
+from sitdist.inference.preprocess import preprocess_of
 from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.ownership import check_ours, only_writer
 from sitdist.io.tensors import tensors_sha256
@@ -50,6 +52,7 @@ class EvalOptions:
     radii: evaluate radii a to b in unit bins. Without a split, on a dataset of the built-in scene, `views_per_radius`
         new views of every bin are rendered; otherwise the split is limited to these radii.
     views_per_radius: the views of every bin; those of a split are its first ones by key.
+    photos: posed photos to evaluate instead of views: .npz, a transforms.json or a COLMAP folder.
     data: the dataset's folder. out: the folder for the results, by default RUN/eval/<split> or RUN/eval/radii_<a>-<b>.
     experiment: radii, one of EXPERIMENTS, or all of them. max_views: at most this many views in each.
     uncalibrated: leave out the error bars and the trust of the run's calibration.
@@ -59,6 +62,7 @@ class EvalOptions:
     split: str | None = None
     radii: tuple[int, int] | None = None
     views_per_radius: int | None = None
+    photos: Path | None = None
     data: str | Path | None = None
     out: Path | None = None
     estimator: str | None = None
@@ -148,7 +152,7 @@ def _check_beside(evaluation: ViewEvaluator) -> None:
 def _why_not(name: str, flow: FlowConfig) -> str | None:
     """Why the model cannot do an experiment; None if it can."""
     no_picture, no_pose = flow.why_no_picture(), flow.why_no_pose()
-    needs_both = {"cycle": no_picture or no_pose, "interpolation": no_picture}
+    needs_both = {"cycle": no_picture or no_pose, "interpolation": no_picture, "robustness": no_pose}
     return needs_both.get(name)
 
 
@@ -157,6 +161,7 @@ def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> P
     from sitdist.evaluate.experiments.common import Tools
     from sitdist.evaluate.experiments.cycle import Cycle
     from sitdist.evaluate.experiments.interpolation import Interpolation
+    from sitdist.evaluate.experiments.robustness import Robustness
     from sitdist.evaluate.experiments.solvers import Solvers
     from sitdist.evaluate.experiments.turntable import Turntable
 
@@ -170,9 +175,10 @@ def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> P
         training_poses=evaluation.training.camera_to_world(),
         focal=evaluation.training.intrinsics([0])[0],
         lpips=evaluation.lpips,
+        calibration=evaluation.calibration,
         device=evaluation.device,
     )
-    kinds = {kind.name: kind for kind in (Turntable, Interpolation, Cycle, Solvers)}
+    kinds = {kind.name: kind for kind in (Turntable, Interpolation, Cycle, Solvers, Robustness)}
     return kinds[name](tools, evaluation.out / name, evaluation.plan, options.max_views)
 
 
@@ -219,6 +225,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> ViewEvaluato
         lpips=lpips,
         background=views.background(),
         plan=_plan(loaded, settings, title, data, units, lpips)
+        | ({"photos": views.photos.fingerprint} if isinstance(views, PhotoViews) else {})
         | {
             "calibration": None if calibration is None else calibration.sha256(),
             "refine": None if poses.refiner is None else poses.refiner.fingerprint(),
@@ -255,7 +262,7 @@ def _calibration(
     calibration, why_not = calibrate.load_calibration(run, loaded, build_estimate(settings))
     if calibration is None:
         return None, why_not
-    split = options.split or ("test" if options.radii is None else None)
+    split = options.split or ("test" if options.radii is None and options.photos is None else None)
     if split is not None and calibration.was_fitted_on(manifest, split):
         return None, f"they were fitted on these views of {split}; evaluate another split to test them"
     return calibration, why_not
@@ -284,6 +291,16 @@ def _choose_views(
     device: torch.device,
 ) -> tuple[Views, str]:
     """The views and their name: those of a split, or rendered ones where radii of a scene are asked for, no split."""
+    if options.photos is not None:
+        if options.split is not None or options.radii is not None:
+            raise ConfigError("--photos: evaluates photos alone; leave --split and --radii out")
+        label = manifest.objects[0].label
+        similarity = manifest.objects[0].similarity
+        frame = Similarity.identity() if similarity is None else Similarity.from_dict(similarity)
+        preprocess = preprocess_of(loaded.manifest, data)
+        if preprocess.camera is None:
+            raise ConfigError("--photos: the cameras of the training pictures differ, so photos fit none of them")
+        return PhotoViews(Path(options.photos), preprocess, frame, label, loaded.codec, device), "photos"
     count, limits = options.views_per_radius, None
     if options.radii is not None:
         low, high = (checks.whole("--radii", radius, 1) for radius in options.radii)

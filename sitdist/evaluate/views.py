@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from sitdist.config.recipe import SceneSource
+from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
+from sitdist.geometry.similarity import Similarity
+from sitdist.inference.preprocess import Preprocess, framed
 from sitdist.model.codec import Codec, latent_mean
-from sitdist.scene.views import backdrop, cameras_at, open_scene, render
+from sitdist.scene.photos import read_photos
+from sitdist.scene.views import backdrop, border_pixels, cameras_at, look, open_scene, render
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
 BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
@@ -53,6 +57,15 @@ class Views(Protocol):
         """The colour [3] behind the object; None if there is no such colour."""
         ...
 
+    @property
+    def keeps_transparency(self) -> bool:
+        """Whether `transparent` has an answer."""
+        ...
+
+    def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
+        """Views of one bin without their background, [B, 4, H, W]: light and transmittance."""
+        ...
+
 
 class SplitViews:
     """Views of a split, within `radii` if given, at most `views_per_radius` in every unit bin: the first by key."""
@@ -60,7 +73,8 @@ class SplitViews:
     def __init__(self, data: Path, split: str, radii: tuple[int, int] | None, views_per_radius: int | None) -> None:
         if split == "train":
             raise ConfigError("--split train: the training split keeps no pictures; evaluate another split")
-        self._reader = ShardReader(data, split)
+        self.keeps_transparency = load_manifest(data).keeps_views
+        self._reader = ShardReader(data, split, views=self.keeps_transparency)
         self._camera_to_world = self._reader.camera_to_world()
         self._split, self._radii, self._limit = split, radii, views_per_radius
 
@@ -93,6 +107,12 @@ class SplitViews:
             self._reader.intrinsics(indices),
         )
 
+    def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
+        samples = self._reader.samples(np.array([view.position for view in views]))
+        if samples.faults or samples.view is None:
+            raise DataError(samples.faults[min(samples.faults)] if samples.faults else "the dataset keeps no views")
+        return samples.view.float() / 255.0
+
     def background(self) -> Tensor | None:
         count = len(self._reader)
         chosen = range(0, count, -(-count // BACKGROUND_VIEWS))
@@ -105,6 +125,8 @@ class RenderedViews:
     Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; where they may
     stand, field of view, supersampling and label are those of the recipe's training source.
     """
+
+    keeps_transparency = True
 
     def __init__(
         self,
@@ -142,6 +164,11 @@ class RenderedViews:
         intrinsics = torch.tensor([self._intrinsics.normalized()] * len(views), dtype=torch.float64)
         return ViewBatch(images, moments, camera_to_world, labels, intrinsics)
 
+    def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
+        cameras = self._cameras(views[0].bin, torch.tensor([view.position for view in views]))
+        seen = [look(self._scene, camera, self._intrinsics, self._source.supersample) for camera in cameras]
+        return torch.stack([torch.cat([each.light, each.through[..., None]], dim=-1).permute(2, 0, 1) for each in seen])
+
     def background(self) -> Tensor | None:
         return backdrop(self._scene, self._source.background)
 
@@ -153,6 +180,59 @@ class RenderedViews:
                 for pose in camera_to_world
             ]
         )
+
+
+class PhotoViews:
+    """Posed photos of the object: .npz files, a transforms.json or a COLMAP model, in the frame of the user's poses.
+
+    Each is resampled to the training pictures' camera. Transparent ones lie on the training background; what a photo
+    does not show has the median colour of its border.
+    """
+
+    keeps_transparency = False
+
+    def __init__(
+        self,
+        path: Path,
+        preprocess: Preprocess,
+        similarity: Similarity,
+        label: int,
+        codec: Codec,
+        device: torch.device,
+    ) -> None:
+        red, green, blue = preprocess.background(label).tolist()
+        self.photos = read_photos(path, (red, green, blue))
+        self._poses = similarity.cameras(self.photos.camera_to_world)
+        self._path, self._preprocess, self._label, self._codec = path, preprocess, label, codec
+        self._device = device
+
+    def references(self) -> list[ViewRef]:
+        radii = camera_radius(self._poses).tolist()
+        bins, _ = radius_bins(radii, None)
+        named = enumerate(zip(radii, bins, strict=True))
+        return [ViewRef(f"photo_{i:06d}", i, radius, bin_) for i, (radius, bin_) in named if bin_ is not None]
+
+    def load(self, views: tuple[ViewRef, ...]) -> ViewBatch:
+        indices = [view.position for view in views]
+        images = torch.stack([self._framed(index) for index in indices])
+        moments = self._codec.encode_moments(images.to(self._device))
+        camera = self._preprocess.camera
+        assert camera is not None
+        intrinsics = torch.tensor([camera.normalized()] * len(views), dtype=torch.float64)
+        labels = torch.full((len(views),), self._label)
+        return ViewBatch(images, moments, self._poses[indices], labels, intrinsics)
+
+    def _framed(self, index: int) -> Tensor:
+        picture = self.photos.pictures([index])
+        border = border_pixels(picture).quantile(0.5, dim=0)
+        name = f"{self._path}: photo {index}"
+        return framed(picture[0], self._preprocess, name, self.photos.intrinsics[index], background=border)
+
+    def background(self) -> Tensor | None:
+        return background_colour(torch.stack([self._framed(index) for index in range(min(16, len(self.photos)))]))
+
+    def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
+        raise DataError(f"{self._path}: photos do not tell what is transparent")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -40,6 +40,7 @@ FILE = "calibration.json"
 APPEARANCES = 4  # of each view
 NEVER_TRAINED = 2**48  # global positions from here on are beyond those of any training
 FORMAT = 1
+FLAGGED = 0.05  # trust below which a picture looks like nothing that the model knows
 
 
 def split_fingerprint(manifest: DatasetManifest, split: str) -> str:
@@ -337,7 +338,7 @@ def coverage_summary(kept: RunCalibration, records: Sequence[Any]) -> dict[str, 
             "rotation_deg": [_median(records, f"rotation_bar_{name}_deg") for name in ("50", "90")],
             "translation": [_median(records, f"translation_bar_{name}") for name in ("50", "90")],
         },
-        "trust": {"mean": float(trust.mean()), "share_below_0.05": float((trust < 0.05).double().mean())},
+        "trust": {"mean": float(trust.mean()), "share_below_0.05": float((trust < FLAGGED).double().mean())},
     }
 
 

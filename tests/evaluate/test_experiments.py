@@ -202,7 +202,7 @@ def test_what_a_regressor_cannot_do_is_left_out_or_refused(tiny_dataset, tmp_pat
     assert cli.run([*options, "--experiment", "cycle"]) == 2
     assert "--experiment cycle: the model was trained at t = 1 alone" in capsys.readouterr().err
     folder = evaluate(tmp_path / "run", EvalOptions(experiment="all", max_views=2, out=tmp_path / "out"))
-    assert {path.parent.name for path in folder.glob("*/results.json")} == {"turntable", "solvers"}
+    assert {path.parent.name for path in folder.glob("*/results.json")} == {"robustness", "solvers", "turntable"}
     assert result(folder, "turntable")["gif"] == "true"
     assert [row["solver"] for row in result(folder, "solvers")["rows"]] == ["one_step"]
 

@@ -21,9 +21,10 @@ from sitdist.evaluate.statistics import summarize_all
 from sitdist.evaluate.units import ViewRef
 from sitdist.evaluate.views import ViewBatch, Views
 from sitdist.flow import draws
-from sitdist.flow.estimate import EstimateOptions
+from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.flow.solve import generate
 from sitdist.geometry.camera import Intrinsics
+from sitdist.inference.calibration import RunCalibration
 from sitdist.inference.options import build_estimate, build_sampling
 from sitdist.inference.run import LoadedRun
 from sitdist.io.json_file import write_json
@@ -45,6 +46,7 @@ class Tools:
     training_poses: Tensor
     focal: Tensor
     lpips: metrics.Lpips | None
+    calibration: RunCalibration | None
     device: torch.device
 
     def load(self, views: Sequence[ViewRef]) -> ViewBatch:
@@ -70,6 +72,12 @@ class Tools:
     def read(self, latents: Tensor, labels: Tensor, options: EstimateOptions | None = None) -> Tensor:
         """Poses [B, 4, 4] read off latents [B, C, h, w]."""
         return self.loaded.estimate(latents, labels, options or build_estimate(self.settings)).camera_to_world
+
+    @torch.no_grad()
+    def estimate(self, latents: Tensor, labels: Tensor) -> PoseEstimate:
+        """Poses read off latents [B, C, h, w], with error bars and trust where the run is calibrated."""
+        estimate = self.loaded.estimate(latents, labels, build_estimate(self.settings))
+        return estimate if self.calibration is None else self.calibration.fill(self.loaded, estimate, latents, labels)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

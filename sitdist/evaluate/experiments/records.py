@@ -15,6 +15,7 @@ from sitdist.evaluate.schema import (
     Measure,
     Number,
     Pose,
+    Share,
     Text,
     may_be_missing,
     measures_of,
@@ -90,6 +91,22 @@ class SolversRecord:
     psnr: Annotated[Number | None, PSNR] = None
 
 
+@with_config(STRICT)
+@dataclass(frozen=True)
+class RobustnessRecord:
+    """One view under one change; bars and trust are there where the run is calibrated. 1 is true, 0 false."""
+
+    key: str
+    change: str
+    strength: Number
+    rotation_error_deg: Annotated[Angle, ROTATION]
+    translation_error: Annotated[Length, TRANSLATION]
+    covered: Annotated[Share | None, Measure("within its 90% bar", style=".0%")] = None
+    trust: Annotated[Share | None, Measure("trust")] = None
+    flagged: Annotated[Share | None, Measure("flagged", style=".0%")] = None
+    confidently_wrong: Annotated[Share | None, Measure("confidently wrong", style=".1%")] = None
+
+
 @dataclass(frozen=True)
 class Experiment:
     """How an experiment is declared: its record, what tells its rows apart, and what a reader should know.
@@ -155,5 +172,13 @@ EXPERIMENTS = {
         note="Means over the same views; ms is the time of one view in a batch.",
         record=SolversRecord,
         labels=("task", "solver", "steps", "function_evaluations"),
+    ),
+    "robustness": Experiment(
+        title="Robustness: poses of changed views",
+        note="One change at a time, in fixed strengths; angles are in degrees. Flagged: trust below 0.05. Confidently "
+        "wrong: trust above 0.2, and more than 10 degrees off.",
+        record=RobustnessRecord,
+        labels=("change", "strength"),
+        extra=(("median_rotation_error_deg", Measure("median", "deg")),),
     ),
 }
