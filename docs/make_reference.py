@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 from sitdist.cli.main import make_parser
 from sitdist.cli.parser import Parser
 from sitdist.config.experiment import Config
-from sitdist.config.fields import schemas_in, type_and_bounds
 from sitdist.config.recipe import Recipe
+from sitdist.config.schema import schemas_in, type_and_bounds
 
 PAGE = Path(__file__).with_name("reference.md")
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}

@@ -128,7 +128,7 @@ def add_lpips(command: argparse.ArgumentParser) -> None:
 def add_evaluate_keys(command: argparse.ArgumentParser, *names: str) -> None:
     """Options that override keys of the config's `evaluate`; type, bounds, choices and help are the key's own."""
     from sitdist.config.experiment import EvaluateConfig  # pydantic is slow to import
-    from sitdist.config.fields import type_and_bounds
+    from sitdist.config.schema import type_and_bounds
 
     for name in names:
         field = EvaluateConfig.model_fields[name]

@@ -5,11 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from sitdist.config.schema import (
     Betas,
@@ -135,32 +131,41 @@ class FlowConfig(Schema):
         return values
 
     @model_validator(mode="after")
-    def _no_packing(self) -> FlowConfig:
-        if self.endpoint == "gaussian" and (self.sigma, self.gain, self.layout) != (1.0, 1.0, "quadrants"):
+    def _consistent(self) -> FlowConfig:
+        one, zero, gaussian = self.share_at_one, self.share_at_zero, self.endpoint == "gaussian"
+        if gaussian and (self.sigma, self.gain, self.layout) != (1.0, 1.0, "quadrants"):
             raise ValueError(
                 f"the gaussian endpoint is N(0, 1) and packs no pose, but sigma {self.sigma:g}, gain {self.gain:g} and "
                 f"layout {self.layout} are given; leave them out, or set endpoint: pose"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _shares(self) -> FlowConfig:
-        if self.share_at_one + self.share_at_zero > 1:
-            raise ValueError(f"share_at_one + share_at_zero is {self.share_at_one + self.share_at_zero:g}, more than 1")
-        if self.weight_at_one != 1 and self.share_at_one == 0:
+        if one + zero > 1:
+            raise ValueError(f"share_at_one + share_at_zero is {one + zero:g}, more than 1")
+        if self.weight_at_one != 1 and one == 0:
             raise ValueError(
                 f"weight_at_one is {self.weight_at_one:g}, but no times are 1; raise share_at_one, or leave it out"
             )
-        if self.path == "vp" and self.share_at_zero + self.share_at_one > 0:
+        if self.path == "vp" and one + zero > 0:
             raise ValueError(
                 "the vp path's velocity is infinite at t = 1; set share_at_one and share_at_zero to 0, or path: linear"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _learns_something(self) -> FlowConfig:
-        if self.why_no_pose() and self.why_no_picture():
+        if gaussian and one == 1:
             raise ValueError("the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one")
+        if self.prediction == "score" and not gaussian:
+            raise ValueError(
+                f"prediction score needs the gaussian endpoint, not '{self.endpoint}', because score = -E[x0 | x_t] / "
+                "sigma(t) holds for x0 ~ N(0, I) only; set prediction to velocity or x0"
+            )
+        if self.prediction == "velocity" and self.loss_weight != "none":
+            raise ValueError(
+                f"loss_weight {self.loss_weight} weights the errors of x0 or the score, and the prediction is velocity;"
+                " set it to none, or prediction to x0"
+            )
+        if one > 0 and self.loss_weight == "likelihood":
+            raise ValueError("at t = 1 the likelihood weight is infinite; set share_at_one to 0")
+        if one > 0 and self.prediction == "score":
+            raise ValueError("at t = 1 the loss says nothing of the score; set share_at_one to 0")
+        if zero > 0 and self.loss_weight != "none":
+            raise ValueError(f"at t = 0 the {self.loss_weight} weight is infinite; set share_at_zero to 0")
         return self
 
     def why_no_pose(self) -> str | None:
@@ -172,26 +177,6 @@ class FlowConfig(Schema):
     def why_no_picture(self) -> str | None:
         """Why a model that was trained so renders no picture of a pose; None if it does."""
         return "the model was trained at t = 1 alone, as a regressor of the pose" if self.share_at_one == 1 else None
-
-    @model_validator(mode="after")
-    def _prediction(self) -> FlowConfig:
-        if self.prediction == "score" and self.endpoint != "gaussian":
-            raise ValueError(
-                f"prediction score needs the gaussian endpoint, not '{self.endpoint}', because score = -E[x0 | x_t] / "
-                "sigma(t) holds for x0 ~ N(0, I) only; set prediction to velocity or x0"
-            )
-        if self.prediction == "velocity" and self.loss_weight != "none":
-            raise ValueError(
-                f"loss_weight {self.loss_weight} weights the errors of x0 or the score, and the prediction is velocity;"
-                " set it to none, or prediction to x0"
-            )
-        if self.share_at_one > 0 and self.loss_weight == "likelihood":
-            raise ValueError("at t = 1 the likelihood weight is infinite; set share_at_one to 0")
-        if self.share_at_one > 0 and self.prediction == "score":
-            raise ValueError("at t = 1 the loss says nothing of the score; set share_at_one to 0")
-        if self.share_at_zero > 0 and self.loss_weight != "none":
-            raise ValueError(f"at t = 0 the {self.loss_weight} weight is infinite; set share_at_zero to 0")
-        return self
 
 
 class AppearanceConfig(Schema):

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
-import stat
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
-from sitdist.config.fields import schemas_in
-from sitdist.config.schema import S, Schema
+from sitdist.config.schema import S, Schema, schemas_in
 from sitdist.errors import ConfigError, one_line, shortened, shown
+from sitdist.io.files import open_file
 
 MAX_BYTES, MAX_DEPTH, MAX_INTEGER = 2**18, 32, 10**100
 
@@ -82,18 +78,8 @@ class _Dumper(yaml.SafeDumper):
 
 def read_yaml(path: Path, what: str) -> dict[Any, Any]:
     """The mapping in a YAML file, such as "config"; ConfigError if there is none. Keys and values may be anything."""
-    remedy = f"give the path of a YAML {what}"
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device might never end
-            raise ConfigError(f"{path}: not a file; {remedy}")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (FileNotFoundError, ValueError):  # a path with a NUL is a ValueError
-        raise ConfigError(f"{path}: no such file; {remedy}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: more than {MAX_BYTES:,} bytes, which is no {what}; {remedy}")
+    with open_file(path, f"give the path of a YAML {what}", MAX_BYTES, ConfigError) as file:
+        data = file.read()
     try:
         values = _parse_yaml(data.decode("utf-8-sig"))
     except ValueError as error:
@@ -126,8 +112,6 @@ def set_key(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{what}: expected KEY=VALUE, such as --set train.steps=100")
     *parents, last = key.split(".")
-    if len(parents) >= MAX_DEPTH:
-        raise ConfigError(f"{what}: no key lies so deep; expected KEY=VALUE, such as --set train.steps=100")
     try:
         value = _parse_yaml(text)
     except ValueError:
@@ -185,14 +169,15 @@ def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> set[str]:
     """The keys a schema knows at a place inside it."""
     schemas = [schema]
     for place, part in enumerate(location):
-        tagged = [choice for choice in schemas if place in _tag_places(location) and part in _kinds(choice)]
+        tagged = [
+            choice
+            for choice in schemas
+            if place in _tag_places(location) and "kind" in choice.model_fields
+            if part in get_args(choice.model_fields["kind"].annotation)
+        ]
         fields = [choice.model_fields[part] for choice in schemas if part in choice.model_fields]
         schemas = tagged or [inner for field in fields for inner in schemas_in(field.annotation)] or schemas
     return {key for choice in schemas for key in choice.model_fields}
-
-
-def _kinds(schema: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(schema.model_fields["kind"].annotation) if "kind" in schema.model_fields else ()
 
 
 def dump_yaml(value: Schema) -> str:

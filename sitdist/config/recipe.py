@@ -6,12 +6,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from sitdist.config.schema import (
     AzimuthRange,
@@ -52,7 +47,16 @@ class RadiusAugmentation(Schema):
         return self
 
 
-class SceneSource(Schema):
+class _Source(Schema):
+    kind: str
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
+
+
+class SceneSource(_Source):
     """Views of the built-in object, or of a scene fitted to photos, rendered when the shards are built.
 
     Cameras stand on a shell about the origin, look at it, and are upright, unless the options say otherwise.
@@ -85,11 +89,6 @@ class SceneSource(Schema):
         2, description="Supersampling factor N: each pixel averages N x N rays."
     )
     seed: Seed = Field(0, description="Seed of the cameras.")
-    label: Label = Field(0, description="Label of the object.")
-    name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -104,19 +103,14 @@ class SceneSource(Schema):
         return filled | values
 
     @model_validator(mode="after")
-    def _ordered(self) -> SceneSource:
+    def _consistent(self) -> SceneSource:
         for name in ("radius", "elevation_deg", "azimuth_deg", "fov_range_deg"):
             range_ = getattr(self, name)
             if range_ is not None and range_[0] > range_[1]:
                 raise ValueError(f"{name} {list(range_)} runs backwards; write [smaller, larger]")
-        bins = self.radius_bins
+        bins, elevation, fov = self.radius_bins, self.elevation_deg, self.fov_range_deg
         if bins is not None and any(low >= high for low, high in pairwise(bins)):
             raise ValueError(f"radius_bins {bins} do not rise; write the edges of the bins, such as [1, 2, 3]")
-        return self
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SceneSource:
-        bins, elevation, fov = self.radius_bins, self.elevation_deg, self.fov_range_deg
         if bins is not None and self.radius != (bins[0], bins[-1]):
             raise ValueError(f"radius {list(self.radius)} and radius_bins {bins} disagree; give one of them")
         count = 1 if bins is None else len(bins) - 1
@@ -145,16 +139,11 @@ def _numbers(value: Any) -> list[float]:
     return list(value) if all(isinstance(each, int | float) and not isinstance(each, bool) for each in value) else []
 
 
-class NpzSource(Schema):
+class NpzSource(_Source):
     """Posed pictures in .npz files with the arrays images, poses and focal."""
 
     kind: Literal["npz"] = Field(description="Pictures in .npz files.")
     paths: Annotated[list[Word], Field(min_length=1)] = Field(description="Files, or folders of them.")
-    label: Label = Field(0, description="Label of the object.")
-    name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
 
     @model_validator(mode="after")
     def _background_known(self) -> NpzSource:
@@ -166,17 +155,12 @@ class NpzSource(Schema):
         return self
 
 
-class TransformsSource(Schema):
+class TransformsSource(_Source):
     """Posed pictures named by a Blender or nerfstudio transforms.json."""
 
     kind: Literal["transforms"] = Field(description="Pictures named by a transforms.json.")
     path: Word = Field(description="The transforms.json, or the folder that holds it.")
     background: Colour = Field((1.0, 1.0, 1.0), description="Colour behind transparent pictures.")
-    label: Label = Field(0, description="Label of the object.")
-    name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
@@ -253,6 +237,8 @@ class Recipe(Schema):
             raise ValueError("both a 'val' split and val_views are given; keep one of them")
         seeds: dict[int, str] = {}
         for name in self.splits:
+            if name != "train" and any(source.radius_augmentation is not None for source in self.sources(name)):
+                raise ValueError(f"split '{name}' has radius_augmentation, which is for training views; remove it")
             for seed in {source.seed for source in self.sources(name) if isinstance(source, SceneSource)}:
                 if seeds.setdefault(seed, name) != name:
                     raise ValueError(
@@ -264,13 +250,6 @@ class Recipe(Schema):
                 f"image_size {self.image_size} is no multiple of {2 * self.codec.patch} (twice codec.patch): "
                 "the latent could not be divided into quadrants"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _only_training_views_are_augmented(self) -> Recipe:
-        for split in self.splits:
-            if split != "train" and any(source.radius_augmentation is not None for source in self.sources(split)):
-                raise ValueError(f"split '{split}' has radius_augmentation, which is for training views; remove it")
         return self
 
     @model_validator(mode="after")

