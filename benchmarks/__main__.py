@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sitdist.checks import find_device
-from sitdist.cli.arguments import add_device, add_overwrite, count, output, positive
 from sitdist.cli.main import run
 from sitdist.cli.outcome import show, tell
-from sitdist.cli.parser import Parser
+from sitdist.cli.parser import Parser, add_device, add_overwrite, output, positive, whole
 
 
 def make_parser() -> Parser:
@@ -25,7 +24,7 @@ def make_parser() -> Parser:
     command.add_argument("--split", default="train", help="Split of the dataset.")
     command.add_argument("--batch", type=positive, default=256, help="Samples per batch.")
     command.add_argument("--samples", type=positive, default=20_000, help="Number of samples per measurement.")
-    command.add_argument("--synthetic", type=count, metavar="N", help="Also time the order of N samples, such as 1e9.")
+    command.add_argument("--synthetic", type=whole(1, 10**12), metavar="N", help="Also time the order of N samples.")
     command.add_argument("--views", type=positive, default=128, metavar="N", help="Number of views to build.")
     command.add_argument("--scene", metavar="FOLDER", help="Fitted scene to render. Default: the recipe's.")
     command.set_defaults(command=_bench_data)

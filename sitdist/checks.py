@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sitdist.errors import ConfigError, SitdistError, shown
+from sitdist.errors import ConfigError, DataError, SitdistError, shown
 
 if TYPE_CHECKING:
     import torch
 
 LARGEST = 10**9  # no count, length or scale is larger, so that no product of two of them overflows
 LARGEST_SEED = 2**63 - 1
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # and nothing that would have to be unpickled
 
 
 def whole(name: str, value: Any, low: int = 0, high: int = LARGEST, error: type[SitdistError] = ConfigError) -> int:
@@ -83,6 +88,29 @@ def find_device(device: torch.device | str) -> torch.device:
         there = ", ".join(["auto", "cpu", *(f"cuda:{each}" for each in range(gpus)), *["mps"] * mps])
         raise ConfigError(f"device {shown(device)}: there is none here; choose one of {there}")
     return found
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a run, an export, or a model of the hub, which is downloaded; DataError where there is none."""
+    if os.path.isdir(path):  # and no error for names that no folder can have
+        return Path(path)
+    if not HUB_ID.fullmatch(path):
+        raise DataError(f"{path}: no such folder; give a run, an exported folder, or a hub id such as user/chair")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise DataError(
+            f"{path}: no such folder, and huggingface_hub is not installed to look for it on the hub; "
+            "pip install huggingface_hub, or give a folder"
+        ) from None
+    try:
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        raise DataError(
+            f"{path}: no such folder, and no such model could be had from the hub ({reason}); check the name and the "
+            "network, or download it first and give its folder"
+        ) from None
 
 
 def _is_bool(value: Any) -> bool:

@@ -5,48 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from sitdist.cli.arguments import (
+from sitdist.cli.outcome import show, tell
+from sitdist.cli.parser import (
+    Command,
+    Parser,
     add_device,
     add_evaluate_keys,
     add_overwrite,
     add_set,
     check_run,
+    check_there,
     output,
     positive,
     positive_number,
     radii,
     seed,
 )
-from sitdist.cli.outcome import show, tell
-from sitdist.cli.parser import Parser
 from sitdist.errors import ConfigError
-
-
-def add(commands: Any) -> None:
-    """Add the commands to the command line."""
-    commands.add_parser(
-        "eval", help="Measure a run on unseen views, and write the report.", options=_eval_options, run=_eval
-    )
-    commands.add_parser(
-        "calibrate", help="Fit error bars and trust on a held-out split.", options=_calibrate_options, run=_calibrate
-    )
-    commands.add_parser(
-        "likelihood",
-        help="Compute log densities of a split's latents, in bits per dimension.",
-        options=_likelihood_options,
-        run=_likelihood,
-    )
-    commands.add_parser(
-        "sigma",
-        help="Predict the noise floor of a dataset's packing before any training.",
-        options=_sigma_options,
-        run=_sigma,
-    )
-    commands.add_parser(
-        "report", help="Write plots and report.html of an evaluation again.", options=_report_options, run=_report
-    )
 
 
 def _add_data(command: Parser) -> None:
@@ -69,10 +46,10 @@ def _eval_options(command: Parser) -> None:
     command.add_argument("--out", type=output, help="Folder of the results. Default: RUN/eval/...")
     add_evaluate_keys(
         command,
-        *("estimator", "estimator_steps", "readout", "refine", "generator", "generator_steps", "batch", "seed"),
-        "lpips_backbone",
+        *("estimator", "estimator_steps", "readout", "zooms", "refine", "generator", "generator_steps", "guidance"),
+        *("batch", "seed", "lpips_backbone"),
     )
-    add_set(command, "evaluate.guidance=2")
+    add_set(command, "evaluate.tolerance=1e-5")
     command.add_argument("--uncalibrated", action="store_true", help="Leave out the run's error bars and trust.")
 
 
@@ -146,12 +123,14 @@ def _likelihood(options: argparse.Namespace) -> None:
 
 
 def _sigma(options: argparse.Namespace) -> None:
+    check_there(options.dataset)
     from sitdist.evaluate.sigma import sigma_table
 
     show(sigma_table(options.dataset, options.target_deg))
 
 
 def _report(options: argparse.Namespace) -> None:
+    check_there(*options.evaluation)
     if len(options.evaluation) > 1:
         from sitdist.evaluate.report.compare import compare
 
@@ -180,3 +159,17 @@ def _show_experiments(folder: Path) -> None:
     from sitdist.evaluate.experiments.tables import format_experiments
 
     show(format_experiments(folder))
+
+
+COMMANDS: list[Command] = [
+    ("eval", "Measure a run on unseen views, and write the report.", _eval_options, _eval),
+    ("calibrate", "Fit error bars and trust on a held-out split.", _calibrate_options, _calibrate),
+    (
+        "likelihood",
+        "Compute log densities of a split's latents, in bits per dimension.",
+        _likelihood_options,
+        _likelihood,
+    ),
+    ("sigma", "Predict the noise floor of a dataset's packing before any training.", _sigma_options, _sigma),
+    ("report", "Write plots and report.html of an evaluation again.", _report_options, _report),
+]

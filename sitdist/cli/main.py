@@ -12,12 +12,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sitdist import __version__
-from sitdist.cli import checkpoint, codec, doctor, ema, evaluate, export, pose, render, scene, shards, train, view
+from sitdist.cli import evaluate, scene, shards, train, use
 from sitdist.cli.outcome import EXIT_RESUME, check_launcher, exit_code, prepare_output
 from sitdist.cli.parser import Parser
 from sitdist.errors import RunInterrupted
 
-COMMANDS = (shards, codec, scene, train, doctor, checkpoint, evaluate, pose, render, view, export, ema)
+GROUPS = {
+    "shards": "Build and check datasets.",
+    "codec": "Make codecs.",
+    "scene": "Make scenes from photos, and render them.",
+    "checkpoint": "List, verify and convert checkpoints.",
+    "ema": "Averages of a run's weights.",
+}
 
 
 def make_parser() -> Parser:
@@ -26,9 +32,14 @@ def make_parser() -> Parser:
         prog="sitdist", description="Flow models that tie camera poses to pictures: train and evaluate them."
     )
     parser.add_argument("--version", action="version", version=f"sitdist {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add(commands)
+    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    for module in (shards, scene, train, evaluate, use):
+        for words, text, options, command in module.COMMANDS:
+            group, _, name = words.rpartition(" ")
+            if group not in groups:
+                inner = groups[""].add_parser(group, help=GROUPS[group])
+                groups[group] = inner.add_subparsers(required=True, metavar="ACTION")
+            groups[group].add_parser(name, help=text, options=options, run=command)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`sitdist scene ACTION`: make scenes from photos, and render them."""
+"""`sitdist scene`: make scenes from photos, and render them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sitdist.cli.arguments import (
+from sitdist.cli.outcome import tell
+from sitdist.cli.parser import (
+    Command,
+    Parser,
     add_device,
     add_lpips,
     add_set,
+    check_there,
     elevation,
     output,
     positive,
@@ -18,19 +22,6 @@ from sitdist.cli.arguments import (
     share,
     whole,
 )
-from sitdist.cli.outcome import tell
-from sitdist.cli.parser import Parser
-
-
-def add(commands: Any) -> None:
-    """Add the commands to the command line."""
-    actions = commands.add_parser("scene", help="Make scenes from photos, and render them.").add_actions()
-    actions.add_parser(
-        "fit", help="Fit a radiance field to posed photos of one object.", options=_fit_options, run=_fit
-    )
-    actions.add_parser(
-        "render", help="Render pictures of a scene, with a transforms.json.", options=_render_options, run=_render
-    )
 
 
 def _fit_options(command: Parser) -> None:
@@ -97,6 +88,7 @@ def _render_options(command: Parser) -> None:
 
 
 def _fit(options: argparse.Namespace) -> None:
+    check_there(options.photos, options.images)
     from sitdist.build.pictures import background_of
     from sitdist.checks import find_device
     from sitdist.evaluate import metrics
@@ -151,3 +143,9 @@ def _render(options: argparse.Namespace) -> None:
         gif=bool(options.turntable),
     )
     tell(f"{options.out}: {count} pictures")
+
+
+COMMANDS: list[Command] = [
+    ("scene fit", "Fit a radiance field to posed photos of one object.", _fit_options, _fit),
+    ("scene render", "Render pictures of a scene, with a transforms.json.", _render_options, _render),
+]

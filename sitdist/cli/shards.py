@@ -1,4 +1,4 @@
-"""`sitdist shards ACTION`: build and check datasets."""
+"""`sitdist shards` and `codec`: build and check datasets, and make their codecs."""
 
 from __future__ import annotations
 
@@ -6,30 +6,21 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from sitdist.cli.arguments import add_overwrite, add_set, names, output
 from sitdist.cli.outcome import show, tell
-from sitdist.cli.parser import Parser
+from sitdist.cli.parser import (
+    Command,
+    Parser,
+    add_lpips,
+    add_overwrite,
+    add_set,
+    names,
+    output,
+    positive,
+    positive_number,
+    seed,
+)
 from sitdist.errors import DataError, one_line
-
-
-def add(commands: Any) -> None:
-    """Add the commands to the command line."""
-    actions = commands.add_parser("shards", help="Build and check datasets.").add_actions()
-    actions.add_parser(
-        "build",
-        help="Render or load views, encode them, and pack them into shards.",
-        options=_build_options,
-        run=_build,
-    )
-    actions.add_parser(
-        "cameras", help="Write the cameras of a split for nerfstudio to render.", options=_cameras_options, run=_cameras
-    )
-    actions.add_parser(
-        "verify", help="Read a whole dataset and report what is damaged.", options=_dataset_options, run=_verify
-    )
-    actions.add_parser("info", help="Print what a dataset holds.", options=_dataset_options, run=_info)
 
 
 def _build_options(command: Parser) -> None:
@@ -105,3 +96,50 @@ def _info(options: argparse.Namespace) -> None:
     from sitdist.dataset.info import info
 
     show(info(options.dataset))
+
+
+def _codec_options(command: Parser) -> None:
+    command.add_argument("recipe", type=Path, help="Dataset recipe (YAML). Its codec is not used.")
+    command.add_argument("--out", type=output, required=True, help="Folder to write, in diffusers' format.")
+    command.add_argument("--steps", type=positive, help="Number of steps. Default: 2000.")
+    command.add_argument("--batch", type=positive, help="Views per step, of all processes together. Default: 32.")
+    command.add_argument("--views", type=positive, help="Largest number of views to fit on. Default: 4000.")
+    command.add_argument("--channels", type=positive, nargs="+", help="Channels of each level. Default: 16 32 32.")
+    command.add_argument("--latent-channels", type=positive, help="Channels of the latent. Default: 4.")
+    command.add_argument("--loss", choices=("mse", "l1"), help="Loss of the pixels. Default: mse.")
+    add_lpips(command)
+    command.add_argument("--lr", type=positive_number, help="Largest learning rate. Default: 2e-3.")
+    command.add_argument("--precision", choices=("fp32", "bf16"), help="Precision in training. Default: fp32.")
+    command.add_argument("--seed", type=seed, help="Seed of the weights and of the order of views. Default: 0.")
+    add_set(command, "image_size=64")
+
+
+def _codec(options: argparse.Namespace) -> None:
+    from sitdist.config.load import load_yaml
+    from sitdist.config.recipe import Recipe
+
+    recipe = load_yaml(Recipe, options.recipe, options.set)  # before what is slow to import
+    from sitdist.build.codec_fit import CodecFitOptions, fit_codec
+    from sitdist.evaluate.metrics import Lpips
+
+    given = {name: getattr(options, name) for name in CodecFitOptions.__dataclass_fields__}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.channels:
+        given["channels"] = tuple(options.channels)
+    backbone = options.lpips_backbone
+    perceptual = (lambda device: Lpips(backbone, device).distance) if backbone else None
+    result = fit_codec(recipe, options.out, CodecFitOptions(**given), perceptual)
+    if os.environ.get("RANK", "0") == "0":
+        tell(
+            f"{options.out}: held-out round trip {result.psnr:.2f} dB on {result.held_out} views, scaling factor "
+            f"{result.scaling_factor:.4f}; put codec: {{kind: vae, path: {options.out}}} into the recipe"
+        )
+
+
+COMMANDS: list[Command] = [
+    ("shards build", "Render or load views, encode them, and pack them into shards.", _build_options, _build),
+    ("shards cameras", "Write the cameras of a split for nerfstudio to render.", _cameras_options, _cameras),
+    ("shards verify", "Read a whole dataset and report what is damaged.", _dataset_options, _verify),
+    ("shards info", "Print what a dataset holds.", _dataset_options, _info),
+    ("codec fit", "Train an AutoencoderKL on the training views of a recipe.", _codec_options, _codec),
+]

@@ -47,16 +47,7 @@ class RadiusAugmentation(Schema):
         return self
 
 
-class _Source(Schema):
-    kind: str
-    label: Label = Field(0, description="Label of the object.")
-    name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
-
-
-class SceneSource(_Source):
+class SceneSource(Schema):
     """Views of the built-in object, or of a scene fitted to photos, rendered when the shards are built.
 
     Cameras stand on a shell about the origin, look at it, and are upright, unless the options say otherwise.
@@ -89,6 +80,11 @@ class SceneSource(_Source):
         2, description="Supersampling factor N: each pixel averages N x N rays."
     )
     seed: Seed = Field(0, description="Seed of the cameras.")
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -139,11 +135,16 @@ def _numbers(value: Any) -> list[float]:
     return list(value) if all(isinstance(each, int | float) and not isinstance(each, bool) for each in value) else []
 
 
-class NpzSource(_Source):
+class NpzSource(Schema):
     """Posed pictures in .npz files with the arrays images, poses and focal."""
 
     kind: Literal["npz"] = Field(description="Pictures in .npz files.")
     paths: Annotated[list[Word], Field(min_length=1)] = Field(description="Files, or folders of them.")
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
 
     @model_validator(mode="after")
     def _background_known(self) -> NpzSource:
@@ -155,12 +156,17 @@ class NpzSource(_Source):
         return self
 
 
-class TransformsSource(_Source):
+class TransformsSource(Schema):
     """Posed pictures named by a Blender or nerfstudio transforms.json."""
 
     kind: Literal["transforms"] = Field(description="Pictures named by a transforms.json.")
     path: Word = Field(description="The transforms.json, or the folder that holds it.")
     background: Colour = Field((1.0, 1.0, 1.0), description="Colour behind transparent pictures.")
+    label: Label = Field(0, description="Label of the object.")
+    name: Title | None = Field(None, description="Name of the object.")
+    radius_augmentation: RadiusAugmentation | None = Field(
+        None, description="Training views once more, from other distances."
+    )
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]

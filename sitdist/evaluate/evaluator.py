@@ -8,6 +8,7 @@ process merges them with an exactly-once check. Between the plan and the merge t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class EvalOptions:
     refine: str | None = None
     generator: str | None = None
     generator_steps: int | None = None
+    guidance: float | None = None
+    zooms: Sequence[float] | None = None
     batch: int | None = None
     seed: int | None = None
     lpips_backbone: str | None = None

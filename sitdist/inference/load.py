@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 
 import torch
 
-from sitdist.checks import find_device
-from sitdist.errors import ConfigError, DataError
+from sitdist.checks import find_device, model_folder
+from sitdist.errors import ConfigError
 from sitdist.inference.export import is_exported, load_exported
 from sitdist.inference.flow import Flow
 from sitdist.inference.preprocess import preprocess_of
 from sitdist.inference.run import load_run
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # and nothing that would have to be unpickled
 
 
 def load(
@@ -35,7 +30,7 @@ def load(
     unpickled). A SitdistError says what is missing, in one line.
     """
     device = find_device(device)
-    folder = _folder_of(str(path))
+    folder = model_folder(str(path))
     if is_exported(folder):
         if step is not None:
             raise ConfigError(f"step {step}: {folder} is an export, which holds one step; export the run at that step")
@@ -53,25 +48,3 @@ def load(
         colour = (given[0], given[1], given[2])
         preprocess = replace(preprocess, backgrounds={entry.label: colour for entry in run.manifest.objects})
     return Flow(run, preprocess, device, folder)
-
-
-def _folder_of(path: str) -> Path:
-    if os.path.isdir(path):  # and no error for names that no folder can have
-        return Path(path)
-    if not HUB_ID.fullmatch(path):
-        raise DataError(f"{path}: no such folder; give a run, an exported folder, or a hub id such as user/chair")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise DataError(
-            f"{path}: no such folder, and huggingface_hub is not installed to look for it on the hub; "
-            "pip install huggingface_hub, or give a folder"
-        ) from None
-    try:
-        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
-    except Exception as error:
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        raise DataError(
-            f"{path}: no such folder, and no such model could be had from the hub ({reason}); check the name and the "
-            "network, or download it first and give its folder"
-        ) from None
