@@ -228,7 +228,7 @@ def test_benches_of_poses_that_cannot_be_had(tiny_run, monkeypatch):
 
 
 def test_more_synthetic_samples_than_a_dataset_can_have(tiny_dataset, refused):
-    assert "--synthetic 1000000000000: expected" in refused("data", tiny_dataset, "--synthetic", "1e12")
+    assert "--synthetic 1000000000000: expected" in refused("data", tiny_dataset, "--synthetic", "1000000000000")
 
 
 @pytest.mark.parametrize(
