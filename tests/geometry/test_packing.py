@@ -92,10 +92,6 @@ def cameras_of(count: int) -> torch.Tensor:
     return torch.tensor([Intrinsics.from_fov(angle, 64, 64).normalized() for angle in fov], dtype=torch.float64)
 
 
-def test_intrinsics_are_relative_to_the_picture() -> None:
-    assert Intrinsics(50.0, 60.0, 40.0, 15.0, 100, 30).normalized() == [0.5, 2.0, 0.4, 0.5]
-
-
 def test_the_last_row_carries_standardized_intrinsics_which_come_back() -> None:
     intrinsics = cameras_of(len(POSES))
     statistics = PoseStatistics.from_dict(PoseStatistics.from_poses(POSES, intrinsics).to_dict())

@@ -14,7 +14,7 @@ from sitdist.dataset.info import info
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.verify import verify
-from sitdist.errors import ConfigError, DataError
+from sitdist.errors import DataError
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.resample import zoomed
@@ -48,18 +48,6 @@ def test_a_disc_is_as_large_as_it_should_be_and_stays_where_it_is(scale):
 def test_a_picture_is_zoomed_about_the_point_that_is_named():
     out = zoomed(disc(6.0, (30.0, 18.0)), 0.5, (40.0, 8.0), torch.tensor(BLUE))
     assert (out - disc(3.0, (35.0, 13.0))).abs().mean() < 0.003
-
-
-def test_the_outside_has_the_background_and_a_picture_of_it_stays_so():
-    plain = disc(0.0)
-    for scale in (0.25, 1.7):
-        out = zoomed(plain, scale, (24.0, 24.0), torch.tensor(BLUE))
-        torch.testing.assert_close(out, plain, rtol=0, atol=0.5 / 255 + 1e-6)
-
-
-def test_a_scale_of_one_changes_nothing():
-    picture = (torch.rand(3, SIZE, SIZE) * 255).round() / 255
-    torch.testing.assert_close(zoomed(picture, 1.0, (24.0, 24.0), torch.zeros(3)), picture, rtol=0, atol=1e-6)
 
 
 def test_what_shrinks_is_smoothed():
@@ -128,14 +116,6 @@ def test_radii_are_uniform_in_the_range_and_a_pure_function_of_seed_and_view(tmp
     assert other.fingerprint() != few.fingerprint()
 
 
-def test_a_scene_gives_its_own_background(tmp_path):
-    for background, expected in ((None, (128 / 255,) * 3), ([1.0, 0.0, 0.0], (1.0, 0.0, 0.0))):
-        values = {"kind": "scene", "views": 2, "supersample": 1, "background": background}
-        source = open_source(SceneSource(**values, radius_augmentation={"range": [40.0, 41.0]}), 16)
-        corner = source.images([1])[0, :, 0, 0]
-        assert corner.tolist() == pytest.approx(expected, abs=1e-6)
-
-
 def test_cameras_that_look_past_the_origin_are_refused():
     values = {"kind": "scene", "views": 5, "target_jitter": 1.0, "radius_augmentation": {"range": [1.5, 7.0]}}
     with pytest.raises(DataError, match=r"radius_augmentation: view \d looks past the origin by .*% of its distance"):
@@ -202,18 +182,3 @@ def test_an_augmented_dataset_verifies_and_is_built_again_in_the_same_bytes(buil
     assert len(files) > 6
     for file in files:
         assert (built / "data" / file).read_bytes() == (built / "again" / file).read_bytes(), file
-
-
-@pytest.mark.parametrize(
-    ("split", "values", "message"),
-    [
-        ("train", {"range": [1.5, 7.0]}, "radius_augmentation has no background, and .npz files do not tell theirs"),
-        ("train", {"range": [7.0, 1.5], "background": [1, 1, 1]}, r"range \[7.0, 1.5\] runs backwards"),
-        ("test", {"range": [1.5, 7.0], "background": [1, 1, 1]}, "split 'test' has radius_augmentation, which is for"),
-    ],
-)
-def test_an_augmentation_that_cannot_be_meant_is_refused(tmp_path, split, values, message):
-    source = {"kind": "npz", "paths": ["views.npz"], "radius_augmentation": values}
-    splits = {"train": {"kind": "scene", "views": 10}} | {split: source}
-    with pytest.raises(ConfigError, match=message):
-        recipe(tmp_path, splits=splits)

@@ -43,11 +43,6 @@ def test_names_that_cannot_be_are_one_line(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_of_the_longest_length_can_be_written(tmp_path):
-    write_atomically(tmp_path / ("é" * 127), lambda path: path.write_text("1"))
-    assert (tmp_path / ("é" * 127)).read_text() == "1"
-
-
 def test_leftovers_of_killed_processes_go_and_all_else_stays(tmp_path, monkeypatch):
     pid = os.fork()
     if pid == 0:

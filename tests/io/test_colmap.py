@@ -1,14 +1,12 @@
 """COLMAP's text model is read with the right axes, and what a pinhole camera cannot honour is refused."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sitdist.errors import DataError, PoseError
-from sitdist.geometry.camera import Intrinsics, camera_rays, look_at
+from sitdist.geometry.camera import Intrinsics, camera_rays
 from sitdist.io import colmap
 from sitdist.io.colmap import camera_to_world, find_model, read_cameras, read_model
 from sitdist.scene.photos import read_photos
@@ -67,16 +65,6 @@ def test_a_model_is_read_in_order_of_its_names_with_its_own_cameras(tmp_path):
     torch.testing.assert_close(-first.camera_to_world[:3, 2], torch.tensor([-1.0, 0, 0], dtype=torch.float64))
 
 
-def test_look_at_cameras_survive_the_way_through_colmaps_convention():
-    pose = look_at(torch.tensor([1.0, 2.0, 3.0]))
-    to_camera = (pose[:3, :3] * torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)).T
-    w = 0.5 * float((1 + to_camera.trace()).sqrt())
-    skew = (to_camera - to_camera.T) / (4 * w)
-    quaternion = [w, float(skew[2, 1]), float(skew[0, 2]), float(skew[1, 0])]
-    again = camera_to_world(quaternion, (-to_camera @ pose[:3, 3]).tolist(), "here")
-    torch.testing.assert_close(again, pose)
-
-
 def test_photos_of_a_workspace_are_found_with_their_poses(tmp_path):
     write_model(tmp_path / "sparse" / "0")
     write_pictures(tmp_path / "images")
@@ -97,19 +85,9 @@ def test_photos_of_a_workspace_are_found_with_their_poses(tmp_path):
         ("1 OPENCV_FISHEYE 8 6 9 9 4 3 0 0 0 0", "OPENCV_FISHEYE is no pinhole camera"),
         ("1 PINHOLE 8 6 9 4 3", "3 parameters, but PINHOLE has 4"),
         ("1 PINHOLE 8 6 nan 9 4 3", "not all finite numbers"),
-        ("1 PINHOLE 8 6 -9 9 4 3", "focal length -9 for 8 pixels"),
-        ("1 PINHOLE", "is no camera"),
         ("1 PINHOLE 0 6 9 9 4 3", "a camera for 0x6 pixels"),
-        ("1 PINHOLE -8 6 9 9 4 3", "a camera for -8x6 pixels"),
-        ("1 PINHOLE 8 2.5 9 9 4 3", r"a camera for 8x2\.5 pixels; expected whole numbers"),
-        ("1 PINHOLE 1e30 6 9 9 4 3", r"a camera for 1e\+30x6 pixels"),
         ("1 PINHOLE 100000 100000 9 9 4 3", "at most 89,478,485 pixels"),
-        ("1 PINHOLE inf 6 9 9 4 3", "not all finite numbers"),
-        (f"1 PINHOLE {'9' * 5000} 6 9 9 4 3", "not all finite numbers"),
-        ("1 PINHOLE 8 6 1e200 9 4 3", r"focal length 1e\+200 for 8 pixels"),
-        ("1 PINHOLE 8 6 9 1e-9 4 3", "focal length 1e-09 for 6 pixels"),
         ("1 PINHOLE 8 6 9 9 1e9 3", r"principal point 1e\+09 for 8 pixels is far outside"),
-        ("1 PINHOLE 8 6 9 9 4 -1e9", "far outside"),
         ("1 PINHOLE 8 6 9 9 4 3\n1 PINHOLE 8 6 9 9 4 3", "line 2: camera 1 is there twice"),
         ("1 PINHOLE 8 6 9 9 4 \udcff", "line 1 is not text"),
     ],
@@ -140,19 +118,9 @@ def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path, monkeypatc
     for name in ("/etc/a.png", "../a.png", "b/../../a.png"):
         refused(f"{line} {name}\n\n", "is not in the folder of pictures")
     refused(f"{line} a.png\n\n{line} b.png\n\n", "picture 1, b.png, is there twice")
-    refused(f"{line} a.png\n\n2 {line[2:]} a.png\n\n", "picture 2, a.png, is there twice")
-    refused("1 0 0 0 0 0 0 5 1 a.png\n\n", "of length 0")
-    refused("1 1e200 1e200 0 0 0 0 5 1 a.png\n\n", "of length")
-    refused("1 1 0 0 0 0 0 1e300 1 a.png\n\n", "expected at most")
-    refused("1 1 0 0 0 0 0 nan 1 a.png\n\n", "not all finite numbers")
     monkeypatch.setattr(colmap, "MAX_LINE", 1000)
     refused(f"{line} a.png\n{'1 2 -1 ' * 200}\n", "line 2 has 1,000 bytes or more")
     monkeypatch.undo()
-    (tmp_path / "model" / "images.txt").unlink()
-    os.mkfifo(tmp_path / "model" / "images.txt")
-    with pytest.raises(DataError, match="not a regular file"):
-        read_model(tmp_path / "model")
-    assert find_model(tmp_path / "model") is None
     (tmp_path / "binary" / "sparse").mkdir(parents=True)
     (tmp_path / "binary" / "sparse" / "cameras.bin").write_bytes(b"\0")
     with pytest.raises(DataError, match="model_converter --output_type TXT"):

@@ -1,8 +1,6 @@
 """What the header of an array claims is checked against the bytes that are there before any memory is taken."""
 
 import io
-import os
-import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -12,7 +10,7 @@ import pytest
 
 from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.io import memory
-from sitdist.io.npz import load_arrays, npz_files, read_arrays, read_posed_array, save_arrays
+from sitdist.io.npz import load_arrays, read_arrays, read_posed_array, save_arrays
 from sitdist.io.pose_files import read_poses
 
 EYE = np.eye(4)[None]
@@ -51,32 +49,17 @@ def bad_arrays():
     flat = archive(poses=npy((2**28, 4, 4), "|u1", bytes(64)))
     return {
         "empty": b"",
-        "text": b"hello",
-        "pickle": pickle.dumps(EYE),
-        "objects": objects,
         "objects in zip": archive(poses=objects),
-        "ten terabytes": npy((10**12 // 16, 4, 4)),
         "ten terabytes in zip": archive(poses=npy((10**12 // 16, 4, 4))),
         "beyond int64": npy((10**30, 4, 4)),
-        "negative": npy((-1, 4, 4), data=bytes(128)),
         "no bytes": npy((10**15, 4, 4), "|V0"),
-        "cut": saved(EYE)[:-8],
         "cut in zip": archive(poses=saved(EYE)[:-8]),
-        "cut zip": archive(poses=saved(EYE))[:-30],
         "false size": claimed(flat, 2**32 - 2),
-        "header of 60 kB": npy((1,) * 20_000),
         "header is code": b"\x93NUMPY\1\0" + struct.pack("<H", 20) + b"__import__('os').abc ",
-        "version 9": npy((1, 4, 4), data=EYE.tobytes(), version=(9, 0)),
         "text numbers": saved(EYE.astype(str)),
-        "complex": saved(EYE.astype(complex)),
-        "truth": saved(EYE.astype(bool)),
         "NaN": saved(np.full((1, 4, 4), np.nan)),
-        "infinite": saved(np.full((1, 4, 4), np.inf)),
         "not rigid": saved(EYE * 2),
-        "far": saved(EYE + np.array([[0, 0, 0, 1e15], *[[0.0] * 4] * 3])),
-        "three rows": saved(EYE[:, :3]),
         "none": saved(EYE[:0]),
-        "number": saved(np.float64(3)),
         "other name": archive(matrices=saved(EYE)),
         "twice": archive(poses=saved(EYE), posez=saved(EYE)).replace(b"posez", b"poses"),
     }
@@ -98,16 +81,6 @@ def test_arrays_that_are_no_poses_are_refused_without_taking_memory(tmp_path, wh
     assert what == "false size" or peak < 20e6  # that one takes what is free, and finds the file's end
 
 
-def test_what_is_no_regular_file_is_refused_without_hanging(tmp_path):
-    os.mkfifo(tmp_path / "fifo.npz")
-    with pytest.raises(DataError, match="not a regular file"):
-        read_arrays(tmp_path / "fifo.npz", ["poses"])
-    with pytest.raises(DataError, match="no such file"):
-        npz_files([tmp_path / "fifo.npz"], "give another")
-    with pytest.raises(DataError, match="no such file"):
-        read_poses(tmp_path / f"{'x' * 300}.npz")
-
-
 def test_a_zip_bomb_is_told_by_the_memory_that_it_needs(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
     path.write_bytes(archive(images=npy((100, 100, 100, 3), "<f8", bytes(24 * 10**6))))
@@ -120,9 +93,7 @@ def test_a_zip_bomb_is_told_by_the_memory_that_it_needs(tmp_path, monkeypatch):
     assert read_arrays(path, ["images"])[0].shape == (100, 100, 100, 3)
 
 
-@pytest.mark.parametrize(
-    "array", [EYE, EYE.astype(np.float32), EYE.astype(np.int64), EYE.astype(">f8"), np.asfortranarray(EYE), EYE[0]]
-)
+@pytest.mark.parametrize("array", [EYE, EYE.astype(">f8"), EYE[0]])
 def test_arrays_of_every_kind_of_number_and_order_are_read(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
     np.savez(tmp_path / "b.npz", poses=array)
@@ -132,7 +103,7 @@ def test_arrays_of_every_kind_of_number_and_order_are_read(tmp_path, array):
 
 
 CHANGES = {
-    "focal": (np.nan, np.inf, -1.0, 1e-4, 1e8, np.zeros(0)),
+    "focal": (np.nan, -1.0, np.zeros(0)),
     "images": [np.zeros(shape, np.uint8) for shape in ((1, 0, 4, 3), (4, 4, 3))]
     + [np.zeros((1, 4, 4, 3), kind) for kind in (bool, np.complex64)],
     "poses": (np.repeat(EYE, 2, 0), EYE.astype(complex)),

@@ -40,32 +40,19 @@ def each(values):
 
 
 CAMERAS = [  # of pictures whose size is told: these are wrong for any reader
-    *each({"fl_x": (0, 1e-4, 1e8, 10**400, "10", True, [10.0]), "fl_y": (-10.0,), "cx": (1e6,), "cy": (-1e30,)}),
-    *each({"w": (0, -8, 8.5), "h": (1e30, "6")}),
+    *each({"fl_x": (0, 1e8, 10**400, "10", True), "fl_y": (-10.0,), "cx": (1e6,)}),
+    *each({"w": (0, 8.5), "h": (1e30, "6")}),
     {"cy": None, "cx": "middle"},
-    *({"fl_x": None, "camera_angle_x": angle} for angle in (0.0, 3.2, 1e-9)),
+    *({"fl_x": None, "camera_angle_x": angle} for angle in (0.0, 3.2)),
 ]
 TEXT = [[str(value) for value in row] for row in POSE]
-MOVED = ((0, 0, None), (0, 0, "1"), (0, 0, 10**400), (0, 0, 1.1), (0, 0, -1), (3, 3, 2), (0, 3, 1e13))
+MOVED = ((0, 0, "1"), (0, 0, 10**400), (0, 0, 1.1), (0, 0, -1), (3, 3, 2))
 POSES = [
-    *(None, "none", [], 1.0, {"0": 1}, POSE[:3], TEXT, [[*POSE[0], 0.0], *POSE[1:]], [POSE], [[[[[[[[[[1.0]]]]]]]]]]),
+    *(None, [], {"0": 1}, POSE[:3], TEXT, [[*POSE[0], 0.0], *POSE[1:]]),
     *(moved(*entry) for entry in MOVED),
 ]
-FILES = [
-    "",
-    "{",
-    "[]",
-    "null",
-    '{"frames": {}}',
-    '{"frames": []}',
-    '{"frames": [1]}',
-    '{"frames": [[]]}',
-    '{"frames": [{"transform_matrix": [[NaN]]}]}',
-    '{"frames": [{"transform_matrix": [[1e999]]}]}',
-    '{"frames": ' + "[" * 100_000,
-    '{"frames": [{"transform_matrix": ' + "[" * 900 + "]" * 900 + "}]}",
-    '{"frames": [{"transform_matrix": ' + "9" * 5000 + "}]}",
-]
+FILES = ["{", "[]", '{"frames": {}}', '{"frames": []}', '{"frames": [1]}', '{"frames": ' + "[" * 100_000]
+FILES += ['{"frames": [{"transform_matrix": ' + matrix + "}]}" for matrix in ("[[NaN]]", "[[1e999]]", "9" * 5000)]
 
 
 @pytest.mark.parametrize("values", CAMERAS, ids=str)
@@ -92,39 +79,19 @@ def test_files_that_hold_no_frames_are_refused_by_every_reader(tmp_path, text):
             read(file)
 
 
-def test_what_is_no_text_or_no_file_is_refused(tmp_path):
-    file = write(tmp_path)
-    file.write_bytes(b'{"frames": "\xff"}')
-    with pytest.raises(DataError, match="damaged"):
-        read_posed_files(file)
-    file.unlink()
-    os.mkfifo(file)
-    for read in (read_posed_files, read_photos, read_poses):
-        with pytest.raises(DataError):
-            read(file)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("/etc/hostname", "is an absolute path"),
         ("b.png", "is there twice"),
-        ("./b.png", "is there twice"),
         ("b", "is there twice"),
-        ("", "is missing"),
-        ("..", "is missing"),
         ("none.png", "is missing"),
-        ("x" * 300, "is missing"),
         ("nul\0.png", "is missing"),
-        ("\udcff\ud800", "is missing"),
-        ("fifo", "is missing"),
         ("device", "is missing"),
         (None, "file_path is None"),
-        (3, "file_path is 3"),
     ],
 )
 def test_pictures_are_files_named_once_by_paths_from_the_file(tmp_path, name, message):
-    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
     with pytest.raises(DataError, match=message):
         read_posed_files(write(tmp_path, picture=name))

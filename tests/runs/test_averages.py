@@ -1,18 +1,16 @@
 """Averages chosen afterwards: the profiles, what is tracked, and what is put together from snapshots."""
 
-import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from sitdist.cli import main as cli
 from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
-from sitdist.errors import CheckpointError, ConfigError, DataError
+from sitdist.errors import CheckpointError, DataError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.inference.run import load_run
 from sitdist.runs.averages import (
@@ -37,11 +35,6 @@ from sitdist.train.trainer import train
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
 def test_exponents_are_those_of_the_paper(sigma_rel, gamma):
     assert exponent_of(sigma_rel) == pytest.approx(gamma, abs=0.01)
-
-
-def test_a_width_that_no_profile_has_is_refused():
-    with pytest.raises(ConfigError, match=r"sigma_rel 0.3: must be above 0 and below 0.289"):
-        exponent_of(0.3)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.03, 0.1, 0.25])
@@ -160,11 +153,6 @@ def test_an_evaluation_uses_the_average_it_is_told(run, capsys):
     assert errors[None] != errors["sigma_rel_0.05"]
 
 
-def test_a_run_without_snapshots_says_what_is_missing(run, tmp_path):
-    with pytest.raises(CheckpointError, match=r"train.averages.sigma_rels: \[0.05, 0.1\]"):
-        reconstruct(tmp_path, 0.1)
-
-
 def test_only_the_averages_of_checkpoints_are_removed(tmp_path):
     folder = tmp_path / "averages"
     for step in (1, 2, 10**8):
@@ -175,20 +163,6 @@ def test_only_the_averages_of_checkpoints_are_removed(tmp_path):
     prune(tmp_path, keep=[2], every=None)
     assert {path.name for path in folder.iterdir()} == {*theirs, "step_00000002.safetensors"}
     assert snapshots(tmp_path) == [path_of(tmp_path, 2)]
-
-
-@pytest.mark.parametrize("content", [b"", b"text", "nan", "int", "fifo"])
-def test_averages_that_are_none_are_refused_in_one_line(run, tmp_path, content):
-    path = tmp_path / "a.safetensors"
-    if content == "fifo":
-        os.mkfifo(path)
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        save_file({"weight": torch.full((2,), torch.nan) if content == "nan" else torch.ones(2).int()}, path)
-    with pytest.raises(CheckpointError, match=rf"^{path}: ") as refused:
-        use_average(load_run(run).model, run, 24, str(path))
-    assert "\n" not in str(refused.value)
 
 
 def test_a_reconstruction_replaces_no_file_that_is_there(run, tmp_path):

@@ -34,7 +34,6 @@ from sitdist.runs.build import build_endpoint, build_model
 from sitdist.runs.checkpoint import (
     TENSOR_FILES,
     check_same_config,
-    check_tensors,
     describe_checkpoints,
     folder_of,
     list_checkpoints,
@@ -275,31 +274,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, messages,
     assert str(error.value) in said
 
 
-DEEP = "[" * 100_000
-
-
 @pytest.mark.parametrize(
     "state",
     [
         b"",
-        b"[]",
-        b'{"step": 2}',
-        b'{"step": 2, "config": ' + DEEP.encode(),
+        b'{"step": 2, "config": ' + b"[" * 100_000,
         b'{"step": 2, "step2": NaN}',
-        *(
-            json.dumps(state_at(2) | change).encode()
-            for change in (
-                {"step": 1},
-                {"step": -2},
-                {"step": True},
-                {"config": []},
-                {"dataset": "0" * 63},
-                {"world_size": 0},
-                {"left_out": {"total": 1}},
-                {"scaler": {"scale": "large"}},
-                {"versions": {"torch": 3}},
-            )
-        ),
+        *(json.dumps(state_at(2) | change).encode() for change in ({"step": 1}, {"config": []}, {"world_size": 0})),
     ],
 )
 def test_a_state_of_another_shape_is_refused_in_one_line(tmp_path, messages, state):
@@ -317,11 +298,7 @@ def test_a_state_of_another_shape_is_refused_in_one_line(tmp_path, messages, sta
 @pytest.mark.parametrize(
     "change",
     [
-        {"format_version": 1},
-        {"files": []},
-        {"files": {"state.json": {"bytes": -1, "sha256": "0" * 64}}},
         {"files": {"state.json": {"bytes": 10**4000, "sha256": "0" * 64}}},
-        {"files": {"state.json": {"bytes": 1, "sha256": "x"}}},
         {"files": {"../../precious": {"bytes": 1, "sha256": "0" * 64}}},
         {"more": 1},
     ],
@@ -349,18 +326,16 @@ def header(**tensors):
         (b"", "no safetensors file"),
         (struct.pack("<Q", 2**62) + b"{}", "no safetensors file"),
         (header(weight={"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}) + b"0000", "no safetensors file"),
-        (header(weight={"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}), "no safetensors file"),
-        (header(weight={"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}) + b"0000", "no safetensors file"),
         *(
             (serialized({"weight": torch.tensor([value])}), "tensor weight holds NaN or infinity")
-            for value in (math.nan, math.inf, -math.inf)
+            for value in (math.nan, math.inf)
         ),
         *(
             (
                 serialized({"weight": torch.zeros(2).to(dtype)}),
                 f"tensor weight is {dtype}, expected float32".replace("torch.", ""),
             )
-            for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.int64, torch.bool)
+            for dtype in (torch.float8_e4m3fn, torch.int64)
         ),
     ],
 )
@@ -397,32 +372,6 @@ def test_links_in_a_checkpoint_are_followed_to_files_with_the_right_hash_only(tm
             read_checkpoint(folder_of(tmp_path, 1))
 
 
-def test_without_a_whole_checkpoint_there_is_none(tmp_path, messages):
-    assert read_newest(tmp_path) is None
-    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
-    assert read_newest(tmp_path) is None
-    assert "step_00000004: has no manifest.json" in messages[0]
-
-
-def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    stepped(model, optimizer)
-    tensors = all_tensors(model, optimizer)
-    folder = save_checkpoint(tmp_path, state_at(1), tensors, keep=1)
-    for content in contents(folder).values():
-        assert not content.startswith((b"PK", b"\x80"))  # a zip of torch.save, a pickle
-
-    def refuse(*_, **__):
-        raise AssertionError("unpickled")
-
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, refuse)
-    loaded = read_newest(tmp_path)
-    model.load_state_dict(loaded.tensors["model"])
-    load_optimizer(named(model), optimizer, check_optimizer(named(model), loaded.tensors["optimizer"], folder))
-
-
 # ----------------------------------------------------------------------------------------------- does it belong here?
 
 
@@ -436,7 +385,7 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("disguise", ["safetensors", "manifest too", "pickled metadata"])
+@pytest.mark.parametrize("disguise", ["manifest too", "pickled metadata"])
 def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, messages, disguise):
     """In the place of the weights; with the manifest to match; as the file that torch's own format unpickles."""
     save(tmp_path, 1, 2)
@@ -455,16 +404,6 @@ def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, messages, disgu
         pickle.load(file)
         pickle.load(file)
     assert victim.exists()
-
-
-def test_a_checkpoint_of_another_model_is_refused_by_the_first_tensor_that_does_not_fit(tmp_path):
-    wide, narrow = nn.Linear(4, 2), nn.Linear(3, 2)
-    with pytest.raises(CheckpointError, match=r"weight is \(2, 3\) but the model of the config has \(2, 4\)"):
-        check_tensors(wide, narrow.state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"bias is absent but the model of the config has \(2,\)"):
-        check_tensors(wide, nn.Linear(4, 2, bias=False).state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"extra is \(1,\) but the model of the config has absent"):
-        check_tensors(wide, wide.state_dict() | {"extra": torch.zeros(1)}, tmp_path)
 
 
 def test_optimizer_state_that_does_not_fit_is_refused(tmp_path):
@@ -492,10 +431,7 @@ def test_a_changed_config_is_refused_with_the_key_and_both_values(tmp_path, tiny
     check_same_config(loaded, config(*harmless, "evaluate.seed=4", "name=other"))
     for override, message in {
         "train.optimizer.lr=0.5": "train.optimizer.lr is 0.5 but .*step_00000001 was trained with 0.01; set it back",
-        "seed=1": "seed is 1 but .* was trained with 0",
         "model.depth=3": "model.depth is 3 but .* was trained with 2",
-        "train.global_batch=24": "train.global_batch is 24 but .* was trained with 12",
-        "train.precision=bf16": "train.precision is 'bf16' but .* was trained with 'fp32'",
         "train.optimizer.betas=[0.9, 0.95]": r"train.optimizer.betas is \[0.9, 0.95\] but .* with \[0.9, 0.999\]",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -573,16 +509,6 @@ def run(tiny_yaml, tmp_path_factory):
     return folder
 
 
-def test_a_run_is_loaded_with_its_averaged_weights_in_eval_mode(run):
-    loaded = load_run(run)
-    expected = read_checkpoint(folder_of(run, 2)).tensors["ema"]
-    assert loaded.step == 2
-    assert not loaded.model.training
-    for name, value in loaded.model.state_dict().items():
-        assert torch.equal(value, expected[name])
-    assert load_run(run, step=1).step == 1
-
-
 def test_a_folder_that_is_no_usable_run_is_refused(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"has no whole checkpoint; give the --out"):
         load_run(tmp_path)
@@ -639,19 +565,13 @@ def test_poses_are_those_of_the_weights_the_config_and_the_card_read_by_hand(run
     assert torch.equal(ours.camera_to_world, theirs.camera_to_world)
     assert torch.equal(ours.spread, theirs.spread)
     assert loaded.config == config
+    assert (loaded.step, loaded.model.training, load_run(run, step=1).step) == (2, False, 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"flow__sigma": 0.2}, "flow.sigma is 0.2 but .*step_00000002 was trained with 0.1"),
-        ({"flow__gain": 2.0}, "flow.gain is 2.0 but .* with 1.0"),
-        ({"flow__prediction": "x0"}, "flow.prediction is 'x0' but .* with 'velocity'"),
-        ({"flow__layout": "interleaved"}, "flow.layout is 'interleaved' but .* with 'quadrants'"),
-        ({"flow__path": "gvp"}, "flow.path is 'gvp' but .* with 'linear'"),
-        ({"model__depth": 3}, "model.depth is 3 but .* with 2"),
-        ({"train__optimizer__lr": 0.5}, "train.optimizer.lr is 0.5 but .* with 0.01"),
-        ({"flow__sigma": "a lot"}, "flow.sigma = 'a lot'"),
         ({"flow__unknown": 1}, "unknown key 'flow.unknown'"),
     ],
 )
@@ -694,9 +614,6 @@ def test_keys_of_another_version_are_left_out_where_the_weights_do_not_depend_on
     "changes",
     [
         {"hidden_size": 2_000_000},
-        {"mlp_ratio": 1e300},
-        {"num_classes": 10**15},
-        {"depth": 10**9},
         {"patch_size": 4},
         {"num_heads": 1, "hidden_size": 64},
     ],

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sitdist.cli import main as cli
 from sitdist.config.experiment import Config
@@ -16,8 +16,7 @@ from sitdist.runs.convert import convert
 from sitdist.train.trainer import train
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize("weights", ["ema", "model"])
+@pytest.mark.parametrize(("suffix", "weights"), [(".safetensors", "ema"), (".pt", "model")])
 def test_the_weights_of_a_run_come_back(tiny_run, tmp_path, capsys, suffix, weights):
     out = tmp_path / "new" / f"weights{suffix}"
     assert cli.run(["checkpoint", "convert", str(tiny_run), str(out), "--weights", weights]) == 0
@@ -79,11 +78,3 @@ def test_a_disk_that_gets_full_is_one_line_and_leaves_no_file(tiny_run, tmp_path
         assert f"weights.{suffix}: cannot be written (" in line
         assert "File too large" in line
         assert "free space or name a folder you may write to" in line
-
-
-def test_what_is_not_finite_is_not_converted(tiny_run, tmp_path):
-    weights = read_newest(tiny_run, ["ema"]).tensors["ema"]
-    save_file(weights | {"pos_embed": torch.full_like(weights["pos_embed"], torch.inf)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="pos_embed holds NaN or infinity"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.pt")
-    assert not (tmp_path / "b.pt").exists()
