@@ -99,7 +99,7 @@ def _render_options(command: Parser) -> None:
         "--poses",
         type=Path,
         metavar="FILE",
-        help="Render the poses in a transforms.json, a camera path, an .npy, an .npz, or a COLMAP folder.",
+        help="Render the poses in a transforms.json, an .npy, an .npz, or a COLMAP folder.",
     )
     command.add_argument(
         "--radius", type=positive_number, help="Radius of the turntable. Default: the middle of the training radii."

@@ -11,11 +11,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ import torch
 from torch import Tensor
 
 from sitdist.errors import DataError
-from sitdist.geometry.camera import Intrinsics, check_intrinsics
+from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import check_free, write_atomically, write_folder
 from sitdist.io.colmap import find_model, read_model
 from sitdist.io.json_file import read_json
 from sitdist.io.npz import read_arrays
-from sitdist.io.transforms import camera_of, frames_of, number_of, pose_of, size_of, transforms
+from sitdist.io.transforms import camera_of, frames_of, pose_of, size_of, transforms
 
 OPENCV = (1.0, -1.0, -1.0)  # the signs of OpenGL's axes in OpenCV's
 
@@ -58,16 +57,16 @@ def write_poses(posed: Sequence[PosedPicture], kind: str, out: Path, overwrite: 
     check_free(out, overwrite and kind != "colmap")
     if kind == "colmap":
         files = colmap_files(posed)
-        write_folder(out, lambda folder: _write_all(folder, files))
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True)
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+
+        write_folder(out, write)
         return
     text = to_text(posed, kind, out.parent)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _write_all(folder: Path, files: dict[str, str]) -> None:
-    folder.mkdir(parents=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def to_text(posed: Sequence[PosedPicture], kind: str, beside: Path | None = None) -> str:
@@ -115,10 +114,12 @@ def picture_names(pictures: Sequence[Path], kind: str, beside: Path | None = Non
 
 
 def _cameras(posed: Sequence[PosedPicture], what: str) -> list[Intrinsics]:
+    cameras = []
     for each in posed:
         if each.intrinsics is None:
             raise DataError(f"{each.path}: its intrinsics are not known, and {what} needs them; give --intrinsics")
-    return [each.intrinsics for each in posed if each.intrinsics is not None]
+        cameras.append(each.intrinsics)
+    return cameras
 
 
 def _values(each: PosedPicture, name: str) -> dict[str, Any]:
@@ -173,6 +174,10 @@ def _opencv_camera_to_world(posed: Sequence[PosedPicture]) -> tuple[Tensor, Tens
     return poses[:, :3, :3] * torch.tensor(OPENCV, dtype=torch.float64), poses[:, :3, 3]
 
 
+def _words(*values: float) -> str:
+    return " ".join(repr(value) for value in values)
+
+
 def tum_text(posed: Sequence[PosedPicture], names: Sequence[str]) -> str:
     """Lines of timestamp, tx ty tz, qx qy qz qw of camera-to-world; the timestamp is the picture's number, from 0."""
     rotation, position = _opencv_camera_to_world(posed)
@@ -209,10 +214,6 @@ def colmap_files(posed: Sequence[PosedPicture]) -> dict[str, str]:
     return {name: "\n".join(lines) + "\n" for name, lines in files.items()}
 
 
-def _words(*values: float) -> str:
-    return " ".join(repr(value) for value in values)
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -225,20 +226,29 @@ class PoseFile:
 
 
 def read_poses(path: Path) -> PoseFile:
-    """Poses of a transforms.json or its folder, a camera path, an array [N, 4, 4] in .npy or as `poses` in .npz, or a
-    COLMAP text model; DataError, PoseError for what is missing or no pose.
+    """Poses of a transforms.json or its folder, an array [N, 4, 4] in .npy or as `poses` in .npz, or a COLMAP text
+    model; DataError, PoseError for what is missing or no pose.
     """
-    if os.path.isdir(path):
-        if not os.path.isfile(path / "transforms.json"):
-            return _colmap_poses(path)
-        path = path / "transforms.json"
+    if os.path.isdir(path) and not os.path.isfile(path / "transforms.json"):
+        model = find_model(path)
+        if model is None:
+            raise DataError(f"{path}: holds neither a transforms.json nor COLMAP's cameras.txt and images.txt")
+        views = read_model(model)
+        return PoseFile(torch.stack([view.camera_to_world for view in views]), [view.intrinsics for view in views])
+    path = path / "transforms.json" if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; give a transforms.json, camera path, .npy, .npz or COLMAP folder")
-    if path.suffix.lower() == ".json":
-        return _json_poses(path)
-    if path.suffix.lower() not in (".npy", ".npz"):
+        raise DataError(f"{path}: no such file; give a transforms.json, .npy, .npz or COLMAP folder")
+    if path.suffix.lower() in (".npy", ".npz"):
+        return PoseFile(_checked(read_arrays(path, ["poses"])[0], path), None)
+    if path.suffix.lower() != ".json":
         raise DataError(f"{path}: poses are read from .json, .npy, .npz or a COLMAP folder")
-    return PoseFile(_checked(read_arrays(path, ["poses"])[0], path), None)
+    poses, cameras = [], []
+    for where, frame in frames_of(read_json(path, "give a transforms.json"), path):
+        poses.append(pose_of(frame.get("transform_matrix"), where))
+        size = size_of(frame, where)
+        if size is not None and ("fl_x" in frame or "camera_angle_x" in frame):
+            cameras.append(camera_of(frame, *size, where))
+    return PoseFile(torch.stack(poses), cameras if len(cameras) == len(poses) else None)
 
 
 def _checked(matrices: np.ndarray, path: Path) -> Tensor:
@@ -246,48 +256,3 @@ def _checked(matrices: np.ndarray, path: Path) -> Tensor:
     if matrices.ndim != 3 or matrices.shape[1:] != (4, 4) or len(matrices) == 0:
         raise DataError(f"{path}: poses of shape {list(matrices.shape)}; expected [N, 4, 4], N above 0")
     return torch.stack([pose_of(matrix, f"{path}: pose {number}") for number, matrix in enumerate(matrices)])
-
-
-def _json_poses(path: Path) -> PoseFile:
-    values = read_json(path, "give a transforms.json or a camera path")
-    if "camera_path" in values:
-        return _camera_path_poses(values, path)
-    frames = frames_of(values, path)
-    poses = [pose_of(frame.get("transform_matrix"), where) for where, frame in frames]
-    cameras = [_camera(frame, where) for where, frame in frames]
-    known = [camera for camera in cameras if camera is not None]
-    return PoseFile(torch.stack(poses), known if len(known) == len(cameras) else None)
-
-
-def _camera(frame: Mapping[str, Any], where: str) -> Intrinsics | None:
-    """A frame's camera where it tells its picture's size and a focal length."""
-    size = size_of(frame, where)
-    if size is None or not ("fl_x" in frame or "camera_angle_x" in frame):
-        return None
-    return camera_of(frame, *size, where)
-
-
-def _camera_path_poses(values: dict[str, Any], path: Path) -> PoseFile:
-    size = size_of(values, str(path), ("render_width", "render_height"))
-    views = values["camera_path"]
-    if size is None or not isinstance(views, list) or not views or not all(isinstance(view, dict) for view in views):
-        raise DataError(f"{path}: no camera path; it has render_width, render_height, and a list of cameras")
-    poses, cameras = [], []
-    for number, view in enumerate(views):
-        where = f"{path}: camera {number}"
-        poses.append(pose_of(view.get("camera_to_world"), where))
-        fov_deg = number_of(view, "fov", where)
-        if not 0.0 < fov_deg < 180.0:
-            raise DataError(f"{where}: fov is {fov_deg:g}; expected a vertical field of view from 0 to 180 degrees")
-        focal = 0.5 * size[1] / math.tan(0.5 * math.radians(fov_deg))  # of square pixels
-        cameras.append(Intrinsics(focal, focal, 0.5 * size[0], 0.5 * size[1], *size))
-        check_intrinsics(cameras[-1], where)
-    return PoseFile(torch.stack(poses), cameras)
-
-
-def _colmap_poses(path: Path) -> PoseFile:
-    model = find_model(path)
-    if model is None:
-        raise DataError(f"{path}: holds neither a transforms.json nor COLMAP's cameras.txt and images.txt")
-    views = read_model(model)
-    return PoseFile(torch.stack([view.camera_to_world for view in views]), [view.intrinsics for view in views])

@@ -106,13 +106,13 @@ def camera_of(values: Mapping[str, Any], width: int, height: int, where: str) ->
     return camera
 
 
-def size_of(values: Mapping[str, Any], where: str, keys: tuple[str, str] = ("w", "h")) -> tuple[int, int] | None:
+def size_of(values: Mapping[str, Any], where: str) -> tuple[int, int] | None:
     """Width and height where the values tell both; DataError unless they are whole numbers above 0."""
-    if any(key not in values for key in keys):
+    if "w" not in values or "h" not in values:
         return None
-    width, height = (number_of(values, key, where) for key in keys)
+    width, height = number_of(values, "w", where), number_of(values, "h", where)
     if min(width, height) < 1 or width % 1 or height % 1:
-        raise DataError(f"{where}: {keys[0]} and {keys[1]} are {width:g} and {height:g}; expected pixels, above 0")
+        raise DataError(f"{where}: w and h are {width:g} and {height:g}; expected pixels, above 0")
     return int(width), int(height)
 
 

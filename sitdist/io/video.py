@@ -19,7 +19,6 @@ from sitdist.io.json_file import write_json
 from sitdist.io.transforms import transforms
 
 ANIMATIONS = (".gif", ".mp4")
-NO_FFMPEG = "needs ffmpeg, which is not installed; pip install imageio-ffmpeg, or name a .gif"
 
 
 def check_out(out: Path, overwrite: bool = False) -> None:
@@ -27,30 +26,20 @@ def check_out(out: Path, overwrite: bool = False) -> None:
     check_free(out, overwrite and out.suffix.lower() in ANIMATIONS)
     if out.suffix and out.suffix.lower() not in ANIMATIONS:
         raise ConfigError(f"{out}: pictures go to a folder, or to a file that ends in {' or '.join(ANIMATIONS)}")
-    if out.suffix.lower() == ".mp4":
-        ffmpeg(out)
+    if out.suffix.lower() == ".mp4" and ffmpeg() is None:
+        raise ConfigError(
+            f"{out}: an MP4 needs ffmpeg, which is not installed; pip install imageio-ffmpeg, or name a .gif"
+        )
 
 
-def ffmpeg(out: Path) -> str:
-    """The program that writes MP4s: imageio-ffmpeg's, or else the system's; ConfigError if there is none."""
+def ffmpeg() -> str | None:
+    """The program that writes MP4s: imageio-ffmpeg's, or else the system's; None if there is none."""
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
 
         return get_ffmpeg_exe()
     except (ImportError, RuntimeError):
-        found = shutil.which("ffmpeg")
-    if found is None:
-        raise ConfigError(f"{out}: an MP4 {NO_FFMPEG}")
-    return found
-
-
-def has_ffmpeg() -> bool:
-    """Whether MP4s can be written here."""
-    try:
-        ffmpeg(Path("any.mp4"))
-    except ConfigError:
-        return False
-    return True
+        return shutil.which("ffmpeg")
 
 
 def write_rendered(
@@ -107,7 +96,7 @@ def save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float
     width, height = frames[0].size
     factor = max(2, -(-256 // min(width, height)))
     factor += factor % 2  # both sides become even
-    command: list[Any] = [ffmpeg(out), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command: list[Any] = [ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{width}x{height}", "-r", str(frames_per_second), "-i", "-"]
     command += ["-vf", f"scale={factor * width}:{factor * height}:flags=lanczos"]
     command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", str(path.absolute())]

@@ -333,16 +333,15 @@ def test_poses_are_read_from_every_file_that_holds_them(tmp_path, run, tiny_run)
     poses = look_at(torch.tensor([[4.0, 0.0, 1.0], [0.0, 3.0, 2.0]]))
     np.save(tmp_path / "a.npy", poses.numpy())
     np.savez(tmp_path / "b.npz", poses=poses.numpy())
-    path = [{"camera_to_world": pose.flatten().tolist(), "fov": 60.0} for pose in poses]
-    (tmp_path / "c.json").write_text(json.dumps({"camera_path": path, "render_width": 20, "render_height": 10}))
     frames = [{"transform_matrix": pose.tolist()} for pose in poses]
+    (tmp_path / "c.json").write_text(json.dumps({"camera_angle_x": 0.7, "w": 20, "h": 10, "frames": frames}))
     (tmp_path / "d.json").write_text(json.dumps({"camera_angle_x": 0.7, "frames": frames}))
     for name in "a.npy", "b.npz", "c.json", "d.json":
         assert torch.equal(read_poses(tmp_path / name).camera_to_world, poses), name
     assert read_poses(tmp_path / "d.json").intrinsics is None
     camera = read_poses(tmp_path / "c.json").intrinsics[0]
     assert (camera.width, camera.height) == (20, 10)
-    assert camera.fx == camera.fy == pytest.approx(5.0 / math.tan(math.radians(30.0)))
+    assert camera.fx == camera.fy == pytest.approx(10.0 / math.tan(0.35))
     run("render", tiny_run, "--poses", tmp_path / "c.json", "--out", tmp_path / "out")
     with Image.open(tmp_path / "out" / "00001.png") as picture:
         assert picture.size == (20, 10)

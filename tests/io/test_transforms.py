@@ -3,7 +3,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -135,28 +134,3 @@ def test_cameras_for_the_stored_size_of_a_turned_picture_are_refused(tmp_path):
 
 def write_again(file, values):
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-
-# --------------------------------------------------------------------------------------------------- a camera path
-
-
-PATHS = {
-    "camera_path": ({}, [], [3]),
-    "render_width": (None, 0, "8"),
-    "render_height": (2.5, 1e9),
-    "fov": (0, 180, "60", 1e-9),
-    "camera_to_world": ([1.0] * 15, [value for row in TEXT for value in row], None, list(np.eye(4).flatten() * 2)),
-}
-
-
-@pytest.mark.parametrize("values", each(PATHS), ids=str)
-def test_a_camera_path_out_of_bounds_is_refused(tmp_path, values):
-    camera = {"camera_to_world": [value for row in POSE for value in row], "fov": 60.0}
-    path = {"render_width": 8, "render_height": 6, "camera_path": [camera]}
-    (tmp_path / "path.json").write_text(json.dumps(path))
-    assert read_poses(tmp_path / "path.json").intrinsics[0].height == 6
-    camera |= {key: value for key, value in values.items() if key in camera}
-    path |= {key: value for key, value in values.items() if key in path}
-    (tmp_path / "path.json").write_text(json.dumps(path))
-    with pytest.raises((DataError, PoseError), match=r"path\.json"):
-        read_poses(tmp_path / "path.json")

@@ -19,7 +19,7 @@ from sitdist.evaluate.views import to_uint8
 from sitdist.geometry.camera import camera_radius, full_turn, orbit
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.io.atomic import write_atomically
-from sitdist.io.video import has_ffmpeg, save_gif, save_mp4
+from sitdist.io.video import ffmpeg, save_gif, save_mp4
 from sitdist.model.codec import psnr
 
 FRAMES = 36
@@ -84,7 +84,7 @@ class Turntable:
             frames = [Image.fromarray(frame) for frame in np.concatenate(parts, axis=2)]
             write_atomically(self.out / "turntable.gif", lambda path: save_gif(frames, path, FRAMES_PER_SECOND))
             result["gif"] = " | ".join(names)
-            if has_ffmpeg():
+            if ffmpeg():
                 out = self.out / "turntable.mp4"
                 write_atomically(out, lambda path: save_mp4(frames, path, FRAMES_PER_SECOND, out))
         write_results(self.out, result, records)
