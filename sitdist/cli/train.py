@@ -84,7 +84,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> None:
     check_there(options.source)
-    from sitdist.runs.convert import convert
+    from sitdist.runs.checkpoint import convert
 
     tell(convert(options.source, options.out, options.step, options.weights))
 

@@ -14,7 +14,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,18 +64,10 @@ def power_weights(sigma_rel: float, t: int, updates: np.ndarray) -> np.ndarray:
     return np.where(updates <= t, weights, 0.0)
 
 
-@dataclass(frozen=True)
-class Combination:
-    """Coefficients of stored profiles, and the relative L2 error of the profile that they make."""
+def combine(stored: Sequence[tuple[float, int]], target: tuple[float, int]) -> tuple[list[float], float]:
+    """Coefficients of `stored` profiles (sigma_rel, t) that come nearest to `target`, and their relative L2 error.
 
-    coefficients: list[float]
-    error: float
-
-
-def combine(stored: Sequence[tuple[float, int]], target: tuple[float, int]) -> Combination:
-    """The combination of `stored` profiles (sigma_rel, t) that is nearest to `target`.
-
-    Its coefficients are divided by their sum, as EDM2's published code does, so that the weights keep their scale.
+    The coefficients are divided by their sum, as EDM2's published code does, so that the weights keep their scale.
     """
     count = len(stored) + 1
     products = np.zeros((count, count))
@@ -92,15 +83,10 @@ def combine(stored: Sequence[tuple[float, int]], target: tuple[float, int]) -> C
     coefficients /= coefficients.sum()
     residual = np.append(coefficients * scale[-1] / scale[:-1], -1.0)
     error = math.sqrt(max(0.0, float(residual @ normalized @ residual)))
-    return Combination(coefficients.tolist(), error)
+    return coefficients.tolist(), error
 
 
 # ------------------------------------------------------------------------------------------------------------ tracking
-
-
-def names_of(decays: Iterable[float], sigma_rels: Iterable[float]) -> list[str]:
-    """What the averages are called."""
-    return [*(f"decay_{decay:g}" for decay in decays), *(f"sigma_rel_{width:g}" for width in sigma_rels)]
 
 
 def _decaying(decay: float) -> Callable[[int], float]:
@@ -122,9 +108,8 @@ class Averages:
         self._names, self._followed = list(followed), list(followed.values())
         self._shared_like = [dict(model.named_parameters())[name] for name in self._names]
         self._kept: list[Callable[[int], float]] = [*map(_decaying, decays), *map(_power, sigma_rels)]
-        self.averages: dict[str, list[Tensor]] = {
-            name: [each.float().clone() for each in self._followed] for name in names_of(decays, sigma_rels)
-        }
+        names = [*(f"decay_{decay:g}" for decay in decays), *(f"sigma_rel_{width:g}" for width in sigma_rels)]
+        self.averages = {name: [each.float().clone() for each in self._followed] for name in names}
 
     @torch.no_grad()
     def update(self, step: int, ok: Tensor) -> None:
@@ -212,17 +197,11 @@ def read_average(run: Path, step: int, name: str) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------- reconstruct
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Averaged parameters of a profile that was not tracked, after `step` updates; `error` is that of the profile."""
+def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int, float]:
+    """The average of width `sigma_rel` after `step` updates (default: the last snapshot), from the run's snapshots.
 
-    tensors: dict[str, Tensor]
-    step: int
-    error: float
-
-
-def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> Reconstruction:
-    """The average of width `sigma_rel` after `step` updates (default: the last snapshot), from the run's snapshots."""
+    Returns its parameters, the step, and the relative error of the profile.
+    """
     exponent_of(sigma_rel)
     paths = [path for path in snapshots(run) if step is None or step_of(path) <= step]
     stored = [(path, name) for path in paths for name in _names_in(path) if AVERAGE.fullmatch(name)]
@@ -233,13 +212,13 @@ def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> Reconst
         )
     end = step_of(paths[-1]) if step is None else step
     profiles = [(float(name.removeprefix("sigma_rel_")), step_of(path)) for path, name in stored]
-    combination = combine(profiles, (sigma_rel, end))
+    coefficients, error = combine(profiles, (sigma_rel, end))
     sums: dict[str, Tensor] = {}
-    for (path, name), coefficient in zip(stored, combination.coefficients, strict=True):
+    for (path, name), coefficient in zip(stored, coefficients, strict=True):
         for parameter, tensor in read_average(run, step_of(path), name).items():
             weighted = coefficient * tensor.double()
             sums[parameter] = sums[parameter] + weighted if parameter in sums else weighted
-    return Reconstruction({name: tensor.float() for name, tensor in sums.items()}, end, combination.error)
+    return {name: tensor.float() for name, tensor in sums.items()}, end, error
 
 
 def _names_in(path: Path) -> list[str]:
@@ -262,10 +241,10 @@ def reconstruct_to_file(
         check_free(out, overwrite)
     elif not check_ours(run, "run"):
         raise DataError(f"{run}: no run; give the --out of `sitdist train`")
-    found = reconstruct(run, sigma_rel, step)
-    place = out or run / "averages" / f"reconstructed_{sigma_rel:g}_at_{found.step}.safetensors"
-    write_atomically(place, lambda path: save_file(found.tensors, path))
-    return f"{place}: sigma_rel {sigma_rel:g} after step {found.step}, relative error of the profile {found.error:.2g}"
+    tensors, end, error = reconstruct(run, sigma_rel, step)
+    place = out or run / "averages" / f"reconstructed_{sigma_rel:g}_at_{end}.safetensors"
+    write_atomically(place, lambda path: save_file(tensors, path))
+    return f"{place}: sigma_rel {sigma_rel:g} after step {end}, relative error of the profile {error:.2g}"
 
 
 def use_average(model: nn.Module, run: Path, step: int, average: str) -> None:

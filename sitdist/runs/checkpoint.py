@@ -15,6 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +26,16 @@ from sitdist.config.experiment import Config
 from sitdist.config.load import parse
 from sitdist.config.schema import NonNegative, Positive, S, Schema
 from sitdist.errors import CheckpointError, ConfigError, one_line
-from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, remove, temporary_name, write_folder
+from sitdist.io.atomic import (
+    PREFIX,
+    cannot_write,
+    check_free,
+    file_sha256,
+    remove,
+    temporary_name,
+    write_atomically,
+    write_folder,
+)
 from sitdist.io.files import read_hashed
 from sitdist.io.json_file import parse_json, read_json, write_json
 
@@ -184,15 +194,12 @@ def _folders(run: Path) -> list[Path]:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run with a readable manifest and files of the right sizes, oldest first."""
-    return [folder for folder in _folders(run) if _is_whole(folder)]
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        _files(folder)
-    except CheckpointError:
-        return False
-    return True
+    whole = []
+    for folder in _folders(run):
+        with suppress(CheckpointError):
+            _files(folder)
+            whole.append(folder)
+    return whole
 
 
 def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkpoint:
@@ -232,20 +239,16 @@ def describe_checkpoints(run: Path, verify: bool = False) -> tuple[str, bool]:
     lines, whole = [], True
     for folder in folders:
         try:
-            said = _size_and_versions(read_checkpoint(folder, TENSOR_FILES if verify else ()), verify)
+            state = read_checkpoint(folder, TENSOR_FILES if verify else ()).state
+            megabytes = sum(file.bytes for file in _files(folder).values()) / 1e6
+            versions = " ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
+            what = "whole, every hash is right" if verify else "whole by its sizes"
+            said = f"{megabytes:.1f} MB  {state.get('world_size', '?')} processes  {versions}  {what}"
         except CheckpointError as error:
             said = f"damaged: {str(error).removeprefix(str(folder)).lstrip('/: ').removesuffix(f'; {REMEDY}')}"
             whole = False
         lines.append(one_line(f"{folder.name}  {said}"))
     return "\n".join(lines), whole
-
-
-def _size_and_versions(checkpoint: Checkpoint, verified: bool) -> str:
-    state = checkpoint.state
-    megabytes = sum(file.bytes for file in _files(checkpoint.folder).values()) / 1e6
-    versions = " ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
-    what = "whole, every hash is right" if verified else "whole by its sizes"
-    return f"{megabytes:.1f} MB  {state.get('world_size', '?')} processes  {versions}  {what}"
 
 
 def _files(folder: Path) -> dict[str, _File]:
@@ -377,3 +380,42 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def convert(source: Path, out: Path, step: int | None = None, weights: Literal["ema", "model"] = "ema") -> str:
+    """Write the weights of `source` to `out`, as safetensors or, for a `.pt`, with torch.save; returns a summary line.
+
+    source: a run (at `step`, by default its newest whole checkpoint; its EMA or its model), or a file that
+    `model.init_from` takes. The tensors have the names of the published SiT code, which can load the file. ConfigError,
+    CheckpointError; `out` is written whole or not at all.
+    """
+    from sitdist.model.pretrained import read_weights
+
+    if out.suffix not in (".safetensors", ".pt"):
+        raise ConfigError(f"{out}: what is to be written shows in the name; end it with .safetensors or .pt")
+    check_free(out)
+    if source.is_file():
+        if step is not None:
+            raise ConfigError(f"--step {step}: {source} is one file, which holds one step; leave it out")
+        tensors, where = read_weights(source), str(source)
+    else:
+        checkpoint = (
+            read_newest(source, [weights]) if step is None else read_checkpoint(folder_of(source, step), [weights])
+        )
+        if checkpoint is None:
+            raise no_checkpoint(source)
+        tensors, where = checkpoint.tensors[weights], f"{checkpoint.folder / weights}.safetensors"
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(out, lambda path: (_save_pt if out.suffix == ".pt" else save_file)(plain, path))
+    numbers = sum(tensor.numel() for tensor in plain.values())
+    return f"{out}: {len(plain)} tensors, {numbers:,} numbers, of {where}"
+
+
+def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
+    import torch
+
+    with path.open("wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # which is what torch says where the file raised another
+            raise error.__context__ or error from None

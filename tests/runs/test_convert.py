@@ -11,8 +11,7 @@ from sitdist.cli import main as cli
 from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
 from sitdist.errors import CheckpointError, ConfigError, DataError
-from sitdist.runs.checkpoint import read_newest
-from sitdist.runs.convert import convert
+from sitdist.runs.checkpoint import convert, read_newest
 from sitdist.train.trainer import train
 
 
@@ -43,7 +42,7 @@ def test_what_cannot_be_written_is_said_and_nothing_is_lost(tiny_run, tmp_path):
     for arguments, error, message in (
         ((tiny_run, out), DataError, "there.pt: already exists; give another name$"),
         ((tiny_run, tmp_path / "weights.bin"), ConfigError, r"end it with \.safetensors or \.pt"),
-        ((tmp_path / "none", tmp_path / "a.pt"), CheckpointError, "none: no such run or file"),
+        ((tmp_path / "none", tmp_path / "a.pt"), CheckpointError, "none: has no whole checkpoint"),
         ((tmp_path, tmp_path / "a.pt"), CheckpointError, "has no whole checkpoint"),
         ((tiny_run, tmp_path / "a.pt", 7), CheckpointError, "step_00000007: has no manifest.json"),
         ((out, tmp_path / "a.pt", 7), ConfigError, "--step 7: .* is one file"),
