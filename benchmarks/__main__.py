@@ -110,7 +110,7 @@ def _bench_pose(options: argparse.Namespace) -> None:
 
     from benchmarks.pose import bench_pose, format_bench
     from sitdist.io.atomic import check_free
-    from sitdist.io.json_file import write_json
+    from sitdist.io.files import write_json
 
     if options.json:
         check_free(options.json, options.overwrite)

@@ -33,7 +33,7 @@ from sitdist.evaluate.report.template import data_uri, render
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import write_atomically
-from sitdist.io.json_file import read_json, write_json
+from sitdist.io.files import read_json, write_json
 from sitdist.io.ownership import check_ours, only_writer
 from sitdist.model.codec import Codec, latent_mean, load_codec
 from sitdist.runs.checkpoint import dataset_fingerprint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.measure import format_table, machine
 from sitdist import checks
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 
 
 def bench_data(

@@ -24,7 +24,7 @@ from sitdist.flow.predict import guided
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference.pose_reader import PoseReader
 from sitdist.inference.run import LoadedRun, check_codec, load_run
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.model.codec import latent_mean
 
 WAYS: tuple[dict[str, Any], ...] = (

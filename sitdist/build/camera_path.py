@@ -14,7 +14,7 @@ from sitdist.config.recipe import Recipe
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import check_free
-from sitdist.io.json_file import write_json
+from sitdist.io.files import write_json
 from sitdist.io.transforms import transforms
 
 FPS = 24  # required by the format; the path is rendered picture by picture

@@ -28,7 +28,7 @@ from sitdist.distributed.ranks import Ranks
 from sitdist.errors import CodecError, ConfigError, DataError, NonFiniteError
 from sitdist.flow import draws
 from sitdist.io.atomic import cannot_write, check_free, remove_leftovers, temporary_name, write_folder
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.model.autoencoder import CodecLoss, PerceptualDistance, RoundTrip, latent_sums, make_vae, scaling_factor
 from sitdist.model.codec import VaeCodec, round_trip_psnr
 from sitdist.train.schedule import learning_rate

@@ -16,8 +16,7 @@ from sitdist.config.recipe import Recipe, SceneSource
 from sitdist.errors import ConfigError
 from sitdist.geometry.camera import Intrinsics, full_turn, orbit
 from sitdist.io.atomic import check_free, write_folder
-from sitdist.io.json_file import write_json
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory, write_json
 from sitdist.io.transforms import transforms
 from sitdist.io.video import save_gif
 from sitdist.scene.views import backdrop, look, open_scene

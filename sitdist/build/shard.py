@@ -28,8 +28,8 @@ from sitdist.dataset.manifest import ShardEntry
 from sitdist.errors import DataError
 from sitdist.geometry.camera import camera_radius
 from sitdist.geometry.packing import PoseStatistics, standardize
+from sitdist.io.arrays import save_arrays
 from sitdist.io.atomic import file_sha256, write_atomically
-from sitdist.io.npz import save_arrays
 from sitdist.model.codec import Codec, latent_mean, psnr
 
 Item = TypeVar("Item")

@@ -18,11 +18,10 @@ from sitdist.errors import DataError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.geometry.resample import resampled
+from sitdist.io.arrays import PosedArray, npz_files, read_posed_array
 from sitdist.io.atomic import file_sha256
-from sitdist.io.files import sha256_of
+from sitdist.io.files import require_memory, sha256_of
 from sitdist.io.images import to_pixels
-from sitdist.io.memory import require_memory
-from sitdist.io.npz import PosedArray, npz_files, read_posed_array
 from sitdist.io.transforms import read_posed_files, transforms_file
 from sitdist.scene.views import (
     backdrop,

@@ -40,8 +40,7 @@ from sitdist.flow import draws
 from sitdist.geometry.camera import camera_radius, is_upright, looks_at_origin
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import PREFIX, file_sha256, write_atomically, write_folder
-from sitdist.io.json_file import read_json, write_json
-from sitdist.io.memory import require_memory
+from sitdist.io.files import read_json, require_memory, write_json
 from sitdist.io.ownership import check_ours, only_writer
 from sitdist.model.codec import Codec, PcaCodec, VaeCodec, load_codec
 

@@ -149,7 +149,7 @@ def _report(options: argparse.Namespace) -> None:
 def _show_results(folder: Path) -> None:
     from sitdist.evaluate.report import format_table
     from sitdist.evaluate.schema import AGAIN
-    from sitdist.io.json_file import read_json
+    from sitdist.io.files import read_json
 
     show(format_table(read_json(folder / "metrics.json", AGAIN)))
     tell(f"report: {folder / 'report.html'}")

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sitdist.errors import DataError
-from sitdist.io.json_file import parse_json
+from sitdist.io.files import parse_json
 
 if TYPE_CHECKING:
     from sitdist.geometry.camera import Intrinsics

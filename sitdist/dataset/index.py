@@ -25,7 +25,7 @@ from sitdist.dataset.manifest import DatasetManifest, ShardEntry
 from sitdist.errors import DataError, PoseError
 from sitdist.geometry.camera import FOCAL_RANGE, MAX_OFFSET, camera_radius
 from sitdist.geometry.pose import are_rigid, check_rigid
-from sitdist.io.npz import load_arrays
+from sitdist.io.arrays import load_arrays
 
 
 def load_index(path: Path, count: int | None = None) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from sitdist.dataset.format import (
     padded_size,
 )
 from sitdist.errors import DataError
-from sitdist.io.json_file import parse_json, read_json
+from sitdist.io.files import parse_json, read_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sitdist.dataset.reader import Samples, ShardReader
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 
 CHUNK = 1024  # samples that are read at a time
 

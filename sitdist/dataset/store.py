@@ -27,7 +27,7 @@ from sitdist.dataset.format import index_name
 from sitdist.dataset.manifest import MANIFEST, load_manifest, read_manifest
 from sitdist.errors import ConfigError, DataError
 from sitdist.io.atomic import PREFIX, cannot_write, file_sha256, remove_leftovers, temporary_name
-from sitdist.io.json_file import MAX_BYTES, read_json, write_json
+from sitdist.io.files import MAX_JSON, read_json, write_json
 from sitdist.io.ownership import check_ours, mark
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class RemoteStore:
         fetched = temporary_name(self.cache / MANIFEST)
         remove_leftovers(self.cache)
         try:
-            digest = self._fetch(MANIFEST, fetched, None, MAX_BYTES)
+            digest = self._fetch(MANIFEST, fetched, None, MAX_JSON)
             read_manifest(fetched, f"{self.url}/{MANIFEST}")  # do not keep an unusable one
             folder = self.cache / _folder_name(self.url, digest)
             folder.mkdir(exist_ok=True)

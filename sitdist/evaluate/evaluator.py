@@ -38,8 +38,8 @@ from sitdist.inference.options import build_estimate
 from sitdist.inference.pose_reader import PoseReader
 from sitdist.inference.preprocess import preprocess_of
 from sitdist.inference.run import LoadedRun, check_codec, load_run
+from sitdist.io.arrays import tensors_sha256
 from sitdist.io.ownership import check_ours, only_writer
-from sitdist.io.tensors import tensors_sha256
 
 VIEWS_AT_MOST = 2_000_000
 RADII = "radii"

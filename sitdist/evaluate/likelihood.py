@@ -22,7 +22,7 @@ from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import standardize
 from sitdist.inference.run import LoadedRun, check_codec, load_run
 from sitdist.io.atomic import check_free, write_atomically
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.model.codec import latent_mean
 
 PROBE_BYTES = 40  # of every number of a probe while it is drawn

@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.schema import fault
+from sitdist.io.arrays import load_arrays, save_arrays
 from sitdist.io.atomic import file_sha256, write_atomically
-from sitdist.io.files import open_file
-from sitdist.io.json_file import MAX_BYTES, parse_json, read_json, write_json
-from sitdist.io.npz import load_arrays, save_arrays
+from sitdist.io.files import MAX_JSON, open_file, parse_json, read_json, write_json
 
 log = logging.getLogger("sitdist")
 UNIT_VERSION = 1
@@ -277,7 +276,7 @@ def write_unit(producer: Producer, task: Task, records: list[dict[str, Any]], ar
 def read_unit(producer: Producer, task: Task, remedy: str = "start the evaluation again to measure it") -> Unit:
     """What a finished job left; DataError unless it is whole, of this plan and job, and of each of its keys once."""
     path = unit_path(producer.out, task)
-    with open_file(path, remedy, MAX_BYTES) as file:
+    with open_file(path, remedy, MAX_JSON) as file:
         head, _, body = file.read().partition(b"\n")
     header, beside = parse_json(head, str(path), remedy), path.with_suffix(".npz")
     arrays = {} if header.get("arrays") is None else load_arrays(beside, remedy)

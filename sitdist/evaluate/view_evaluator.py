@@ -38,8 +38,8 @@ from sitdist.inference import calibration as calibrate
 from sitdist.inference.options import build_sampling
 from sitdist.inference.pose_reader import PoseReader
 from sitdist.inference.run import LoadedRun
-from sitdist.io.json_file import write_json
-from sitdist.io.npz import save_arrays
+from sitdist.io.arrays import save_arrays
+from sitdist.io.files import write_json
 from sitdist.model.codec import latent_mean, psnr
 
 

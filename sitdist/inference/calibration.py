@@ -31,9 +31,9 @@ from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference.options import build_estimate
 from sitdist.inference.run import LoadedRun, check_codec, load_run
-from sitdist.io.json_file import read_json, write_json
+from sitdist.io.arrays import tensors_sha256
+from sitdist.io.files import read_json, write_json
 from sitdist.io.ownership import check_ours
-from sitdist.io.tensors import tensors_sha256
 from sitdist.model.codec import latent_mean
 
 FILE = "calibration.json"

@@ -26,9 +26,9 @@ from sitdist.inference.calibration import FILE as CALIBRATION
 from sitdist.inference.calibration import RunCalibration, read_calibration
 from sitdist.inference.preprocess import Preprocess, preprocess_of
 from sitdist.inference.run import LoadedRun, assemble, load_run
+from sitdist.io.arrays import read_tensors
 from sitdist.io.atomic import check_free, file_sha256, write_folder
-from sitdist.io.json_file import read_json, write_json
-from sitdist.io.tensors import read_tensors
+from sitdist.io.files import read_json, write_json
 from sitdist.runs.checkpoint import Sha256, checked, stored_config
 
 FORMAT = "sitdist model"

@@ -36,8 +36,8 @@ from sitdist.inference.pose_reader import PoseReader, check_reading
 from sitdist.inference.preprocess import Preprocess, camera_of, framed, nearest_square, resampled
 from sitdist.inference.refine import SceneRefiner
 from sitdist.inference.run import LoadedRun
+from sitdist.io.files import require_memory
 from sitdist.io.images import Picture
-from sitdist.io.memory import require_memory
 from sitdist.model.codec import latent_mean
 
 LOOKS_AWAY = (

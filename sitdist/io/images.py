@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sitdist.errors import DataError
 from sitdist.geometry.camera import MAX_PIXELS
+from sitdist.io.arrays import check_unit_range
 from sitdist.io.files import open_file
-from sitdist.io.npz import check_unit_range
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # and HEIF where pillow-heif is installed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif")  # of pictures in a folder

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from sitdist.errors import DataError
 from sitdist.io.atomic import PREFIX, cannot_write
-from sitdist.io.json_file import read_json, write_json
+from sitdist.io.files import read_json, write_json
 
 Kind = Literal["run", "evaluation", "dataset", "ablation", "cache"]
 MARK, LOCK = "sitdist.json", "sitdist.lock"

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.io.arrays import read_arrays
 from sitdist.io.atomic import check_free, write_atomically, write_folder
 from sitdist.io.colmap import find_model, read_model
-from sitdist.io.json_file import read_json
-from sitdist.io.npz import read_arrays
+from sitdist.io.files import read_json
 from sitdist.io.transforms import camera_of, frames_of, pose_of, size_of, transforms
 
 OPENCV = (1.0, -1.0, -1.0)  # the signs of OpenGL's axes in OpenCV's

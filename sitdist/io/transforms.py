@@ -21,8 +21,8 @@ from torch import Tensor
 from sitdist.errors import DataError, shortened, shown
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
+from sitdist.io.files import read_json
 from sitdist.io.images import check_camera_size, picture_sizes
-from sitdist.io.json_file import read_json
 
 PINHOLE_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL", "PERSPECTIVE")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")

@@ -15,7 +15,7 @@ from torch import Tensor
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.io.atomic import check_free, write_atomically, write_folder
-from sitdist.io.json_file import write_json
+from sitdist.io.files import write_json
 from sitdist.io.transforms import transforms
 
 ANIMATIONS = (".gif", ".mp4")

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sitdist.errors import CodecError
-from sitdist.io.json_file import read_json, write_json
-from sitdist.io.tensors import check_numbers, read_tensors, tensors_sha256
+from sitdist.io.arrays import check_numbers, read_tensors, tensors_sha256
+from sitdist.io.files import read_json, write_json
 
 PSNR_CEILING = 100.0  # dB: a perfect copy counts as this, so that means stay finite
 CONSTANT_DEVIATION = 1e-4  # a component that varies less over the training patches is rounding, not signal

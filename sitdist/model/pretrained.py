@@ -20,8 +20,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from sitdist.errors import CheckpointError
+from sitdist.io.arrays import check_numbers, read_tensors
 from sitdist.io.files import open_file
-from sitdist.io.tensors import check_numbers, read_tensors
 from sitdist.model.sit import SiT
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

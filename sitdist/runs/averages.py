@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from sitdist.distributed.local_shards import full_tensor, local_shards, shard_like
 from sitdist.errors import CheckpointError, ConfigError, DataError
 from sitdist.flow.predict import VelocityModel
+from sitdist.io.arrays import read_tensors, tensors_sha256
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.ownership import check_ours
-from sitdist.io.tensors import read_tensors, tensors_sha256
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 16  # updates whose weights are in memory at a time

@@ -10,7 +10,7 @@ from sitdist.config.experiment import FlowConfig, ModelConfig
 from sitdist.dataset.manifest import DatasetManifest
 from sitdist.errors import CodecError, ConfigError
 from sitdist.flow.endpoint import Endpoint
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.model.codec import Codec, load_codec
 from sitdist.model.sit import SiT
 

@@ -36,8 +36,7 @@ from sitdist.io.atomic import (
     write_atomically,
     write_folder,
 )
-from sitdist.io.files import read_hashed
-from sitdist.io.json_file import parse_json, read_json, write_json
+from sitdist.io.files import parse_json, read_hashed, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -211,7 +210,7 @@ def read_checkpoint(folder: Path, files: Iterable[str] = TENSOR_FILES) -> Checkp
         raise CheckpointError(f"{path}: of step {state['step']!r:.40}, which is not this folder's; {REMEDY}")
     tensors = {}
     for name in files:
-        from sitdist.io.tensors import read_tensors  # torch is slow to import, and the state needs none of it
+        from sitdist.io.arrays import read_tensors  # torch is slow to import, and the state needs none of it
 
         path = folder / f"{name}.safetensors"
         tensors[name] = read_tensors(path, known[path.name].sha256, REMEDY, CheckpointError)

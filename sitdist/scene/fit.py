@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, camera_rays, full_turn, orbit
 from sitdist.geometry.similarity import Similarity, capture_frame
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.scene.grid import VoxelField
 from sitdist.scene.store import Scene, render_field
 from sitdist.scene.views import border_pixels

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.io.arrays import npz_files, read_posed_array
 from sitdist.io.atomic import file_sha256
 from sitdist.io.colmap import find_model, read_model
-from sitdist.io.files import sha256_of
+from sitdist.io.files import require_memory, sha256_of
 from sitdist.io.images import SUFFIXES, check_camera_size, picture_sizes, to_pixels
-from sitdist.io.memory import require_memory
-from sitdist.io.npz import npz_files, read_posed_array
 from sitdist.io.transforms import PosedFile, check_distinct, find_picture, read_posed_files, transforms_file
 from sitdist.scene.fit import Photos
 

@@ -15,9 +15,9 @@ from sitdist import __version__
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.similarity import Similarity
+from sitdist.io.arrays import read_tensors
 from sitdist.io.atomic import file_sha256, write_folder
-from sitdist.io.json_file import read_json, write_json
-from sitdist.io.tensors import read_tensors
+from sitdist.io.files import read_json, write_json
 from sitdist.scene.grid import VoxelField
 from sitdist.scene.volume import Rendered, march_occupied, picture
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sitdist.geometry.camera import Intrinsics, camera_rays
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.scene.field import Solids
 
 BACKGROUND = (0.5, 0.5, 0.5)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sitdist.config.experiment import Config
-from sitdist.io.memory import require_memory
+from sitdist.io.files import require_memory
 from sitdist.model.sit import SiT
 
 ACTIVATION_BYTES = 34  # a token, channel and block in 16 bits (Korthikanti et al. 2022, eq. 2, without the scores)

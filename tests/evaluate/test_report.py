@@ -21,8 +21,8 @@ from sitdist.evaluate.measures import MEASURES, ViewRecord
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, report_again, write_report
 from sitdist.evaluate.summary import summary_rows
+from sitdist.io.arrays import save_arrays
 from sitdist.io.atomic import temporary_name
-from sitdist.io.npz import save_arrays
 from sitdist.io.ownership import mark
 
 BINS = (2, 3, 4, 6)  # no view has a radius in [5, 6)

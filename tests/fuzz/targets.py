@@ -138,7 +138,7 @@ def _text_targets(folder: Path) -> Iterator[Target]:
     from sitdist.config.experiment import Config
     from sitdist.config.load import load_yaml, set_key
     from sitdist.config.recipe import Recipe
-    from sitdist.io.json_file import parse_json
+    from sitdist.io.files import parse_json
 
     config, recipe, values = folder / "config" / "a.yaml", folder / "recipe" / "a.yaml", folder / "json" / "a.json"
     recipes = tuple(text.encode() for text in (inputs.RECIPE, inputs.PHOTO_RECIPE, inputs.NPZ_RECIPE))

@@ -21,7 +21,7 @@ from sitdist.flow.error_bars import LEVELS, Bars, Calibration, Trust
 from sitdist.inference.calibration import RunCalibration
 from sitdist.inference.export import export_run
 from sitdist.io.atomic import file_sha256
-from sitdist.io.json_file import write_json
+from sitdist.io.files import write_json
 from sitdist.runs.checkpoint import read_newest
 from sitdist.train.trainer import train
 

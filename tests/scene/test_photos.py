@@ -11,7 +11,7 @@ from sitdist.cli.main import run
 from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at, shell_cameras
-from sitdist.io import memory
+from sitdist.io import files as memory
 from sitdist.scene.field import chair
 from sitdist.scene.photos import read_photos
 from sitdist.scene.store import load_scene
@@ -163,5 +163,5 @@ def test_the_command_fits_a_scene_and_says_how_well(tmp_path, capsys):
     assert run(command) == 2  # it is there already
     assert "already exists" in capsys.readouterr().err
     assert run(["scene", "fit", str(tmp_path / "none.npz"), "--out", str(tmp_path / "other")]) == 2
-    assert "no such file or folder" in capsys.readouterr().err
+    assert "No such file or directory" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -27,7 +27,7 @@ from sitdist.geometry.camera import Intrinsics
 from sitdist.inference.calibration import RunCalibration
 from sitdist.inference.options import build_estimate, build_sampling
 from sitdist.inference.run import LoadedRun
-from sitdist.io.json_file import write_json
+from sitdist.io.files import write_json
 from sitdist.model.codec import latent_mean
 from sitdist.scene.views import open_scene, render
 

@@ -19,7 +19,7 @@ from sitdist.evaluate.views import to_uint8
 from sitdist.geometry.camera import look_at
 from sitdist.geometry.packing import standardize
 from sitdist.geometry.pose import rotation_error_deg
-from sitdist.io.npz import save_arrays
+from sitdist.io.arrays import save_arrays
 from sitdist.model.codec import psnr
 
 PAIRS, STEPS = 8, 9

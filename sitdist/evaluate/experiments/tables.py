@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from sitdist.evaluate.experiments.records import EXPERIMENTS, Experiment
 from sitdist.evaluate.schema import AGAIN, Measure, damaged, fault, read_records
-from sitdist.io.json_file import read_json
+from sitdist.io.files import read_json
 
 
 @dataclass(frozen=True)

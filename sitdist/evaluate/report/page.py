@@ -15,8 +15,8 @@ from sitdist.evaluate.report.tables import estimator_text, generator_text, how, 
 from sitdist.evaluate.report.template import data_uri, picture_uri, render
 from sitdist.evaluate.schema import AGAIN, damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION
+from sitdist.io.arrays import load_arrays
 from sitdist.io.files import open_file
-from sitdist.io.npz import load_arrays
 
 WORST_SHOWN = 12  # of all views, and of every bin
 STRIPS_SHOWN = 8

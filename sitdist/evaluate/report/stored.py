@@ -28,8 +28,8 @@ from sitdist.evaluate.schema import (
 )
 from sitdist.evaluate.statistics import Summary
 from sitdist.evaluate.units import BINS_AT_MOST
-from sitdist.io.json_file import read_json
-from sitdist.io.npz import load_arrays
+from sitdist.io.arrays import load_arrays
+from sitdist.io.files import read_json
 
 ALWAYS_MEASURED = [name for name in measures_of(ViewRecord) if not may_be_missing(ViewRecord, name)]
 PICTURES = ("key", "bin", "true", "rendered")

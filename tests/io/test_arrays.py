@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sitdist.errors import DataError, OutOfMemoryError, PoseError
-from sitdist.io import memory
-from sitdist.io.npz import load_arrays, read_arrays, read_posed_array, save_arrays
+from sitdist.io import files as memory
+from sitdist.io.arrays import load_arrays, read_arrays, read_posed_array, save_arrays
 from sitdist.io.pose_files import read_poses
 
 EYE = np.eye(4)[None]

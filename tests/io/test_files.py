@@ -3,8 +3,8 @@
 import pytest
 
 from sitdist.errors import OutOfMemoryError
-from sitdist.io import memory
-from sitdist.io.memory import require_memory
+from sitdist.io import files as memory
+from sitdist.io.files import require_memory
 
 GB = 2**30
 
