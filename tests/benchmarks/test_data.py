@@ -55,7 +55,18 @@ def test_the_best_of_all_rounds_counts_and_the_ways_take_turns():
 
 @pytest.mark.distributed
 def test_everything_is_measured_in_one_run(tiny_dataset, ball_scene, capsys):
-    arguments = ["--samples", "64", "--batch", "16", "--views", "8", "--scene", str(ball_scene), "--synthetic", "1e5"]
+    arguments = [
+        "--samples",
+        "64",
+        "--batch",
+        "16",
+        "--views",
+        "8",
+        "--scene",
+        str(ball_scene),
+        "--synthetic",
+        "100000",
+    ]
     assert main(["data", str(tiny_dataset), *arguments]) == 0
     printed = capsys.readouterr().out
     for title in (
