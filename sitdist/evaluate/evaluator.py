@@ -43,6 +43,7 @@ from sitdist.io.ownership import check_ours, only_writer
 
 VIEWS_AT_MOST = 2_000_000
 RADII = "radii"
+CAMERAS_READ = 1024  # for the training's field of view, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _why_not(name: str, flow: FlowConfig) -> str | None:
 
 def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> Producer:
     """The experiment called `name`, with its results in a folder of that name in the evaluation's."""
-    from sitdist.evaluate.experiments.common import Tools
+    from sitdist.evaluate.experiments.common import Tools, spread
     from sitdist.evaluate.experiments.cycle import Cycle
     from sitdist.evaluate.experiments.interpolation import Interpolation
     from sitdist.evaluate.experiments.robustness import Robustness
@@ -176,7 +177,7 @@ def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> P
         views=evaluation.views,
         scene=source if isinstance(source, SceneSource) else None,
         training_poses=evaluation.training.camera_to_world(),
-        focal=evaluation.training.intrinsics([0])[0],
+        focal=evaluation.training.intrinsics(spread(range(len(evaluation.training)), CAMERAS_READ)).median(0).values,
         lpips=evaluation.lpips,
         calibration=evaluation.calibration,
         device=evaluation.device,
@@ -229,6 +230,7 @@ def _open(run: Path, options: EvalOptions, device: torch.device) -> ViewEvaluato
         background=views.background(),
         plan=_plan(loaded, settings, title, data, units, lpips)
         | ({"photos": views.photos.fingerprint} if isinstance(views, PhotoViews) else {})
+        | ({"cameras": "varied"} if isinstance(views, RenderedViews) and views.varied else {})
         | {
             "calibration": None if calibration is None else calibration.sha256(),
             "refine": None if poses.refiner is None else poses.refiner.fingerprint(),

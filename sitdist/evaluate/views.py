@@ -16,13 +16,12 @@ from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.metrics import background_colour
 from sitdist.evaluate.units import ViewRef, radius_bins
-from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, camera_radius
 from sitdist.geometry.similarity import Similarity
 from sitdist.inference.preprocess import Preprocess, framed
 from sitdist.model.codec import Codec, latent_mean
 from sitdist.scene.photos import read_photos
-from sitdist.scene.views import backdrop, border_pixels, cameras_at, look, open_scene, render
+from sitdist.scene.views import backdrop, border_pixels, evaluation_cameras, look, open_scene, render
 
 VIEWS_PER_BIN_AT_MOST = 1_000_000
 BACKGROUND_VIEWS = 64  # looked at for the colour behind the object
@@ -122,8 +121,8 @@ class SplitViews:
 class RenderedViews:
     """Views of a scene, the built-in or a fitted one, `views_per_radius` in every unit bin of `radii`.
 
-    Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras; where they may
-    stand, field of view, supersampling and label are those of the recipe's training source.
+    Camera i of bin a is a pure function of (seed, a, i), of another stream than the training cameras. Where cameras may
+    stand and look, their roll and field of view, supersampling and label are those of the recipe's training source.
     """
 
     keeps_transparency = True
@@ -138,48 +137,47 @@ class RenderedViews:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._source, self._codec, self._seed, self._device = source, codec, seed, device
-        self._radii, self._count = radii, views_per_radius
+        self.source, self._codec, self._seed, self._device = source, codec, seed, device
+        self._radii, self._count, self._size = radii, views_per_radius, image_size
         self._scene = open_scene(source.scene)
-        self._intrinsics = Intrinsics.from_fov(source.fov_deg, image_size, image_size)
 
     def references(self) -> list[ViewRef]:
         views = []
         for bin_ in range(*self._radii):
             positions = bin_ * VIEWS_PER_BIN_AT_MOST + torch.arange(self._count)
-            radii = camera_radius(self._cameras(bin_, positions)).tolist()
+            radii = camera_radius(self._cameras(bin_, positions)[0]).tolist()
             views += [ViewRef(f"r{bin_:02d}_{i:06d}", int(positions[i]), radii[i], bin_) for i in range(self._count)]
         return views
 
-    def _cameras(self, bin_: int, positions: Tensor) -> Tensor:
-        uniforms = draws.uniform(self._seed, "evaluation cameras", positions, 3)
-        return cameras_at(self._source, uniforms, (bin_, bin_ + 1))
+    def _cameras(self, bin_: int, positions: Tensor) -> tuple[Tensor, list[Intrinsics]]:
+        poses, fov_deg = evaluation_cameras(self.source, self._seed, positions, (bin_, bin_ + 1))
+        return poses, [Intrinsics.from_fov(each, self._size, self._size) for each in fov_deg.tolist()]
+
+    @property
+    def varied(self) -> bool:
+        """Whether cameras differ in more than where they stand, which earlier versions left out."""
+        return bool(self.source.roll_deg or self.source.target_jitter or self.source.fov_range_deg)
+
+    def cameras(self, views: tuple[ViewRef, ...]) -> tuple[Tensor, list[Intrinsics]]:
+        """The cameras of views of one bin: camera_to_world [B, 4, 4] float64 and intrinsics."""
+        return self._cameras(views[0].bin, torch.tensor([view.position for view in views]))
 
     def load(self, views: tuple[ViewRef, ...]) -> ViewBatch:
-        positions = torch.tensor([view.position for view in views])
-        camera_to_world = self._cameras(views[0].bin, positions)
-        images = self._render(camera_to_world)
+        source, (poses, intrinsics) = self.source, self.cameras(views)
+        how = source.supersample, source.background
+        cameras = zip(poses, intrinsics, strict=True)
+        images = torch.stack([render(self._scene, *camera, *how) for camera in cameras])
         moments = self._codec.encode_moments(images.to(self._device))
-        labels = torch.full((len(views),), self._source.label)
-        intrinsics = torch.tensor([self._intrinsics.normalized()] * len(views), dtype=torch.float64)
-        return ViewBatch(images, moments, camera_to_world, labels, intrinsics)
+        normalized = torch.tensor([each.normalized() for each in intrinsics], dtype=torch.float64)
+        return ViewBatch(images, moments, poses, torch.full((len(views),), source.label), normalized)
 
     def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
-        cameras = self._cameras(views[0].bin, torch.tensor([view.position for view in views]))
-        seen = [look(self._scene, camera, self._intrinsics, self._source.supersample) for camera in cameras]
+        cameras = zip(*self.cameras(views), strict=True)
+        seen = [look(self._scene, *camera, self.source.supersample) for camera in cameras]
         return torch.stack([torch.cat([each.light, each.through[..., None]], dim=-1).permute(2, 0, 1) for each in seen])
 
     def background(self) -> Tensor | None:
-        return backdrop(self._scene, self._source.background)
-
-    def _render(self, camera_to_world: Tensor) -> Tensor:
-        source = self._source
-        return torch.stack(
-            [
-                render(self._scene, pose, self._intrinsics, source.supersample, source.background)
-                for pose in camera_to_world
-            ]
-        )
+        return backdrop(self._scene, self.source.background)
 
 
 class PhotoViews:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sitdist.config.recipe import SceneSource
 from sitdist.flow import draws
-from sitdist.geometry.camera import Intrinsics, look_at, rolled, shell_cameras, shell_positions
+from sitdist.geometry.camera import Intrinsics, look_at, rolled, shell_positions
 from sitdist.scene.field import Solids, chair
 from sitdist.scene.volume import BACKGROUND, Rendered, picture, render_solids
 
@@ -28,29 +28,35 @@ Colour = tuple[float, float, float]
 def random_cameras(config: SceneSource, positions: Tensor) -> Tensor:
     """camera_to_world [N, 4, 4] (float64) of the views at `positions` [N]; radius bins take turns."""
     uniforms = draws.uniform(config.seed, "cameras", positions, 3)
-    low, high = _radii(config, positions)
-    place = shell_positions(uniforms, low, high, _elevation_deg(config), config.azimuth_deg)
-    options = _options(config, positions)
-    target = config.target_jitter * _in_unit_ball(options[:, 0:3])
-    return rolled(look_at(place, target), config.roll_deg * (2.0 * options[:, 3] - 1.0))
-
-
-def cameras_at(config: SceneSource, uniforms: Tensor, radius: tuple[float, float]) -> Tensor:
-    """Cameras [N, 4, 4] (float64) of another radius that look at the origin from where the source's may stand.
-
-    `uniforms` [N, 3] in (0, 1), as `random_cameras` has them.
-    """
-    return shell_cameras(uniforms, radius, _elevation_deg(config), config.azimuth_deg)
-
-
-def _elevation_deg(config: SceneSource) -> tuple[float, float]:
-    return config.elevation_deg or (0.0 if config.sphere == "upper" else -90.0, 90.0)
+    return _cameras(config, uniforms, *_radii(config, positions), _options(config, positions))
 
 
 def random_fov_deg(config: SceneSource, positions: Tensor) -> Tensor:
     """The horizontal fields of view [N] of these views, in degrees, float64."""
+    return _fov_deg(config, _options(config, positions))
+
+
+def evaluation_cameras(
+    config: SceneSource, seed: int, positions: Tensor, radius: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Other cameras [N, 4, 4] of the source, at another distance, and their fields of view [N] in degrees; float64."""
+    uniforms = draws.uniform(seed, "evaluation cameras", positions, 3)
+    options = draws.uniform(seed, "evaluation camera options", positions, 5)
+    low, high = (torch.full_like(uniforms[:, 0], edge) for edge in radius)
+    return _cameras(config, uniforms, low, high, options), _fov_deg(config, options)
+
+
+def _cameras(config: SceneSource, uniforms: Tensor, low: Tensor, high: Tensor, options: Tensor) -> Tensor:
+    """Cameras between two distances [N], from uniform numbers [N, 3] for the place and [N, 5] for `_options`."""
+    elevation = config.elevation_deg or (0.0 if config.sphere == "upper" else -90.0, 90.0)
+    place = shell_positions(uniforms, low, high, elevation, config.azimuth_deg)
+    target = config.target_jitter * _in_unit_ball(options[:, 0:3])
+    return rolled(look_at(place, target), config.roll_deg * (2.0 * options[:, 3] - 1.0))
+
+
+def _fov_deg(config: SceneSource, options: Tensor) -> Tensor:
     low, high = config.fov_range_deg or (config.fov_deg, config.fov_deg)
-    return low + (high - low) * _options(config, positions)[:, 4]
+    return low + (high - low) * options[:, 4]
 
 
 def _options(config: SceneSource, positions: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def demo(tmp_path_factory):
 def test_every_experiment_is_measured_on_the_demos_run(demo):
     rows = json.loads((demo / "eval" / "metrics.json").read_text())["rows"]
     assert {row["name"]: row["n"] for row in rows}["r in [1, 4]"] == 3
-    expected = {"turntable": 3, "interpolation": 2 * 9, "cycle": 3 * 4, "solvers": 31 * 3}
+    expected = {"turntable": 3, "interpolation": 2 * 9, "cycle": 3 * 4, "solvers": 31 * 3, "robustness": 41 * 3}
     assert set(expected) == set(EXPERIMENTS)
     for name, count in expected.items():
         with (demo / "eval" / name / "records.csv").open(newline="") as file:

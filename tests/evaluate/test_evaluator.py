@@ -363,6 +363,21 @@ def test_the_focal_length_is_estimated_where_the_dataset_packs_it(tmp_path):
     assert "focal error (%)" in text
 
 
+def test_the_turntable_has_the_field_of_view_of_the_training(tmp_path):
+    source = {"kind": "scene", "views": 9, "supersample": 1, "fov_range_deg": [20.0, 60.0]}
+    recipe = {"name": "zoom", "image_size": 16, "codec": {"kind": "pca", "fit_views": 8}, "val_views": 3}
+    build(parse(Recipe, recipe | {"splits": {"train": source}}, "zoom"), tmp_path / "data")
+    train(config_on(tmp_path / "data"), tmp_path / "run")
+    folder = evaluate(tmp_path / "run", EvalOptions(split="val", experiment="turntable", max_views=1)) / "turntable"
+    reader = ShardReader(tmp_path / "data", "train")
+    fx, fy, cx, cy = (16 * reader.intrinsics(range(len(reader))).median(0).values).tolist()
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3] = torch.tensor(json.loads(rows(folder)[0]["true"])).reshape(3, 4)
+    picture = 255.0 * render(open_scene(None), pose, Intrinsics(fx, fy, cx, cy, 16, 16), 1, None).permute(1, 2, 0)
+    with np.load(folder / "units" / "turntable_00000.npz") as arrays:
+        np.testing.assert_allclose(arrays["true"][0], picture.numpy(), atol=0.51)
+
+
 def test_rows_of_the_table_hold_exactly_the_views_they_name():
     records = [record(f"v{i}", radius=radius, bin=int(radius)) for i, radius in enumerate([1.5, 3.5, 4.0, 4.5, 6.2])]
     records.append(record("edge", radius=5.0, bin=5))

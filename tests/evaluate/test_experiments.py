@@ -21,7 +21,7 @@ from sitdist.evaluate.experiments.records import EXPERIMENTS
 from sitdist.evaluate.experiments.tables import format_experiments
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg
-from sitdist.io.video import has_ffmpeg
+from sitdist.io.video import ffmpeg
 from sitdist.train.trainer import train
 
 
@@ -88,7 +88,7 @@ def test_the_turntable_is_a_closed_circle_and_a_loop_of_true_beside_rendered(eve
         assert gif.n_frames == 18
         assert gif.size == (32, 16)
         assert gif.info["loop"] == 0
-    assert (every / "turntable" / "turntable.mp4").is_file() == has_ffmpeg()
+    assert (every / "turntable" / "turntable.mp4").is_file() == bool(ffmpeg())
     for row in records(every, "turntable"):
         assert json.loads(row["estimated"]) != json.loads(row["rendered_estimated"])
 

@@ -1,5 +1,7 @@
 """New views of a scene for an evaluation: where they stand, and that each is a function of its number alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -16,10 +18,6 @@ def views(radii=(1, 3), count=40, **options):
     return RenderedViews(source, 16, None, radii, count, 0, torch.device("cpu"))
 
 
-def cameras(views, bin_=1, count=40):
-    return views._cameras(bin_, torch.arange(count))
-
-
 @pytest.mark.parametrize(
     ("options", "elevation", "azimuth"),
     [
@@ -29,7 +27,8 @@ def cameras(views, bin_=1, count=40):
     ],
 )
 def test_cameras_stand_where_the_recipe_says_at_every_radius(options, elevation, azimuth):
-    position = cameras(views(**options), bin_=2)[:, :3, 3]
+    new = views((2, 3), **options)
+    position = new.cameras(tuple(new.references()))[0][:, :3, 3]
     radius = position.norm(dim=1)
     above = (position[:, 2] / radius).asin().rad2deg()
     around = torch.atan2(position[:, 1], position[:, 0]).rad2deg() % 360.0
@@ -46,8 +45,28 @@ def test_a_view_has_its_radius_in_its_bin_and_depends_on_its_number_alone():
     by_key = {view.key: view for view in many}
     assert all(by_key[view.key] == view for view in few)
     assert all(view.bin <= view.radius <= view.bin + 1 for view in many)
-    position = torch.tensor([many[0].position])
-    assert float(camera_radius(views()._cameras(1, position))) == pytest.approx(many[0].radius)
+    assert float(camera_radius(views().cameras((many[0],))[0])) == pytest.approx(many[0].radius)
+
+
+def test_cameras_roll_miss_the_origin_and_zoom_as_the_recipe_says():
+    def seen(**options):
+        new = views((2, 3), **options)
+        poses, intrinsics = new.cameras(tuple(new.references()))
+        right, backward, place = poses[:, :3, 0], poses[:, :3, 2], poses[:, :3, 3]
+        missed = torch.linalg.vector_norm(torch.linalg.cross(backward, place), dim=-1)
+        fov_deg = [math.degrees(2.0 * math.atan(0.5 / each.normalized()[0])) for each in intrinsics]
+        return place, right[:, 2].abs(), missed, fov_deg
+
+    place, tilted, missed, fov_deg = seen(fov_deg=50.0)
+    assert float(tilted.max()) < 1e-12
+    assert float(missed.max()) < 1e-12
+    assert fov_deg == pytest.approx([50.0] * 40)
+    same_place, tilted, missed, fov_deg = seen(roll_deg=30.0, target_jitter=0.5, fov_range_deg=[20.0, 60.0])
+    torch.testing.assert_close(same_place, place, rtol=0, atol=0)
+    assert 0.2 < float(tilted.max()) <= 0.5
+    assert 0.2 < float(missed.max()) <= 0.5
+    assert 20.0 <= min(fov_deg) < 25.0
+    assert 55.0 < max(fov_deg) <= 60.0
 
 
 @pytest.mark.distributed

@@ -36,7 +36,7 @@ from sitdist.scene.views import open_scene, render
 class Tools:
     """A run, its settings, the views that it is evaluated on, and the scene (if any) that they come from.
 
-    `training_poses` [N, 4, 4]; `focal`: normalized intrinsics [4] of a training camera.
+    `training_poses` [N, 4, 4]; `focal`: normalized intrinsics [4], the median of the training cameras.
     """
 
     loaded: LoadedRun
@@ -65,7 +65,7 @@ class Tools:
         return self.scene.label if self.scene else int(self.views.load((self.references[0],)).labels[0])
 
     def intrinsics(self, count: int) -> Tensor:
-        """Normalized intrinsics [count, 4] of a training camera."""
+        """Normalized intrinsics [count, 4]."""
         return self.focal.to(self.device).expand(count, 4)
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ def summaries(records: Sequence[dict[str, Any]], record: type) -> dict[str, Any]
     return summarize_all(measures, {name: [each[name] for each in records] for name in measures})
 
 
-def spread(items: list[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Any], count: int) -> list[Any]:
     """`count` of the items, evenly spaced, the first and the last included; all of them if there are fewer."""
     chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[i] for i in chosen]
