@@ -55,9 +55,7 @@ def _eval_options(command: Parser) -> None:
 
 def _calibrate_options(command: Parser) -> None:
     command.add_argument("run", type=Path, help="Folder of the run. calibration.json is written there.")
-    command.add_argument(
-        "--split", required=True, help="Held-out split, such as val. At least 20 views; 500 are better."
-    )
+    command.add_argument("--split", required=True, help="Held-out split of 20 views or more; 500 are better.")
     _add_data(command)
     add_evaluate_keys(command, "estimator", "estimator_steps", "batch")
 
@@ -88,9 +86,7 @@ def _sigma_options(command: Parser) -> None:
 
 def _report_options(command: Parser) -> None:
     command.add_argument("evaluation", type=Path, nargs="+", help="Folder with metrics.json and records.csv.")
-    command.add_argument(
-        "--out", type=output, help="Page that compares several evaluations. Default: FIRST/comparison.html."
-    )
+    command.add_argument("--out", type=output, help="Page that compares several. Default: FIRST/comparison.html.")
     add_overwrite(command)
 
 

@@ -28,9 +28,7 @@ GROUPS = {
 
 def make_parser() -> Parser:
     """The parser of all commands."""
-    parser = Parser(
-        prog="sitdist", description="Flow models that tie camera poses to pictures: train and evaluate them."
-    )
+    parser = Parser(prog="sitdist", description="Train and evaluate flow models that tie camera poses to pictures.")
     parser.add_argument("--version", action="version", version=f"sitdist {__version__}")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for module in (shards, scene, train, evaluate, use):

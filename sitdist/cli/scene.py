@@ -25,9 +25,7 @@ from sitdist.cli.parser import (
 
 
 def _fit_options(command: Parser) -> None:
-    command.add_argument(
-        "photos", type=Path, help="An .npz or a folder of them, a transforms.json, or a COLMAP folder."
-    )
+    command.add_argument("photos", type=Path, help="An .npz, a folder of them, a transforms.json, or a COLMAP folder.")
     command.add_argument("--out", type=output, required=True, help="Folder of the scene.")
     command.add_argument("--images", type=Path, help="Folder of the pictures that a COLMAP model names.")
     command.add_argument(
@@ -37,9 +35,7 @@ def _fit_options(command: Parser) -> None:
         metavar=("R", "G", "B"),
         help="Colour behind the object, from 0 to 1. Default: the median colour of the photos' borders.",
     )
-    command.add_argument(
-        "--max-views", type=positive, metavar="N", help="Fit only N photos, evenly spaced. Default: all."
-    )
+    command.add_argument("--max-views", type=positive, metavar="N", help="Fit only N photos, evenly spaced.")
     command.add_argument("--keep-frame", action="store_true", help="Keep poses in the frame of the capture.")
     command.add_argument(
         "--no-view-dependence", action="store_true", help="One colour from all sides. The scene is 3 times smaller."
@@ -63,17 +59,13 @@ def _render_options(command: Parser) -> None:
     command.add_argument("scene", help="Folder of a fitted scene, or built-in.")
     command.add_argument("--out", type=output, required=True, help="New folder of the pictures.")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--turntable", type=positive, metavar="N", help="Render N views on a closed circle, and a GIF of them."
-    )
+    which.add_argument("--turntable", type=positive, metavar="N", help="Render N views on a circle, and a GIF.")
     which.add_argument("--recipe", type=Path, help="Render the cameras of a recipe's --split.")
     command.add_argument("--split", default="train", help="Split of the recipe.")
     command.add_argument("--radius", type=positive_number, default=4.0, help="Radius of the turntable.")
     command.add_argument("--elevation", type=elevation, default=20.0, help="Elevation of the turntable in degrees.")
     command.add_argument("--fov", type=positive_number, default=40.0, help="Field of view of the turntable in degrees.")
-    command.add_argument(
-        "--size", type=whole(1, 16384), default=256, help="Side of the turntable's pictures in pixels."
-    )
+    command.add_argument("--size", type=whole(1, 16384), default=256, help="Side of the pictures in pixels.")
     command.add_argument(
         "--supersample",
         type=whole(1, 16),

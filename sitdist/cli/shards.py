@@ -26,9 +26,7 @@ from sitdist.errors import DataError, one_line
 def _build_options(command: Parser) -> None:
     command.add_argument("recipe", type=Path, help="Dataset recipe (YAML).")
     command.add_argument("--out", type=output, required=True, help="Folder of the dataset.")
-    command.add_argument(
-        "--splits", type=names, metavar="A,B", help="Build only these splits; train is one of them. Default: all."
-    )
+    command.add_argument("--splits", type=names, metavar="A,B", help="Build only these splits; train is one.")
     add_set(command, "image_size=64")
 
 

@@ -23,9 +23,7 @@ from sitdist.cli.parser import (
 def _train_options(command: Parser) -> None:
     command.add_argument("config", type=Path, help="Experiment config (YAML).")
     command.add_argument("--out", type=output, required=True, help="Folder of the run.")
-    command.add_argument(
-        "--resume", action="store_true", help="Resume from the newest checkpoint. This is the default."
-    )
+    command.add_argument("--resume", action="store_true", help="Resume from the newest checkpoint (the default).")
     add_set(command)
 
 
@@ -41,9 +39,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _doctor_options(command: Parser) -> None:
     command.add_argument("config", type=Path, help="Experiment config (YAML).")
-    command.add_argument(
-        "--launch", type=Path, metavar="FILE", help="Accelerate config that the run will be started with."
-    )
+    command.add_argument("--launch", type=Path, metavar="FILE", help="Accelerate config to start the run with.")
     command.add_argument("--out", type=output, default=Path("runs"), help="Folder in which the run will be.")
     add_set(command)
 
@@ -64,9 +60,7 @@ def _checkpoint_options(command: Parser) -> None:
 def _convert_options(command: Parser) -> None:
     command.add_argument("source", type=Path, metavar="RUN", help="Folder of the run, or a file of weights.")
     command.add_argument("out", type=output, metavar="FILE", help="File to write: .safetensors, or .pt for torch.load.")
-    command.add_argument(
-        "--step", type=positive, metavar="N", help="Step of the checkpoint. Default: the newest whole one."
-    )
+    command.add_argument("--step", type=positive, metavar="N", help="Step of the checkpoint. Default: the newest.")
     command.add_argument("--weights", choices=("ema", "model"), default="ema", help="The average, or the weights.")
 
 

@@ -141,13 +141,9 @@ class FlowConfig(Schema):
         if one + zero > 1:
             raise ValueError(f"share_at_one + share_at_zero is {one + zero:g}, more than 1")
         if self.weight_at_one != 1 and one == 0:
-            raise ValueError(
-                f"weight_at_one is {self.weight_at_one:g}, but no times are 1; raise share_at_one, or leave it out"
-            )
+            raise ValueError(f"weight_at_one is {self.weight_at_one:g}, but no times are 1; raise share_at_one")
         if self.path == "vp" and one + zero > 0:
-            raise ValueError(
-                "the vp path's velocity is infinite at t = 1; set share_at_one and share_at_zero to 0, or path: linear"
-            )
+            raise ValueError("the vp path's velocity is infinite at t = 1; set both shares to 0, or path: linear")
         if gaussian and one == 1:
             raise ValueError("the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one")
         if self.prediction == "score" and not gaussian:
@@ -186,9 +182,7 @@ class AppearanceConfig(Schema):
     dataset must be built with keep_views.
     """
 
-    strength: Annotated[float, Field(ge=0, le=3)] = Field(
-        1.0, description="Scale of all variations; 0 shows clean views."
-    )
+    strength: Annotated[float, Field(ge=0, le=3)] = Field(1.0, description="Scale of all variations; 0 is none.")
     pictures: Word | None = Field(
         None, description="Folder of pictures to use as backgrounds, beside plain colours and random textures."
     )
@@ -257,9 +251,7 @@ class ProfileConfig(Schema):
 class NonFiniteConfig(Schema):
     """What happens when a loss or a gradient is not finite: the step changes nothing, and the run goes on."""
 
-    in_a_row: Positive = Field(
-        10, description="After so many in a row, go back to the weights of the last checkpoint before them."
-    )
+    in_a_row: Positive = Field(10, description="After so many in a row, go back to the last checkpoint before them.")
     budget: NonNegative = Field(100, description="After more than so many in all, stop.")
 
 
@@ -267,9 +259,7 @@ class TrainConfig(Schema):
     """One training run. Gradient accumulation follows from global_batch and the number of processes."""
 
     steps: Positive = Field(description="Number of steps.")
-    global_batch: Annotated[int, Field(gt=0, le=10**6)] = Field(
-        description="Samples per step, of all processes together."
-    )
+    global_batch: Annotated[int, Field(gt=0, le=10**6)] = Field(description="Samples per step, over all processes.")
     max_batch_per_device: Positive | None = Field(
         None, description="Largest batch of one forward pass on a device; larger ones are accumulated."
     )
@@ -293,15 +283,11 @@ class TrainConfig(Schema):
     validate_every: Positive | None = Field(None, description="Steps between validations; null validates never.")
     validation_views: Positive = Field(64, description="Number of views in a validation.")
     picture_views: Positive = Field(8, description="Number of views whose pictures a validation logs.")
-    checkpoint_every: Positive | None = Field(
-        None, description="Steps between checkpoints; null writes only the last one."
-    )
+    checkpoint_every: Positive | None = Field(None, description="Steps between checkpoints; null: only the last.")
     keep_checkpoints: Positive = Field(3, description="Number of newest checkpoints to keep.")
     keep_every: Positive | None = Field(None, description="Also keep the checkpoint of every N-th step, for good.")
     checkpoint_async: bool = Field(True, description="Write checkpoints from a host copy while training goes on.")
-    layer_norms_every: Positive | None = Field(
-        None, description="Steps between logs of the norms of every layer; null logs none."
-    )
+    layer_norms_every: Positive | None = Field(None, description="Steps between logs of all layers' norms; null: none.")
     loss_spike: Annotated[float, Field(gt=1)] | None = Field(
         3.0, description="Warn of a loss that is this many times the median of the last ones; null never warns."
     )
@@ -338,9 +324,7 @@ class EvaluateConfig(Schema):
     zooms: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=1, max_length=100)] = Field(
         [0.75, 0.9, 1.0, 1.1, 1.25], description="Zooms about the picture's centre of the estimator multi_zoom."
     )
-    background: Colour | None = Field(
-        None, description="Colour around a picture that is zoomed out; null takes the recipe's."
-    )
+    background: Colour | None = Field(None, description="Colour around a picture zoomed out; null: the recipe's.")
     refine: Word | None = Field(
         None,
         description="Move poses to where a scene shows the picture: a fitted scene's folder, or built-in. The scene "
@@ -359,9 +343,7 @@ class EvaluateConfig(Schema):
     guidance_channels: GuidedChannels = Field("all", description="Channels that are guided: all, or the first three.")
     diffusion: Diffusion = Field("SBDM", description="Diffusion coefficient of stochastic generators.")
     diffusion_norm: PositiveNumber = Field(1.0, description="Factor of the diffusion coefficient.")
-    last_step: LastStep | None = Field(
-        "Mean", description="Last step of stochastic generators, without noise; null leaves it out."
-    )
+    last_step: LastStep | None = Field("Mean", description="Last, noiseless step of stochastic generators; null: none.")
     last_step_size: Annotated[float, Field(gt=0, lt=1)] = Field(0.04, description="Size of that last step, in t.")
     batch: Positive = Field(64, description="Number of views per batch.")
     average: Word | None = Field(
@@ -385,13 +367,9 @@ class ReaderConfig(Schema):
 
     workers: Annotated[int, Field(gt=0, le=1024)] = Field(2, description="Number of threads that read ahead.")
     resident: bool = Field(False, description="Keep all samples on the device.")
-    on_bad_sample: Literal["stop", "replace"] = Field(
-        "stop", description="Stop at a damaged sample, or replace it by another."
-    )
+    on_bad_sample: Literal["stop", "replace"] = Field("stop", description="Stop at a damaged sample, or replace it.")
     max_bad_samples: NonNegative = Field(10, description="Number of samples that a process may replace.")
-    cache: Word | None = Field(
-        None, description="Folder of the files of datasets behind a URL; null is ~/.cache/sitdist."
-    )
+    cache: Word | None = Field(None, description="Cache of datasets behind a URL; null is ~/.cache/sitdist.")
     cache_gb: PositiveNumber = Field(50.0, description="Size of that folder in GB.")
     split_by_node: bool = Field(
         False, description="Let every node read only its own share of the shards; batches then depend on the nodes."
@@ -401,9 +379,7 @@ class ReaderConfig(Schema):
 class Config(Schema):
     """An experiment: which dataset, which model, which flow, how it is trained and evaluated."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)] = Field(
-        description="Name of the experiment."
-    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)] = Field(description="Name of experiment.")
     data: Word = Field(description="Folder or fsspec URL of the dataset.")
     seed: Seed = Field(0, description="Seed of the weights, the sample order and the noise.")
     model: ModelConfig = Field(description="The transformer.")

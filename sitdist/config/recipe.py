@@ -60,31 +60,21 @@ class SceneSource(Schema):
         None, description="Edges of bins of the distance with equally many views each; replaces radius."
     )
     sphere: Literal["upper", "full"] = Field("upper", description="Cameras above the horizon only, or everywhere.")
-    elevation_deg: ElevationRange | None = Field(
-        None, description="Smallest and largest elevation in degrees; replaces sphere."
-    )
+    elevation_deg: ElevationRange | None = Field(None, description="Range of elevations in degrees; replaces sphere.")
     azimuth_deg: AzimuthRange = Field((0.0, 360.0), description="Smallest and largest azimuth in degrees.")
     fov_deg: Fov = Field(40.0, description="Field of view in degrees.")
-    fov_range_deg: FovRange | None = Field(
-        None, description="Smallest and largest field of view in degrees; replaces fov_deg."
-    )
+    fov_range_deg: FovRange | None = Field(None, description="Range of fields of view in degrees; replaces fov_deg.")
     target_jitter: NonNegativeNumber = Field(
         0.0, description="Radius of a ball about the origin; cameras look at random points in it."
     )
-    roll_deg: Annotated[float, Field(ge=0, le=180)] = Field(
-        0.0, description="Largest roll of a camera in degrees, to either side."
-    )
+    roll_deg: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="Largest roll in degrees, to either side.")
     background: Colour | None = Field(None, description="Overrides the scene's background.")
     scene: Word | None = Field(None, description="Folder of a fitted scene; null is the built-in object.")
-    supersample: Annotated[int, Field(ge=1, le=8)] = Field(
-        2, description="Supersampling factor N: each pixel averages N x N rays."
-    )
+    supersample: Annotated[int, Field(ge=1, le=8)] = Field(2, description="Each pixel averages N x N rays.")
     seed: Seed = Field(0, description="Seed of the cameras.")
     label: Label = Field(0, description="Label of the object.")
     name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
+    radius_augmentation: RadiusAugmentation | None = Field(None, description="Training views from other distances.")
 
     @model_validator(mode="before")
     @classmethod
@@ -142,9 +132,7 @@ class NpzSource(Schema):
     paths: Annotated[list[Word], Field(min_length=1)] = Field(description="Files, or folders of them.")
     label: Label = Field(0, description="Label of the object.")
     name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
+    radius_augmentation: RadiusAugmentation | None = Field(None, description="Training views from other distances.")
 
     @model_validator(mode="after")
     def _background_known(self) -> NpzSource:
@@ -164,9 +152,7 @@ class TransformsSource(Schema):
     background: Colour = Field((1.0, 1.0, 1.0), description="Colour behind transparent pictures.")
     label: Label = Field(0, description="Label of the object.")
     name: Title | None = Field(None, description="Name of the object.")
-    radius_augmentation: RadiusAugmentation | None = Field(
-        None, description="Training views once more, from other distances."
-    )
+    radius_augmentation: RadiusAugmentation | None = Field(None, description="Training views from other distances.")
 
 
 Source = Annotated[SceneSource | NpzSource | TransformsSource, Field(discriminator="kind")]
@@ -217,9 +203,7 @@ class Recipe(Schema):
     splits: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)], Sources] = Field(
         description="The source of each split's views, or a list of sources; one of the splits is train."
     )
-    keep_views: bool = Field(
-        False, description="Also store each view with its transparency, which a config's appearance needs."
-    )
+    keep_views: bool = Field(False, description="Also store the views with transparency, for appearance in a config.")
     val_views: NonNegative = Field(
         64, description="Number of training views to hold out as the split val; 0 where the recipe has one."
     )

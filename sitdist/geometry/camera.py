@@ -73,9 +73,7 @@ def check_intrinsics(intrinsics: Intrinsics, name: str) -> None:
         if not low <= focal <= high:
             raise DataError(f"{name}: focal length {focal:g} for {size} pixels; expected {low:g} to {high:g} pixels")
         if abs(centre - 0.5 * size) > MAX_OFFSET * size:
-            raise DataError(
-                f"{name}: principal point {centre:g} for {size} pixels is far outside the picture; give it in pixels"
-            )
+            raise DataError(f"{name}: principal point {centre:g} for {size} pixels is far outside; give it in pixels")
 
 
 def camera_radius(camera_to_world: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ def read_posed_array(file: Path) -> PosedArray:
     if images.dtype.kind != "f" and images.dtype != np.uint8:
         raise DataError(f"{file}: images of type {images.dtype}; expected uint8, or float in [0, 1]")
     if poses.shape != (len(images), 4, 4):
-        raise DataError(
-            f"{file}: {len(images)} images but poses of shape {poses.shape}; expected [{len(images)}, 4, 4]"
-        )
+        raise DataError(f"{file}: {len(images)} images, poses of shape {poses.shape}; expected [{len(images)}, 4, 4]")
     if {poses.dtype.kind, focals.dtype.kind} - set("iuf"):
         raise DataError(f"{file}: poses of type {poses.dtype} and focal of type {focals.dtype}; expected real numbers")
     focal = np.unique(focals.astype(np.float64))

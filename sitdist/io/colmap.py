@@ -84,9 +84,7 @@ def read_cameras(path: Path) -> dict[str, Intrinsics]:
 def _pinhole(model: str, size: list[float], values: list[float], where: str) -> Intrinsics:
     names = PINHOLE.get(model)
     if names is None:
-        raise DataError(
-            f"{where}: camera model {model[:60]} is no pinhole camera; run `colmap image_undistorter` first"
-        )
+        raise DataError(f"{where}: camera model {model[:60]} is no pinhole camera; run `colmap image_undistorter`")
     if len(values) != len(names):
         raise DataError(f"{where}: {len(values)} parameters, but {model} has {len(names)} ({', '.join(names)})")
     given = dict(zip(names, values, strict=True))
@@ -113,9 +111,7 @@ def read_images(path: Path, cameras: dict[str, Intrinsics]) -> list[ColmapImage]
             continue
         where = f"{path}: line {number}"
         if len(words) != 10:
-            raise DataError(
-                f"{where}: '{line[:60]}' is no picture; expected IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME"
-            )
+            raise DataError(f"{where}: '{line[:60]}' is no picture; write IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME")
         if words[8] not in cameras:
             raise DataError(f"{where}: camera {words[8][:60]} of {words[9][:200]} is not in cameras.txt; restore it")
         name = words[9].strip()

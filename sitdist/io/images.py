@@ -198,9 +198,7 @@ def to_pixels(picture: Picture, name: str) -> tuple[Tensor, Tensor | None]:
         except (TypeError, RuntimeError):
             raise DataError(f"{name}: a tensor of {picture.dtype} is no picture; give a dense one of numbers") from None
     if not isinstance(picture, np.ndarray):
-        raise DataError(
-            f"{name}: {type(picture).__name__} is no picture; give a file, a PIL image, an array or a tensor"
-        )
+        raise DataError(f"{name}: {type(picture).__name__} is no picture; give a file, an image, an array or a tensor")
     if picture.ndim == 2:
         picture = picture[..., None]
     if picture.ndim != 3 or not 1 <= picture.shape[2] <= 4 or 0 in picture.shape:

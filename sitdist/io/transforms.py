@@ -152,9 +152,7 @@ def _pinhole(values: Mapping[str, Any], picture: Path, where: str) -> Intrinsics
         raise DataError(f"{where}: camera_model {str(model)[:40]} is no pinhole camera; undistort the pictures first")
     for key in DISTORTION:
         if number_of(values, key, where, 0.0) != 0.0:
-            raise DataError(
-                f"{where}: distortion {key} is {values[key]}, but a pinhole camera has none; undistort first"
-            )
+            raise DataError(f"{where}: distortion {key} is {values[key]}, but pinholes have none; undistort first")
     shown, stored = picture_sizes(picture)
     told = None  # a size, where the file tells one; what it leaves out is the picture's
     if "w" in values or "h" in values:

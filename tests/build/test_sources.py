@@ -109,7 +109,7 @@ def with_pixel(value):
         ({"poses": scaled(1.2)}, PoseError, r"views\.npz: view 1: pose is not rigid"),
         ({"poses": scaled(-1.0)}, PoseError, r"view 1: pose is not rigid \(determinant -1"),
         ({"poses": scaled(np.nan)}, PoseError, r"view 1: pose holds NaN"),
-        ({"poses": cameras(2)}, DataError, r"3 images but poses of shape \(2, 4, 4\); expected \[3, 4, 4\]"),
+        ({"poses": cameras(2)}, DataError, r"3 images, poses of shape \(2, 4, 4\); expected \[3, 4, 4\]"),
         ({"poses": cameras(3)[:, :3]}, DataError, r"poses of shape \(3, 3, 4\)"),
         ({"poses": cameras(3).transpose(0, 2, 1)}, PoseError, r"view 0: last row of the pose is .* \(row-major 4x4\)"),
         ({"poses": cameras(3).astype(str)}, DataError, r"poses of type <U\d+ .*; expected real numbers"),

@@ -77,7 +77,7 @@ def refusal(schema, values):
             "flow: the gaussian endpoint at t = 1 alone neither renders nor reads poses; lower share_at_one",
         ),
         ("flow", {"weight_at_one": 10, "share_at_one": 0}, "flow: weight_at_one is 10, but no times are 1; raise"),
-        ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set share_at_one and"),
+        ("flow", {"path": "vp"}, "flow: the vp path's velocity is infinite at t = 1; set both shares"),
         ("flow", {"prediction": "score"}, "flow: prediction score needs the gaussian endpoint, not 'pose', because"),
         ("flow", {"loss_weight": "velocity"}, "flow: loss_weight velocity weights the errors of x0 or the score, and"),
         (
