@@ -233,7 +233,7 @@ def test_transparent_pixels_show_the_background(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"k1": 0.01}, r"frame images/0\.png: distortion k1 is 0\.01, but a pinhole camera has none; undistort"),
+        ({"k1": 0.01}, r"frame images/0\.png: distortion k1 is 0\.01, but pinholes have none; undistort"),
         ({"p2": -1e-3}, r"distortion p2 is -0\.001"),
         ({"k3": "x"}, r"k3 is 'x'; expected a number"),
         ({"camera_model": "OPENCV_FISHEYE"}, r"camera_model OPENCV_FISHEYE is no pinhole camera"),

@@ -22,7 +22,7 @@ from sitdist.errors import DataError
 from sitdist.geometry.camera import look_at
 from sitdist.io import video as animation
 from sitdist.io.colmap import read_model
-from sitdist.io.pose_files import picture_names, quaternions, read_poses
+from sitdist.io.pose_files import picture_names, read_poses
 from sitdist.io.transforms import read_posed_files
 
 
@@ -134,15 +134,6 @@ def test_tum_lines_are_time_place_and_quaternion(run, tiny_run, flow, folder):
     assert np.linalg.norm(rows[1, 4:]) == pytest.approx(1.0)
     forward = [2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)]  # R(q) e_z
     assert np.abs(np.array(forward) + poses[1, :3, 2]).max() < 1e-6
-
-
-def test_quaternions_of_turns_by_known_angles():
-    half = math.pi / 2
-    turn = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    assert quaternions(turn).tolist() == pytest.approx([math.cos(half / 2), 0.0, 0.0, math.sin(half / 2)])
-    assert quaternions(torch.eye(3)).tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
-    over = quaternions(torch.diag(torch.tensor([1.0, -1.0, -1.0]))).abs()
-    assert over.tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0], abs=1e-12)
 
 
 def test_intrinsics_follow_a_picture_of_another_size(run, tiny_run, flow, tmp_path):

@@ -10,13 +10,9 @@ from sitdist.build.sources import open_source
 from sitdist.build.writer import build, open_splits
 from sitdist.config.load import parse
 from sitdist.config.recipe import NpzSource, Recipe, SceneSource
-from sitdist.dataset.info import info
-from sitdist.dataset.manifest import load_manifest
-from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.verify import verify
 from sitdist.errors import DataError
 from sitdist.geometry.camera import camera_radius, look_at
-from sitdist.geometry.packing import PoseStatistics
 from sitdist.geometry.resample import zoomed
 
 SIZE, FOCAL, DISC = 48, 60.0, 0.6  # pixels, pixels, radius of a disc at the origin that faces the camera
@@ -37,7 +33,7 @@ def area(picture):
     return float((picture[0] - BLUE[0]).double().sum() / (LIGHT - BLUE[0]))
 
 
-@pytest.mark.parametrize("scale", [0.3, 0.5, 0.77, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("scale", [0.3, 0.77, 1.0, 2.0])
 def test_a_disc_is_as_large_as_it_should_be_and_stays_where_it_is(scale):
     out = zoomed(disc(9.0), scale, (24.0, 24.0), torch.tensor(BLUE))
     assert area(out) == pytest.approx(math.pi * (9.0 * scale) ** 2, rel=0.01)
@@ -160,19 +156,6 @@ def test_validation_views_are_plain_and_no_copy_of_them_is_trained_on(tmp_path):
     of_npz = int((train.source.labels[train.indices] == 2 * 0).sum())
     assert of_npz == 2 * int(train.is_zoomed.sum())
     assert len(train) - int(train.is_zoomed.sum()) == 30 - 6
-
-
-def test_the_manifest_and_info_say_what_is_radius_augmented_and_statistics_are_over_all(built):
-    manifest, poses = load_manifest(built / "data"), ShardReader(built / "data", "train").camera_to_world()
-    train, val = manifest.splits["train"], manifest.splits["val"]
-    assert (val.radius_augmented, val.count) == (0, 6)
-    assert 0 < train.radius_augmented < train.count
-    assert train.radius[0] < 2.5
-    assert f"train: {train.count} views ({train.radius_augmented} of them radius augmented), radius" in info(
-        built / "data"
-    )
-    statistics = PoseStatistics.from_dict(manifest.statistics)
-    torch.testing.assert_close(statistics.std[:3, 3], poses[:, :3, 3].std(0, correction=0))
 
 
 def test_an_augmented_dataset_verifies_and_is_built_again_in_the_same_bytes(built):

@@ -19,7 +19,7 @@ from sitdist.cli import main as cli
 from sitdist.config.recipe import TransformsSource
 from sitdist.errors import DataError
 from sitdist.io import images
-from sitdist.io.images import open_picture, picture_sizes, to_array, to_pixels
+from sitdist.io.images import open_picture, picture_sizes, to_pixels
 from sitdist.scene.photos import read_photos
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -143,16 +143,6 @@ def png(width, height, bits=8, colour=0, rows=b"", extra=b""):
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def header_of(kind, width, height, old=(16, 24)):
-    """A small picture's bytes with another size in its header."""
-    buffer = io.BytesIO()
-    Image.new("RGB", old).save(buffer, kind)
-    order = {"JPEG": ">HH", "GIF": "<HH", "BMP": "<ii"}[kind]
-    before, after = (struct.pack(order, *(size if kind != "JPEG" else size[::-1])) for size in (old, (width, height)))
-    assert before in buffer.getvalue()
-    return buffer.getvalue().replace(before, after, 1)
-
-
 def test_too_many_pixels_are_refused_by_the_header_before_anything_is_decoded(tmp_path, recwarn):
     bomb = png(20_000, 20_000, bits=1, rows=bytes(20_000 * 2501))  # 50 kB that are 400 million pixels
     tiff = tmp_path / "sparse.tif"
@@ -162,9 +152,6 @@ def test_too_many_pixels_are_refused_by_the_header_before_anything_is_decoded(tm
         (png(100_000, 100_000), "100000x100000"),
         (png(10_000, 9_000), "10000x9000"),  # Pillow alone would only warn
         (bomb, "20000x20000"),
-        (header_of("JPEG", 65_000, 64_000), "65000x64000"),
-        (header_of("GIF", 65_000, 64_000), "65000x64000"),
-        (header_of("BMP", 100_000, 90_000), "100000x90000"),
         (cut, "40000x40000"),
     ):
         path = tmp_path / "big.png"
@@ -196,10 +183,7 @@ def test_what_is_no_regular_file_is_refused_without_hanging(tmp_path):
         ("device.png", "not a regular file"),
         ("folder.png", "is a folder"),
         ("huge.png", "1,073,741,825 bytes, and at most 1,073,741,824 are read"),
-        ("none.png", "No such file"),
-        ("x" * 300 + ".png", "File name too long"),
         ("nul\0.png", "null byte"),
-        ("\udcff.png", "No such file"),
         ("\ud800.png", "surrogates"),
     ):
         for read in (open_picture, picture_sizes, lambda path: to_pixels(path, "it")):
@@ -224,7 +208,7 @@ def test_pictures_are_turned_upright_once(tmp_path, ending, tag):
     assert picture_sizes(path) == ((24, 16), turned)
 
 
-@pytest.mark.parametrize("ending", [".png", ".webp", ".tif"])
+@pytest.mark.parametrize("ending", [".png", ".tif"])
 def test_posed_pictures_are_upright_in_datasets_and_scene_fits(tmp_path, ending):
     square, wide = checks(16, 16), checks()
     for tag in EDGES:
@@ -305,12 +289,3 @@ def test_cmyk_palette_bits_and_floats_have_known_pixels(tmp_path):
         Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "bad.tif")
         with pytest.raises(DataError, match="pixels"):
             open_source(TransformsSource(kind="transforms", path=str(posed(tmp_path, ["bad.tif"]))), 4).images([0])
-
-
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
-def test_of_several_frames_the_first_is_read(kind):
-    frames = [Image.new("RGB", (8, 6), (value, value, value)) for value in (255, 0, 100)]
-    buffer = io.BytesIO()
-    options = {"lossless": True} if kind == "WEBP" else {}
-    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], **options)
-    assert (to_array(open_picture(buffer.getvalue(), "it"), "it") == 255).all()
