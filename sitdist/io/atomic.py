@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,43 +18,39 @@ from sitdist.errors import DataError
 PREFIX = ".sitdist-"  # of all temporary names
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, and only then give it its name.
-
-    DataError where the disk is full or the folder cannot be written.
-    """
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, removed afterwards; DataError where it cannot be written."""
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(temporary)
-            flush_file(temporary)
-            temporary.replace(path)
+            yield temporary
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
         flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from None
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk, and only then give it its name; DataError."""
+    with _beside(path) as temporary:
+        write(temporary)
+        flush_file(temporary)
+        temporary.replace(path)
+
+
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Like `write_atomically`, for a new folder; DataError if something is at `folder` already."""
     check_free(folder)
-    temporary = temporary_name(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(folder) as temporary:
         remove_leftovers(folder.parent)
-        try:
-            write(temporary)
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    flush_file(path)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        flush_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error) from None
+        write(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                flush_file(path)
+        temporary.rename(folder)
 
 
 def check_free(path: Path, overwrite: bool | None = None) -> None:
@@ -102,10 +99,8 @@ def _host() -> str:
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -59,7 +59,16 @@ def write_rendered(
     elif out.suffix.lower() == ".mp4":
         write_atomically(out, lambda path: save_mp4(frames, path, frames_per_second, out))
     else:
-        write_folder(out, lambda folder: _save_pngs(frames, camera_to_world, intrinsics, folder))
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True)
+            for number, frame in enumerate(frames):
+                frame.save(folder / f"{number:05d}.png")
+            if intrinsics is not None:
+                cameras = [intrinsics] * len(frames) if isinstance(intrinsics, Intrinsics) else list(intrinsics)
+                write_json(folder / "transforms.json", transforms(camera_to_world, cameras))
+
+        write_folder(out, write)
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
@@ -74,21 +83,6 @@ def save_gif(frames: Sequence[Image.Image], path: Path, frames_per_second: float
     frames[0].save(
         path, format="GIF", save_all=True, append_images=list(frames[1:]), duration=milliseconds, loop=0, disposal=2
     )
-
-
-def _save_pngs(
-    frames: Sequence[Image.Image],
-    camera_to_world: Tensor,
-    intrinsics: Intrinsics | Sequence[Intrinsics] | None,
-    folder: Path,
-) -> None:
-    folder.mkdir(parents=True)
-    for number, frame in enumerate(frames):
-        frame.save(folder / f"{number:05d}.png")
-    if intrinsics is not None:
-        cameras = [intrinsics] * len(frames) if isinstance(intrinsics, Intrinsics) else list(intrinsics)
-        values = transforms(camera_to_world, cameras)
-        write_json(folder / "transforms.json", values)
 
 
 def save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float, out: Path) -> None:
