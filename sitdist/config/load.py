@@ -19,7 +19,7 @@ from sitdist.config.schema import S, Schema, schemas_in
 from sitdist.errors import ConfigError, one_line, shortened, shown
 from sitdist.io.files import open_file
 
-MAX_BYTES, MAX_DEPTH, MAX_INTEGER = 2**18, 32, 10**100
+MAX_BYTES, MAX_DEPTH = 2**18, 32
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,12 +44,6 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_integer(self, node: Any) -> int:
-        value = self.construct_yaml_int(node)
-        if abs(value) > MAX_INTEGER:  # Python may not be able to print it
-            raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
-        return value
-
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -60,9 +54,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"key {shown(key)} is given twice", problem_mark=mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 _Loader.add_implicit_resolver(  # 1e-4 is a number

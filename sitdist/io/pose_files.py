@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -239,7 +238,12 @@ def read_poses(path: Path) -> PoseFile:
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; give a transforms.json, .npy, .npz or COLMAP folder")
     if path.suffix.lower() in (".npy", ".npz"):
-        return PoseFile(_checked(read_arrays(path, ["poses"])[0], path), None)
+        (matrices,) = read_arrays(path, ["poses"])
+        matrices = matrices[None] if matrices.ndim == 2 else matrices
+        if matrices.ndim != 3 or matrices.shape[1:] != (4, 4) or len(matrices) == 0:
+            raise DataError(f"{path}: poses of shape {list(matrices.shape)}; expected [N, 4, 4], N above 0")
+        read = [pose_of(matrix, f"{path}: pose {number}") for number, matrix in enumerate(matrices)]
+        return PoseFile(torch.stack(read), None)
     if path.suffix.lower() != ".json":
         raise DataError(f"{path}: poses are read from .json, .npy, .npz or a COLMAP folder")
     poses, cameras = [], []
@@ -249,10 +253,3 @@ def read_poses(path: Path) -> PoseFile:
         if size is not None and ("fl_x" in frame or "camera_angle_x" in frame):
             cameras.append(camera_of(frame, *size, where))
     return PoseFile(torch.stack(poses), cameras if len(cameras) == len(poses) else None)
-
-
-def _checked(matrices: np.ndarray, path: Path) -> Tensor:
-    matrices = matrices[None] if matrices.ndim == 2 else matrices
-    if matrices.ndim != 3 or matrices.shape[1:] != (4, 4) or len(matrices) == 0:
-        raise DataError(f"{path}: poses of shape {list(matrices.shape)}; expected [N, 4, 4], N above 0")
-    return torch.stack([pose_of(matrix, f"{path}: pose {number}") for number, matrix in enumerate(matrices)])
