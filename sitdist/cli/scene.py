@@ -1,4 +1,4 @@
-"""`sitdist scene`: make scenes from photos, and render them."""
+"""`sitdist photos` and `sitdist scene`: prepare photos, make scenes from them, and render them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,37 @@ from sitdist.cli.parser import (
     share,
     whole,
 )
+
+
+def _photos_options(command: Parser) -> None:
+    command.add_argument(
+        "source", type=Path, help="A transforms.json or its folder, a COLMAP folder, a folder of photos, or a video."
+    )
+    command.add_argument("--out", type=output, required=True, help="New folder of the pictures.")
+    command.add_argument("--size", type=whole(8, 16384), default=64, help="Side of the pictures in pixels.")
+    command.add_argument(
+        "--crop",
+        choices=("principal", "object"),
+        default="principal",
+        help="What is in the middle of the pictures: the photos' principal points, or the object (the cameras are "
+        "turned towards it).",
+    )
+    command.add_argument("--images", type=Path, help="Folder of the pictures that a COLMAP model names.")
+    command.add_argument("--masks", type=Path, metavar="DIR", help="Folder of masks, white where the object is.")
+    command.add_argument(
+        "--key", type=share, nargs=3, metavar=("R", "G", "B"), help="Colour of the backdrop to remove, from 0 to 1."
+    )
+    command.add_argument(
+        "--key-tolerance", type=share, default=0.1, metavar="D", help="How far from --key the backdrop may be."
+    )
+    command.add_argument("--remove-background", action="store_true", help="Remove the background by rembg.")
+    command.add_argument(
+        "--frames", type=positive, default=100, metavar="N", help="Number of sharp frames to take from a video."
+    )
+    command.add_argument(
+        "--hold-out", type=whole(0), default=10, metavar="N", help="Hold out every Nth photo for tests; 0: none."
+    )
+    command.add_argument("--strict", action="store_true", help="Stop where a photo has no file or no pose.")
 
 
 def _fit_options(command: Parser) -> None:
@@ -77,6 +108,37 @@ def _render_options(command: Parser) -> None:
     )
     command.add_argument("--alpha", action="store_true", help="Write RGBA images with a transparent background.")
     add_set(command, "image_size=64")
+
+
+def _photos(options: argparse.Namespace) -> None:
+    check_there(options.source, options.images, options.masks)
+    from sitdist.build.matte import Matting
+    from sitdist.build.photos import PhotoOptions, prepare_photos
+    from sitdist.build.pictures import background_of
+
+    matting = Matting(options.masks, background_of(options.key), options.key_tolerance, options.remove_background)
+    prepared = prepare_photos(
+        options.source,
+        options.out,
+        PhotoOptions(
+            options.size, options.crop, matting, options.images, options.frames, options.hold_out, options.strict
+        ),
+    )
+    left_out = [
+        f"; {count} without a {what} left out"
+        for count, what in ((prepared.without_file, "file"), (prepared.without_pose, "pose"))
+        if count
+    ]
+    tell(
+        f"{options.out}: {prepared.fitted} photos to fit, {prepared.held_out} held out, {prepared.fov_deg:.1f} degrees "
+        f"wide{''.join(left_out)}"
+    )
+    if not prepared.background_known:
+        tell(
+            "the photos' borders are not of one colour, and a scene would hold what is behind the object: give "
+            "--masks, --key or --remove-background"
+        )
+    tell(f"next: sitdist scene fit {options.out}/train.json --out {options.out}/scene")
 
 
 def _fit(options: argparse.Namespace) -> None:
@@ -138,6 +200,7 @@ def _render(options: argparse.Namespace) -> None:
 
 
 COMMANDS: list[Command] = [
+    ("photos", "Prepare photos or a video: square pictures, poses and a recipe.", _photos_options, _photos),
     ("scene fit", "Fit a radiance field to posed photos of one object.", _fit_options, _fit),
     ("scene render", "Render pictures of a scene, with a transforms.json.", _render_options, _render),
 ]

@@ -171,6 +171,7 @@ def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> set[str]:
     return {key for choice in schemas for key in choice.model_fields}
 
 
-def dump_yaml(value: Schema) -> str:
-    """The resolved config as YAML that `load_yaml` reads back to an equal config."""
-    return yaml.dump(value.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+def dump_yaml(value: Schema, defaults: bool = True) -> str:
+    """The config as YAML that `load_yaml` reads back to an equal config, with or without what is a default."""
+    values = value.model_dump(mode="json", exclude_defaults=not defaults)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False if defaults else None)

@@ -82,7 +82,7 @@ def capture_frame(camera_to_world: Tensor, intrinsics: Sequence[Intrinsics]) -> 
     """
     poses = camera_to_world.to(torch.float64)
     centre = _focus(poses)
-    rotation = _turn_up(_up(poses))
+    rotation = turn_up(_up(poses))
     offset = poses[:, :3, 3] - centre
     distance = torch.linalg.vector_norm(offset, dim=-1)
     _check_in_front((offset * poses[:, :3, 2]).sum(-1))
@@ -125,7 +125,7 @@ def _up(poses: Tensor) -> Tensor:
     return level * torch.where(lean < 0, -1.0, 1.0)
 
 
-def _turn_up(up: Tensor) -> Tensor:
+def turn_up(up: Tensor) -> Tensor:
     """The rotation [3, 3] by the smallest angle that takes the unit vector `up` to +z."""
     x, y, z = up.tolist()
     if z < -1.0 + 1e-12:

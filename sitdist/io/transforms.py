@@ -22,7 +22,7 @@ from sitdist.errors import DataError, shortened, shown
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.files import read_json
-from sitdist.io.images import check_camera_size, picture_sizes
+from sitdist.io.images import check_camera_size, focal_length, picture_sizes
 
 PINHOLE_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL", "PERSPECTIVE")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -46,15 +46,29 @@ def transforms_file(path: Path) -> Path:
     return file
 
 
-def read_posed_files(file: Path) -> list[PosedFile]:
-    """The frames of a transforms.json with their pictures, of which only headers are read; DataError, PoseError."""
+class MissingPicture(DataError):
+    """A list of pictures names one that has no file."""
+
+
+def read_posed_files(file: Path, missing: list[str] | None = None) -> list[PosedFile]:
+    """The frames of a transforms.json with their pictures, of which only headers are read; DataError, PoseError.
+
+    Without a focal length in the file, the one in the picture's EXIF data counts. `missing`: pictures without a file
+    are added to this list and left out; without a list they are an error.
+    """
     posed = []
     for where, values in frames_of(read_json(file, REMEDY), file):
         name = values.get("file_path")
         if not isinstance(name, str):
             raise DataError(f"{where}: file_path is {shown(name)}; expected the path of a picture")
         pose = pose_of(values.get("transform_matrix"), where)
-        picture = find_picture(file.parent, name, where)
+        try:
+            picture = find_picture(file.parent, name, where)
+        except MissingPicture:
+            if missing is None:
+                raise
+            missing.append(name)
+            continue
         posed.append(PosedFile(picture, pose, _pinhole(values, picture, where)))
     check_distinct((each.picture for each in posed), file)
     return posed
@@ -132,7 +146,9 @@ def find_picture(folder: Path, name: str, where: str) -> Path:
     for candidate in (path, Path(f"{path}.png")):
         if os.path.isfile(candidate):
             return candidate
-    raise DataError(f"{where}: picture is missing (looked for {shortened(str(path))}); restore it or remove its entry")
+    raise MissingPicture(
+        f"{where}: picture is missing (looked for {shortened(str(path))}); restore it or remove its entry"
+    )
 
 
 def check_distinct(pictures: Iterable[Path], where: Path) -> None:
@@ -157,6 +173,9 @@ def _pinhole(values: Mapping[str, Any], picture: Path, where: str) -> Intrinsics
     told = None  # a size, where the file tells one; what it leaves out is the picture's
     if "w" in values or "h" in values:
         told = size_of(ChainMap(values, {"w": shown[0], "h": shown[1]}), where)  # type: ignore[arg-type]
+    untold = "fl_x" not in values and "camera_angle_x" not in values
+    if untold and (focal := focal_length(picture)) is not None:
+        values, told = ChainMap({"fl_x": focal}, values), told or shown  # type: ignore[arg-type]
     check_camera_size(shown, stored, told, str(picture))
     return camera_of(values, *shown, where)
 

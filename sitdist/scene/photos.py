@@ -20,7 +20,14 @@ from sitdist.io.atomic import file_sha256
 from sitdist.io.colmap import find_model, read_model
 from sitdist.io.files import require_memory, sha256_of
 from sitdist.io.images import SUFFIXES, check_camera_size, picture_sizes, to_pixels
-from sitdist.io.transforms import PosedFile, check_distinct, find_picture, read_posed_files, transforms_file
+from sitdist.io.transforms import (
+    MissingPicture,
+    PosedFile,
+    check_distinct,
+    find_picture,
+    read_posed_files,
+    transforms_file,
+)
 from sitdist.scene.fit import Photos
 
 Colour = tuple[float, float, float]
@@ -38,17 +45,29 @@ def read_photos(path: Path, background: Colour | None = None, images: Path | Non
         raise DataError(f"{path}: no such file or folder; give posed photos: .npz, transforms.json or a COLMAP folder")
     if path.suffix == ".npz" or any(path.glob("*.npz")):
         return _npz_photos(path)
-    if path.suffix == ".json" or (path / "transforms.json").is_file():
-        return _transforms_photos(path, background or WHITE)
-    model = find_model(path) if path.is_dir() else None
-    if model is None:
+    files, posed = posed_files(path, images)
+    if not files:
         found = any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")) if path.is_dir() else False
         what = "photos without poses" if found else "no posed photos"
         raise DataError(
             f"{path}: {what}; expected .npz files, a transforms.json, or COLMAP's cameras.txt and images.txt (run "
             "COLMAP on the photos and write its model as text)"
         )
-    return _colmap_photos(path, model, images, background or WHITE)
+    return _photos(posed, files, background or WHITE)
+
+
+def posed_files(
+    path: Path, images: Path | None = None, missing: list[str] | None = None
+) -> tuple[list[Path], list[PosedFile]]:
+    """The files of a transforms.json or a COLMAP model, and what they pose; two empty lists where there is neither.
+
+    `images` as for `read_photos`, `missing` as for `read_posed_files`.
+    """
+    if path.suffix == ".json" or (path / "transforms.json").is_file():
+        file = transforms_file(path)
+        return [file], read_posed_files(file, missing)
+    model = find_model(path) if path.is_dir() else None
+    return ([], []) if model is None else _colmap_files(path, model, images, missing)
 
 
 def _npz_photos(path: Path) -> Photos:
@@ -71,23 +90,26 @@ def _npz_photos(path: Path) -> Photos:
     )
 
 
-def _transforms_photos(path: Path, background: Colour) -> Photos:
-    file = transforms_file(path)
-    return _photos(read_posed_files(file), [file], background)
-
-
-def _colmap_photos(path: Path, model: Path, folder: Path | None, background: Colour) -> Photos:
+def _colmap_files(
+    path: Path, model: Path, folder: Path | None, missing: list[str] | None
+) -> tuple[list[Path], list[PosedFile]]:
     views = read_model(model)
     places = [folder] if folder else [model / "images", path / "images", model.parent / "images", path]
-    found = next((place for place in places if os.path.isfile(place / views[0].name)), places[-1])
+    found = next((place for place in places if any(os.path.isfile(place / view.name) for view in views)), places[-1])
     posed = []
     for view in views:
-        picture = find_picture(found, view.name, f"{model / 'images.txt'}: {view.name}")
+        try:
+            picture = find_picture(found, view.name, f"{model / 'images.txt'}: {view.name}")
+        except MissingPicture:
+            if missing is None:
+                raise
+            missing.append(view.name)
+            continue
         told = (view.intrinsics.width, view.intrinsics.height)
         check_camera_size(*picture_sizes(picture), told, str(picture))
         posed.append(PosedFile(picture, view.camera_to_world, view.intrinsics))
     check_distinct((each.picture for each in posed), model / "images.txt")
-    return _photos(posed, [model / "cameras.txt", model / "images.txt"], background)
+    return [model / "cameras.txt", model / "images.txt"], posed
 
 
 def _photos(posed: Sequence[PosedFile], files: Sequence[Path], background: Colour) -> Photos:

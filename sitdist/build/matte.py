@@ -1,0 +1,83 @@
+"""Where the object is in a photo: from its alpha, a folder of masks, the colour of a backdrop, or a trained remover."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sitdist.errors import DataError
+from sitdist.io.images import SUFFIXES, to_pixels
+
+KEY_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Matting:
+    """How photos get their opacity, beside the alpha that they have.
+
+    `masks`: a folder with a mask for each photo, of its name or stem, white where the object is. `key`: the colour of
+    the backdrop; pixels within `tolerance` of it in every channel are background, beyond twice of it object. `remove`:
+    ask rembg's network.
+    """
+
+    masks: Path | None = None
+    key: tuple[float, float, float] | None = None
+    tolerance: float = KEY_TOLERANCE
+    remove: bool = False
+
+    def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
+        """Light [3, H, W], colour times opacity, and opacity [H, W] of a photo; None: it is opaque. DataError."""
+        colour, opacity = to_pixels(picture, str(picture))
+        if self.masks is not None:
+            opacity = _product(opacity, self._mask(picture, colour.shape[-2:]))
+        if self.remove:
+            pixels = (colour.permute(1, 2, 0) * 255.0).round().to(torch.uint8).numpy()
+            found = np.asarray(self._remover(Image.fromarray(pixels)).convert("L"))
+            opacity = _product(opacity, torch.from_numpy(found / np.float32(255.0)))
+        light = colour if opacity is None else colour * opacity
+        if self.key is not None:
+            key = torch.tensor(self.key)[:, None, None]
+            distance = (colour - key).abs().amax(dim=0)  # [H, W]
+            own = ((distance - self.tolerance) / max(self.tolerance, 1e-3)).clamp(0.0, 1.0)
+            without_spill = (colour - (1.0 - own) * key).clamp_min(0.0).minimum(own)  # what the backdrop shines through
+            light, opacity = without_spill if opacity is None else without_spill * opacity, _product(opacity, own)
+        return light, opacity
+
+    def _mask(self, picture: Path, shape: tuple[int, ...]) -> Tensor:
+        """The mask [H, W] of a photo: a file of its name, of its name and .png as COLMAP has it, or of its stem."""
+        assert self.masks is not None
+        names = [picture.name, f"{picture.name}.png", *(f"{picture.stem}{suffix}" for suffix in SUFFIXES)]
+        file = next((self.masks / name for name in names if (self.masks / name).is_file()), None)
+        if file is None:
+            raise DataError(
+                f"{self.masks}: no mask for {picture.name}; add {picture.stem}.png, white where the object is"
+            )
+        colour, opacity = to_pixels(file, str(file))
+        if colour.shape[-2:] != shape:
+            raise DataError(
+                f"{file}: {colour.shape[2]}x{colour.shape[1]} pixels but its photo has {shape[1]}x{shape[0]}; make "
+                "masks of the size of the photos"
+            )
+        return colour.amax(dim=0) if opacity is None else colour.amax(dim=0) * opacity
+
+    @cached_property
+    def _remover(self) -> Any:
+        try:
+            import rembg
+        except ImportError:
+            raise DataError(
+                "--remove-background: needs rembg; pip install 'rembg[cpu]', or give --masks or --key"
+            ) from None
+        session = rembg.new_session()
+        return lambda picture: rembg.remove(picture, session=session, only_mask=True)
+
+
+def _product(opacity: Tensor | None, other: Tensor) -> Tensor:
+    return other if opacity is None else opacity * other
