@@ -162,7 +162,7 @@ COMMANDS: list[Command] = [
     ("calibrate", "Fit error bars and trust on a held-out split.", _calibrate_options, _calibrate),
     (
         "likelihood",
-        "Compute log densities of a split's latents, in bits per dimension.",
+        "Compute log densities of latents given their poses, in bits per dimension.",
         _likelihood_options,
         _likelihood,
     ),

@@ -1,4 +1,4 @@
-"""How likely a run finds the latents of a split: bits per dimension, by integrating the flow back to its endpoint."""
+"""How likely a run finds the latents of a split, given their poses, in bits per dimension."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import store_of
 from sitdist.errors import ConfigError, DataError
-from sitdist.flow.likelihood import GaussianBase, PoseBase, log_likelihood, rademacher
+from sitdist.flow.likelihood import log_likelihood, rademacher
 from sitdist.flow.solve import MOST_STEPS
 from sitdist.geometry.packing import standardize
 from sitdist.inference.run import LoadedRun, check_codec, load_run
@@ -60,12 +60,12 @@ def split_likelihood(
     out: Path | None = None,
     overwrite: bool = False,
 ) -> SplitLikelihood:
-    """Log density of the first `views` views of `split`, with `probes` Hutchinson probes each; `out`: CSV by view.
+    """log p(latent | pose) of the first `views` views of `split`, with `probes` Hutchinson probes each.
 
-    Of a pose endpoint: p(latent), over the mixture of all training poses. Of a gaussian one: p(latent | pose).
+    `out`: CSV by view.
 
-    ConfigError for counts below 1 or too large, and what cannot be integrated; DataError for an `out` that is there
-    already, unless it is to be overwritten, and for densities that are not finite.
+    ConfigError for counts below 1 or too large, a run without noise on the poses, and what cannot be integrated;
+    DataError for an `out` that is there already, unless it is to be overwritten, and for densities that are not finite.
     """
     if out is not None:
         check_free(out, overwrite)
@@ -77,12 +77,17 @@ def split_likelihood(
     why_not = loaded.config.flow.why_no_picture()
     if why_not is not None:
         raise ConfigError(f"{run}: {why_not}, and has no flow to integrate; choose another run")
+    if loaded.endpoint.kind == "pose" and loaded.endpoint.sigma == 0.0:
+        raise ConfigError(
+            "flow.sigma = 0: without noise on the packed poses a latent has no density given its pose, so there is no "
+            "likelihood; train with flow.sigma above 0"
+        )
     folder = store_of(loaded.config, data).folder
     manifest = load_manifest(folder)
     if split not in manifest.splits:
         raise ConfigError(f"{folder}: no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
     check_codec(folder, manifest, loaded)
-    base, reader = _base(loaded, folder), ShardReader(folder, split)
+    reader = ShardReader(folder, split)
     count = len(reader) if views is None else min(views, len(reader))
     batch = min(batch, count)
     need = PROBE_BYTES * probes * batch * math.prod(loaded.latent_shape)
@@ -90,7 +95,7 @@ def split_likelihood(
     densities = []
     for start in tqdm(range(0, count, batch), "likelihood", unit="batch"):
         indices = list(range(start, min(start + batch, count)))
-        densities.append(_of_views(loaded, reader, indices, base, probes, method, steps, seed))
+        densities.append(_of_views(loaded, reader, indices, probes, method, steps, seed))
     result = SplitLikelihood(
         [reader.keys()[i] for i in range(count)], torch.cat(densities), math.prod(loaded.latent_shape)
     )
@@ -109,7 +114,6 @@ def _of_views(
     loaded: LoadedRun,
     reader: ShardReader,
     indices: list[int],
-    base: GaussianBase | PoseBase,
     probes: int,
     method: str,
     steps: int,
@@ -121,19 +125,10 @@ def _of_views(
     poses, intrinsics = reader.camera_to_world()[indices], reader.intrinsics(indices)
     packed_pose = standardize(poses, loaded.statistics, intrinsics).to(device)
     signs = rademacher(seed, torch.tensor(indices, device=device), probes, latents.shape[1:])
-    model = loaded.endpoint.conditioned(loaded.model, packed_pose)
-    return log_likelihood(model, loaded.interpolant, latents, labels, base, signs, method, steps).log_density.cpu()
-
-
-def _base(loaded: LoadedRun, data: Path) -> GaussianBase | PoseBase:
-    """The density of x0: that of all training poses, where x0 holds them."""
-    if loaded.endpoint.kind == "gaussian":
-        return GaussianBase()
-    reader = ShardReader(data, "train")
-    every = list(range(len(reader)))
-    packed_poses = standardize(reader.camera_to_world(), loaded.statistics, reader.intrinsics(every))
-    zeros = torch.zeros(len(reader), *loaded.latent_shape)
-    return PoseBase(loaded.endpoint.x0(packed_poses, zeros), loaded.endpoint.sigma)
+    model, zeros = loaded.endpoint.conditioned(loaded.model, packed_pose), torch.zeros_like(latents)
+    mean = loaded.endpoint.x0(packed_pose, zeros)  # of x0 given the pose; the gaussian endpoint's is 0
+    sigma = loaded.endpoint.sigma if loaded.endpoint.kind == "pose" else 1.0
+    return log_likelihood(model, loaded.interpolant, latents, labels, mean, sigma, signs, method, steps).cpu()
 
 
 def _write(out: Path, result: SplitLikelihood) -> None:
