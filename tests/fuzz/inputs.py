@@ -582,7 +582,7 @@ def attack_pictures(random: Random, tree: Path) -> Attack:
 
 def attack_poses(random: Random, tree: Path) -> Attack:
     """Poses for `render` in a file that is wrong."""
-    given = random.choice(("poses.npy", "poses.npz", "photos/transforms.json", "path.json", "colmap"))
+    given = random.choice(("poses.npy", "poses.npz", "photos/transforms.json", "colmap"))
     what = spoil_colmap(random, tree) if given == "colmap" else spoil_file(random, tree / given)
     words = ["render", "run", "--poses", given, "--out", "new", "--generator-steps", "1"]
     return Attack("poses", "render", words, what)

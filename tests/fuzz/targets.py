@@ -6,7 +6,6 @@ shows it; within SECONDS and MEMORY; and no file is changed.
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
@@ -233,7 +232,7 @@ def _camera_targets(folder: Path) -> Iterator[Target]:
     from sitdist.scene.photos import read_photos
 
     values = camera_files(folder / "source")
-    for name in ("poses.npy", "poses.npz", "transforms.json", "path.json"):
+    for name in ("poses.npy", "poses.npz", "transforms.json"):
         path = folder / f"poses-{name}" / name
         read = lambda path=path: read_poses(path)  # noqa: E731
         yield file_target(f"poses {name}", path, read, seeds=(values[name],))
@@ -292,9 +291,6 @@ def camera_files(folder: Path) -> dict[str, bytes]:
     np.save(folder / "poses.npy", poses.numpy())
     np.savez(folder / "poses.npz", poses=poses.numpy())
     np.savez(folder / "photos.npz", images=pixels, poses=poses.numpy(), focal=np.float64(20.0))
-    views = [{"camera_to_world": pose.flatten().tolist(), "fov": 40.0, "aspect": 1.0} for pose in poses]
-    path = {"camera_type": "perspective", "render_height": 16, "render_width": 16, "camera_path": views, "fps": 24}
-    (folder / "path.json").write_text(json.dumps(path))
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

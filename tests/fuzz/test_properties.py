@@ -28,7 +28,7 @@ NAMES = (
     *("config", "recipe", "set", "json", "manifest", "index", "tar", "mark", "transforms", "photos.npz", "picture"),
     *(f"checkpoint {name}" for name in ("manifest.json", "state.json", "ema.safetensors")),
     *("export config.json", "export model.safetensors", "scene scene.json", "scene field.safetensors"),
-    *(f"poses {name}" for name in ("poses.npy", "poses.npz", "transforms.json", "path.json")),
+    *(f"poses {name}" for name in ("poses.npy", "poses.npz", "transforms.json")),
     *("colmap cameras.txt", "colmap images.txt", "unit .jsonl", "unit .npz"),
 )
 FEW, MANY = 25, 3000
