@@ -27,9 +27,9 @@ from sitdist.dataset.manifest import DatasetManifest, load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
+from sitdist.evaluate.report.page import data_uri, render
 from sitdist.evaluate.report.stored import Metrics, load_evaluation
 from sitdist.evaluate.report.tables import Column
-from sitdist.evaluate.report.template import data_uri, render
 from sitdist.flow import draws
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.io.atomic import write_atomically

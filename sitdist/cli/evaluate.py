@@ -120,7 +120,7 @@ def _likelihood(options: argparse.Namespace) -> None:
 
 def _sigma(options: argparse.Namespace) -> None:
     check_there(options.dataset)
-    from sitdist.evaluate.sigma import sigma_table
+    from sitdist.evaluate.baselines import sigma_table
 
     show(sigma_table(options.dataset, options.target_deg))
 
@@ -143,8 +143,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _show_results(folder: Path) -> None:
+    from sitdist.evaluate.measures import AGAIN
     from sitdist.evaluate.report import format_table
-    from sitdist.evaluate.schema import AGAIN
     from sitdist.io.files import read_json
 
     show(format_table(read_json(folder / "metrics.json", AGAIN)))
@@ -152,7 +152,7 @@ def _show_results(folder: Path) -> None:
 
 
 def _show_experiments(folder: Path) -> None:
-    from sitdist.evaluate.experiments.tables import format_experiments
+    from sitdist.evaluate.experiments.records import format_experiments
 
     show(format_experiments(folder))
 

@@ -166,7 +166,7 @@ def _export_options(command: Parser) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     check_run(options.run)
-    from sitdist.evaluate.report.card import results_markdown
+    from sitdist.evaluate.report.tables import results_markdown
     from sitdist.inference.export import export_run
 
     loaded = export_run(options.run, options.out, options.step, results_markdown)

@@ -26,11 +26,20 @@ from sitdist.dataset.store import store_of
 from sitdist.distributed.accelerator import log, processes
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.experiments.records import EXPERIMENTS
+from sitdist.evaluate.measures import BINS_AT_MOST
 from sitdist.evaluate.metrics import Lpips
 from sitdist.evaluate.tasks import Producer, do_left, do_tasks, merge, plan_conflict, prepare
-from sitdist.evaluate.units import BINS_AT_MOST, Unit, make_units, thinned
 from sitdist.evaluate.view_evaluator import ViewEvaluator
-from sitdist.evaluate.views import VIEWS_PER_BIN_AT_MOST, PhotoViews, RenderedViews, SplitViews, Views
+from sitdist.evaluate.views import (
+    VIEWS_PER_BIN_AT_MOST,
+    PhotoViews,
+    RenderedViews,
+    SplitViews,
+    Unit,
+    Views,
+    make_units,
+    thinned,
+)
 from sitdist.flow.choices import PICTURE_ESTIMATORS
 from sitdist.geometry.similarity import Similarity
 from sitdist.inference import calibration as calibrate
@@ -163,11 +172,9 @@ def _why_not(name: str, flow: FlowConfig) -> str | None:
 def _experiment(name: str, evaluation: ViewEvaluator, options: EvalOptions) -> Producer:
     """The experiment called `name`, with its results in a folder of that name in the evaluation's."""
     from sitdist.evaluate.experiments.common import Tools, spread
-    from sitdist.evaluate.experiments.cycle import Cycle
-    from sitdist.evaluate.experiments.interpolation import Interpolation
+    from sitdist.evaluate.experiments.paths import Cycle, Interpolation, Turntable
     from sitdist.evaluate.experiments.robustness import Robustness
     from sitdist.evaluate.experiments.solvers import Solvers
-    from sitdist.evaluate.experiments.turntable import Turntable
 
     recipe = parse(Recipe, load_manifest(evaluation.data).recipe, f"{evaluation.data / 'manifest.json'}: recipe")
     source = recipe.splits["train"]

@@ -1,24 +1,158 @@
-"""The table of measures: all that is measured of one view. A new measure is one more field of `ViewRecord`."""
+"""The table of measures: how results are declared, written and read back checked, and all that is measured of one view.
+
+A record is a dataclass under STRICT. A field that is a measure is annotated with a `Measure`, which says all that
+summaries, tables, plots, the report and TensorBoard need to know of it.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import TypeAdapter, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from sitdist.evaluate.schema import (
-    POSE_ENTRIES,
-    STRICT,
-    Angle,
-    Count,
-    Length,
-    Measure,
-    Number,
-    Pose,
-    Share,
-    measures_of,
-)
+from sitdist.errors import DataError, one_line
+from sitdist.io.atomic import write_atomically
+from sitdist.io.files import open_file
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+AGAIN = "run `sitdist eval` again"
+LARGEST = 1e12
+BINS_AT_MOST = 10_000  # of width 1
+EDGE = 1e-6  # a camera this close below a bin's edge stands on it: radii are norms of rounded numbers
+TABLE_BYTES = 2**30  # of records.csv; a million views have less
+POSE_ENTRIES = [f"{row}{column}" for row in range(3) for column in range(4)]
+POSES = ("true", "estimated", "rendered_estimated")
+RETIRED = ("symmetric_rotation_error_deg", "symmetric_translation_error")  # columns of earlier versions, left out
+
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Length = Annotated[float, Field(ge=0.0, le=LARGEST)]
+Angle = Annotated[float, Field(ge=0.0, le=180.0)]  # degrees
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Pose = Annotated[list[Number], Field(min_length=12, max_length=12)]  # rows of [3, 4]
+Text = Annotated[str, Field(max_length=10_000), AfterValidator(one_line)]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known of a number that is measured: its name, its unit and how it is written, summarized and shown.
+
+    rotation: an angle between rotations; its summary also has shares below thresholds and an AUC.
+    of: what it says something of, the pose of a picture or the picture of a pose.
+    main, spread: the statistics in the report's main table and in the table of its spread.
+    baselines: fields that it is held against, by their means.
+    plotted: drawn against the radius. card: in the model card.
+    """
+
+    label: str
+    unit: str = ""
+    style: str = ".2f"
+    definition: str = ""
+    rotation: bool = False
+    of: Literal["pose", "picture"] | None = None
+    main: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    plotted: bool = False
+    card: bool = False
+
+    @property
+    def title(self) -> str:
+        """The label with its unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def text(self, value: float) -> str:
+        """The value with its unit."""
+        return f"{value:{self.style}} {self.unit}".strip()
+
+
+def measures_of(record: type) -> dict[str, Measure]:
+    """The measures of a record by the names of their fields, in order."""
+    hints = get_type_hints(record, include_extras=True)
+    return {name: each for name, hint in hints.items() for each in get_args(hint) if isinstance(each, Measure)}
+
+
+def may_be_missing(record: type, name: str) -> bool:
+    """Whether a field of a record may be None."""
+    kind = get_type_hints(record)[name]
+    return type(None) in get_args(kind)
+
+
+def make_records(record: type, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The fields of one record for every entry of the columns, `key` among them; None where there is no column."""
+    nothing = [None] * len(columns["key"])
+    names = list(get_type_hints(record))
+    return [dict(zip(names, row, strict=True)) for row in zip(*(columns.get(n, nothing) for n in names), strict=True)]
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+
+
+def damaged(path: Path, reason: object) -> DataError:
+    """The one line for results that cannot be used."""
+    return DataError(f"{path}: damaged ({' '.join(str(reason).split())[:200]}); {AGAIN}")
+
+
+def write_records(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file with a row for every record."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda temporary: temporary.write_text(table.getvalue()))
+
+
+def read_records(path: Path, schema: TypeAdapter[Any]) -> list[Any]:
+    """The records of a CSV file; an empty cell is what was not measured. DataError where one is not as `schema` says.
+
+    A pose is one cell, a list as JSON, or the twelve columns NAME_00 to NAME_23.
+    """
+    try:
+        return [_record(row, schema) for row in _read_table(path)]
+    except ValidationError as error:
+        raise damaged(path, fault(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
+
+
+def _record(row: dict[str, str], schema: TypeAdapter[Any]) -> Any:
+    values: dict[str, Any] = {
+        name: json.loads(text) if text and name in POSES else text or None
+        for name, text in row.items()
+        if name not in RETIRED
+    }
+    for name in POSES:
+        if f"{name}_00" in values:
+            entries = [values.pop(f"{name}_{entry}", None) for entry in POSE_ENTRIES]
+            values[name] = entries if any(entries) else None
+    return schema.validate_python(values, strict=False)
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names of its columns; DataError where there are none."""
+    with open_file(path, AGAIN, TABLE_BYTES) as file:
+        data = file.read()
+    text = data.decode()
+    if not text.endswith("\n"):
+        raise damaged(path, "the last line is cut off")
+    try:
+        head, *lines = csv.reader(io.StringIO(text))
+    except csv.Error as error:
+        raise damaged(path, error) from None
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    if not rows:
+        raise damaged(path, "no rows")
+    return rows
+
 
 MEAN_MEDIAN = ("mean", "median")
 CONSTANT = "constant pose"

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from sitdist.errors import ConfigError, DataError
-from sitdist.evaluate.schema import fault
+from sitdist.evaluate.measures import fault
 from sitdist.io.arrays import load_arrays, save_arrays
 from sitdist.io.atomic import file_sha256, write_atomically
 from sitdist.io.files import MAX_JSON, open_file, parse_json, read_json, write_json

@@ -26,12 +26,10 @@ from sitdist.config.experiment import EvaluateConfig
 from sitdist.dataset.reader import ShardReader
 from sitdist.evaluate import metrics
 from sitdist.evaluate.baselines import LATENTS_AT_MOST, NoiseFloor, TrainingViews, constant_pose, noise_floor
-from sitdist.evaluate.measures import RECORD, ViewRecord
-from sitdist.evaluate.schema import make_records, write_records
-from sitdist.evaluate.summary import label_rows, summary_rows
+from sitdist.evaluate.measures import RECORD, ViewRecord, make_records, write_records
+from sitdist.evaluate.statistics import label_rows, summary_rows
 from sitdist.evaluate.tasks import Task
-from sitdist.evaluate.units import Unit, merge_pictures, pictured
-from sitdist.evaluate.views import Views, to_uint8
+from sitdist.evaluate.views import Unit, Views, merge_pictures, pictured, to_uint8
 from sitdist.flow.estimate import PoseEstimate
 from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference import calibration as calibrate

@@ -38,7 +38,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr("sitdist.evaluate.plots.style.DPI", 50)
+        patch.setattr("sitdist.evaluate.plots.DPI", 50)
         for arguments in demo_commands():
             placed = [argument.replace("$(DEMO)", str(folder)) for argument in arguments]
             assert cli.run([*placed, *SMALL[placed[0]]]) == 0

@@ -24,7 +24,7 @@ from sitdist.errors import CodecError, ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, write_report
-from sitdist.evaluate.summary import label_rows, summary_rows
+from sitdist.evaluate.statistics import label_rows, summary_rows
 from sitdist.flow.estimate import estimate_pose
 from sitdist.flow.sample import STOCHASTIC
 from sitdist.flow.solve import SOLVERS

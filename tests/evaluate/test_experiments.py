@@ -16,9 +16,8 @@ from sitdist.config.experiment import Config
 from sitdist.config.load import parse
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.experiments.common import spread
-from sitdist.evaluate.experiments.interpolation import between
-from sitdist.evaluate.experiments.records import EXPERIMENTS
-from sitdist.evaluate.experiments.tables import format_experiments
+from sitdist.evaluate.experiments.paths import between
+from sitdist.evaluate.experiments.records import EXPERIMENTS, format_experiments
 from sitdist.geometry.camera import camera_radius, look_at
 from sitdist.geometry.pose import rotation_error_deg
 from sitdist.io.video import ffmpeg

@@ -12,7 +12,7 @@ from sitdist.cli import main as cli
 from sitdist.errors import ConfigError, DataError, OutOfMemoryError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.likelihood import split_likelihood
-from sitdist.evaluate.units import BINS_AT_MOST
+from sitdist.evaluate.measures import BINS_AT_MOST
 from sitdist.io.ownership import only_writer
 
 RECIPE = """

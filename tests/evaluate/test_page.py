@@ -18,12 +18,12 @@ from test_report import Page, look_down, make_records, metrics_of, write_evaluat
 from sitdist.cli import main as cli
 from sitdist.errors import DataError
 from sitdist.evaluate.experiments.common import write_results
-from sitdist.evaluate.experiments.tables import load_experiments
-from sitdist.evaluate.plots.sphere import AZIMUTHS, HEIGHTS, cells, sphere_figure
+from sitdist.evaluate.experiments.records import load_experiments
+from sitdist.evaluate.plots import AZIMUTHS, HEIGHTS, cells, sphere_figure
 from sitdist.evaluate.report import write_report
 from sitdist.evaluate.report.compare import compare, short_names
 from sitdist.evaluate.report.page import experiment_pictures
-from sitdist.evaluate.summary import label_rows
+from sitdist.evaluate.statistics import label_rows
 from sitdist.io.ownership import only_writer
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -47,7 +47,7 @@ console.error = (text) => errors.push(String(text));
 def small_plots():
     """Plots of 400 by 328 pixels, which are drawn faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sitdist.evaluate.plots.style.DPI", 80)
+        patch.setattr("sitdist.evaluate.plots.DPI", 80)
         yield
 
 

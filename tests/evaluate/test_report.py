@@ -20,7 +20,7 @@ from sitdist.evaluate import plots
 from sitdist.evaluate.measures import MEASURES, ViewRecord
 from sitdist.evaluate.metrics import LPIPS_NOT_MEASURED
 from sitdist.evaluate.report import format_table, report_again, write_report
-from sitdist.evaluate.summary import summary_rows
+from sitdist.evaluate.statistics import summary_rows
 from sitdist.io.arrays import save_arrays
 from sitdist.io.atomic import temporary_name
 from sitdist.io.ownership import mark
@@ -87,7 +87,7 @@ def write_evaluation(folder, records, size=16, **changes):
 def small_plots():
     """Plots of 400 by 328 pixels, which are drawn faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sitdist.evaluate.plots.style.DPI", 80)
+        patch.setattr("sitdist.evaluate.plots.DPI", 80)
         yield
 
 

@@ -14,8 +14,7 @@ from sitdist.dataset.manifest import load_manifest
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.evaluate.experiments.records import EXPERIMENTS
 from sitdist.evaluate.experiments.robustness import CAMERA_CHANGES, PICTURE_CHANGES, VIEW_CHANGES
-from sitdist.evaluate.measures import RECORD
-from sitdist.evaluate.schema import read_records
+from sitdist.evaluate.measures import RECORD, read_records
 from sitdist.geometry.camera import Intrinsics
 from sitdist.geometry.pose import rotation_error_deg
 from sitdist.scene.field import chair

@@ -5,8 +5,7 @@ import pytest
 from sitdist.cli import main as cli
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
-from sitdist.evaluate.baselines import noise_floor
-from sitdist.evaluate.sigma import SIGMAS, Floors
+from sitdist.evaluate.baselines import SIGMAS, Floors, noise_floor
 from sitdist.geometry.packing import PoseStatistics
 
 

@@ -14,7 +14,7 @@ import pytest
 from pydantic import TypeAdapter, with_config
 
 from sitdist.errors import ConfigError, DataError
-from sitdist.evaluate.schema import STRICT, Number
+from sitdist.evaluate.measures import STRICT, Number
 from sitdist.evaluate.tasks import Task, claim, do_left, do_tasks, holder, merge, prepare, unit_path, write_unit
 from sitdist.io.arrays import save_arrays
 

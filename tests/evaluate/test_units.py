@@ -3,7 +3,7 @@
 import numpy as np
 from records import record
 
-from sitdist.evaluate.units import PICTURES_PER_BIN, ViewRef, make_units, merge_pictures, radius_bins, thinned
+from sitdist.evaluate.views import PICTURES_PER_BIN, ViewRef, make_units, merge_pictures, radius_bins, thinned
 
 
 def references(bins):

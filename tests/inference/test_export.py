@@ -16,7 +16,7 @@ from sitdist.config.experiment import Config
 from sitdist.config.load import load_yaml
 from sitdist.errors import CheckpointError, CodecError, DataError, SitdistError
 from sitdist.evaluate.measures import MEASURES
-from sitdist.evaluate.report.card import results_markdown
+from sitdist.evaluate.report.tables import results_markdown
 from sitdist.flow.error_bars import LEVELS, Bars, Calibration, Trust
 from sitdist.inference.calibration import RunCalibration
 from sitdist.inference.export import export_run

@@ -16,10 +16,9 @@ from torch import Tensor
 from sitdist.config.experiment import EvaluateConfig
 from sitdist.config.recipe import SceneSource
 from sitdist.evaluate import metrics
-from sitdist.evaluate.schema import measures_of, write_records
+from sitdist.evaluate.measures import measures_of, write_records
 from sitdist.evaluate.statistics import summarize_all
-from sitdist.evaluate.units import ViewRef
-from sitdist.evaluate.views import ViewBatch, Views
+from sitdist.evaluate.views import ViewBatch, ViewRef, Views
 from sitdist.flow import draws
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate
 from sitdist.flow.solve import generate

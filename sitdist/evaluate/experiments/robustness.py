@@ -21,7 +21,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from sitdist.dataset.appearance import composite, moved
 from sitdist.evaluate.experiments.common import Tools, spread, summaries, write_results
 from sitdist.evaluate.experiments.records import EXPERIMENTS, RobustnessRecord
-from sitdist.evaluate.schema import make_records
+from sitdist.evaluate.measures import make_records
 from sitdist.evaluate.tasks import Task
 from sitdist.flow import draws
 from sitdist.geometry.pose import rotation_error_deg, rotation_from_vector, translation_error

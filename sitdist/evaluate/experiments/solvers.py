@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sitdist.evaluate.experiments.common import Tools, spread, summaries, write_results
 from sitdist.evaluate.experiments.records import EXPERIMENTS, SolversRecord
-from sitdist.evaluate.schema import make_records
+from sitdist.evaluate.measures import make_records
 from sitdist.evaluate.tasks import Task
 from sitdist.flow.estimate import EstimateOptions
 from sitdist.flow.solve import function_evaluations

@@ -12,10 +12,9 @@ from sitdist.errors import DataError
 from sitdist.evaluate import plots
 from sitdist.evaluate.experiments.records import EXPERIMENTS
 from sitdist.evaluate.measures import MEASURES
-from sitdist.evaluate.report.page import ShownView, view_pictures
+from sitdist.evaluate.report.page import ShownView, data_uri, render, view_pictures
 from sitdist.evaluate.report.stored import Evaluation, load_evaluation
 from sitdist.evaluate.report.tables import Of, estimator_text, generator_text, main_columns
-from sitdist.evaluate.report.template import data_uri, render
 from sitdist.io.atomic import check_free, write_atomically
 from sitdist.io.ownership import check_ours
 

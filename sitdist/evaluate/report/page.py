@@ -1,22 +1,53 @@
-"""The report's page: everything in one file that refers to nothing outside it."""
+"""Pages of one file each: templates that share a head and a style, and pictures as part of the page."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
 
-from sitdist.evaluate.experiments.tables import ExperimentTable
-from sitdist.evaluate.measures import MEASURES, ViewRecord
+from sitdist.evaluate.experiments.records import ExperimentTable
+from sitdist.evaluate.measures import AGAIN, MEASURES, ViewRecord, damaged
 from sitdist.evaluate.report.stored import Evaluation, Row
 from sitdist.evaluate.report.tables import estimator_text, generator_text, how, tables_of
-from sitdist.evaluate.report.template import data_uri, picture_uri, render
-from sitdist.evaluate.schema import AGAIN, damaged
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION
 from sitdist.io.arrays import load_arrays
 from sitdist.io.files import open_file
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template of this folder makes of the values; all of them are escaped."""
+    environment = Environment(
+        loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(inline=lambda name: Markup(read(name)), **values)
+
+
+def read(name: str) -> str:
+    """A file of this folder."""
+    return files(__package__).joinpath(name).read_text()
+
+
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    """A file as part of the page."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_uri(picture: np.ndarray) -> str:
+    """A picture [H, W, 3] uint8 as it is; the page enlarges small ones."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return data_uri(buffer.getvalue())
+
 
 WORST_SHOWN = 12  # of all views, and of every bin
 STRIPS_SHOWN = 8

@@ -11,15 +11,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sitdist.evaluate.baselines import NoiseFloor
-from sitdist.evaluate.experiments.tables import ExperimentTable, load_experiments
-from sitdist.evaluate.measures import MEASURES, RECORD, ViewRecord
-from sitdist.evaluate.schema import (
+from sitdist.evaluate.experiments.records import ExperimentTable, load_experiments
+from sitdist.evaluate.measures import (
     AGAIN,
+    BINS_AT_MOST,
+    MEASURES,
+    RECORD,
     Count,
     Length,
     Number,
     Share,
     Text,
+    ViewRecord,
     damaged,
     fault,
     may_be_missing,
@@ -27,7 +30,6 @@ from sitdist.evaluate.schema import (
     read_records,
 )
 from sitdist.evaluate.statistics import Summary
-from sitdist.evaluate.units import BINS_AT_MOST
 from sitdist.io.arrays import load_arrays
 from sitdist.io.files import read_json
 

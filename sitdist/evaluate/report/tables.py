@@ -1,17 +1,16 @@
-"""The numbers of an evaluation as tables of text, for the terminal and for the page."""
+"""The numbers of an evaluation as tables of text: for the terminal, the page and the model card."""
 
 from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sitdist.evaluate.measures import MEASURES
-from sitdist.evaluate.report.stored import Metrics, Row, parse_metrics
-from sitdist.evaluate.schema import Measure, damaged
+from sitdist.evaluate.measures import MEASURES, Measure, damaged
+from sitdist.evaluate.report.stored import Metrics, Row, load_metrics, parse_metrics
 from sitdist.evaluate.statistics import AUC_DEFINITION, INTERVAL_DEFINITION, THRESHOLDS
 from sitdist.flow.choices import AdaptiveSolver
 
@@ -228,3 +227,44 @@ def _spans(cells: list[str], widths: list[int], spans: list[int]) -> list[str]:
     ]
     edges = [sum(spans[:i]) for i in range(len(spans) + 1)]
     return [" ".join(padded[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def results_markdown(run: Path, step: int) -> str:
+    """The results of all evaluations in RUN/eval, as Markdown tables; DataError for one that is damaged."""
+    return "\n\n".join(_table(metrics, step) for metrics in _evaluations(run))
+
+
+def _evaluations(run: Path) -> Iterator[Metrics]:
+    """The results of the run's evaluations, as they lie on disk; DataError for one that is damaged."""
+    for path in sorted((run / "eval").glob("*/metrics.json")):
+        metrics = load_metrics(path)
+        if metrics.rows:
+            yield metrics
+
+
+def _table(metrics: Metrics, step: int) -> str:
+    """One evaluation as a Markdown table."""
+    names = [name for name, measure in MEASURES.items() if measure.card]
+    heads = [_head(MEASURES[name]) for name in names]
+    rows = [["views", "n", *heads], ["---"] * (2 + len(heads))]
+    for row in metrics.rows:
+        cells = [" / ".join(Column("", "", name, each).cell(row) for each in _statistics(name)) for name in names]
+        rows.append([_unmarked(row.name), f"{row.n}", *cells])
+    of = "" if metrics.step == step else f" (of the weights after {metrics.step} steps)"
+    refined = ", poses refined by a scene" if metrics.refine else ""
+    title = f"Split `{_unmarked(metrics.split)}`{of}, estimator `{_unmarked(metrics.estimator)}`{refined}:"
+    return "\n".join([title, "", *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def _statistics(name: str) -> tuple[str, ...]:
+    return ("mean", "median") if MEASURES[name].rotation else ("mean",)
+
+
+def _head(measure: Measure) -> str:
+    unit = f" ({measure.unit})" if measure.unit else ""
+    return f"{measure.label}{', mean / median' if measure.rotation else ''}{unit}"
+
+
+def _unmarked(name: str) -> str:
+    """A name without what Markdown and HTML read as their own."""
+    return name.translate(dict.fromkeys(map(ord, "|`<>\\"), " "))
