@@ -22,6 +22,9 @@ from sitdist.geometry.pose import project_to_so3, rotation_error_deg, translatio
 LATENTS_AT_MOST = 20_000  # training views kept for the nearest-view baselines, taken by stride
 FLOOR_POSES = 1024
 LATENT_CHUNK = 4096
+SIGMAS = (2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+BISECTIONS = 12  # halvings in which the largest sigma is found, from a factor of 2 to one of 1.0002
+LARGEST_SIGMA = 64.0
 
 
 def constant_pose(camera_to_world: Tensor) -> Tensor:
@@ -106,11 +109,6 @@ class TrainingViews:
         return distance.masked_fill(~same, math.inf).argmin(1)
 
 
-SIGMAS = (2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
-BISECTIONS = 12  # halvings in which the largest sigma is found, from a factor of 2 to one of 1.0002
-LARGEST = 64.0
-
-
 @dataclass(frozen=True)
 class Floors:
     """Predicts the noise floor for any sigma, for poses [N, 4, 4] of a dataset and one draw of the noise.
@@ -150,10 +148,10 @@ class Floors:
         return NoiseFloor(float(rotation.mean()), float(translation_error(read, self.camera_to_world).mean()))
 
     def largest_below(self, target_deg: float) -> float | None:
-        """The largest sigma up to LARGEST with a rotation floor below `target_deg`; None if that one is, too."""
-        if self.at(LARGEST).rotation_deg < target_deg:
+        """The largest sigma up to LARGEST_SIGMA with a rotation floor below `target_deg`; None if that one is, too."""
+        if self.at(LARGEST_SIGMA).rotation_deg < target_deg:
             return None
-        low, high = 1e-6, LARGEST
+        low, high = 1e-6, LARGEST_SIGMA
         while high > 2.0 * low:  # by factors, then by halves
             middle = math.sqrt(low * high)
             low, high = (middle, high) if self.at(middle).rotation_deg < target_deg else (low, middle)
@@ -182,7 +180,7 @@ def sigma_table(dataset: Path, target_deg: float) -> str:
             f"{floor.translation:>11.4f}{mark}"
         )
     if largest is None:
-        lines.append(f"Every sigma up to {LARGEST:g} has a floor below {target_deg:g} deg.")
+        lines.append(f"Every sigma up to {LARGEST_SIGMA:g} has a floor below {target_deg:g} deg.")
     else:
         lines.append(f"Largest sigma with a floor below {target_deg:g} deg: {_rounded_down(largest):g}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,14 +28,9 @@ GREY = "#6b7280"
 SERIES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY)
 
 
-def sheet(size: tuple[float, float], layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """An empty figure of this size in inches."""
-    return Figure(figsize=size, dpi=DPI, layout=layout)
-
-
 def panel(title: str, x: str, y: str, pad: float = 8.0) -> tuple[Figure, Axes]:
     """An empty figure of one panel with a grid, and its axes."""
-    figure = sheet(SIZE)
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad)
     axes.set_xlabel(x)
@@ -44,20 +39,6 @@ def panel(title: str, x: str, y: str, pad: float = 8.0) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def plain_logarithm(axes: Axes, which: str) -> None:
-    """A logarithmic `which` ("x" or "y") axis with ticks at 1, 2, 5 of every decade, written out."""
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def named(name: str) -> str:
-    """A name as a curve's label: legends leave out those that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
 
 
 def legend_below(figure: Figure, axes: Axes, order: Sequence[str] = (), columns: int = 3) -> None:
@@ -141,7 +122,10 @@ def _draw_spread(axes: Axes, centres: np.ndarray, values: list[np.ndarray]) -> N
 def _label(axes: Axes, measure: Measure, bins: range) -> None:
     """Scales; errors of poses are drawn on a logarithmic one where none of them is 0."""
     if measure.of == "pose" and axes.dataLim.y0 > 0:
-        plain_logarithm(axes, "y")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel(f"{measure.title}, log")
     axes.set_xlim(bins[0], bins[-1] + 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
@@ -174,7 +158,8 @@ def several_figure(records: dict[str, list[ViewRecord]], field: str) -> Figure:
         )
         colour, centres = SERIES[number % len(SERIES)], np.array(span) + 0.5
         axes.fill_between(centres, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(centres, mean, "-o", color=colour, markersize=4, label=named(name))
+        label = f" {name}" if name.startswith("_") else name  # legends leave out those that begin with an underscore
+        axes.plot(centres, mean, "-o", color=colour, markersize=4, label=label)
     _label(axes, measure, span)
     legend_below(figure, axes, columns=2)
     return figure
@@ -241,7 +226,7 @@ def cameras_figure(cameras: list[tuple[RowMajor, RowMajor]]) -> Figure:
     """
     chosen = np.linspace(0, len(cameras) - 1, min(CAMERAS_AT_MOST, len(cameras))).round().astype(int)
     true, estimated = np.array(cameras)[chosen].reshape(-1, 2, 3, 4).swapaxes(0, 1)
-    figure = sheet((2 * SIZE[0], 1.15 * SIZE[1]), None)
+    figure = Figure(figsize=(2 * SIZE[0], 1.15 * SIZE[1]), dpi=DPI)
     for number, (words, (elevation, azimuth)) in enumerate(SIDES.items()):
         axes = figure.add_axes((0.015 + 0.5 * number, 0.13, 0.47, 0.77), projection="3d")
         assert isinstance(axes, Axes3D)

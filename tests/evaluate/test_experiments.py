@@ -15,7 +15,6 @@ from sitdist.cli import main as cli
 from sitdist.config.experiment import Config
 from sitdist.config.load import parse
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
-from sitdist.evaluate.experiments.common import spread
 from sitdist.evaluate.experiments.paths import between
 from sitdist.evaluate.experiments.records import EXPERIMENTS, format_experiments
 from sitdist.geometry.camera import camera_radius, look_at
@@ -212,8 +211,3 @@ def test_a_gaussian_endpoint_renders_and_has_no_blend(tiny_dataset, tmp_path):
     assert {path.parent.name for path in folder.glob("*/results.json")} == {"turntable", "interpolation", "solvers"}
     assert [row["method"] for row in result(folder, "interpolation")["rows"]] == ["slerp"]
     assert "rotation_error_deg" not in result(folder, "turntable")
-
-
-def test_spread_takes_the_first_and_the_last():
-    assert spread(list(range(11)), 3) == [0, 5, 10]
-    assert spread([1, 2], 5) == [1, 2]

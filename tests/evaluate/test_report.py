@@ -284,12 +284,6 @@ def test_the_page_refers_to_nothing_outside_itself(folder):
     assert [name for _, name, _ in page.attributes if name in ("href", "action", "onload")] == []
 
 
-def test_what_a_user_named_is_text_and_not_markup(folder):
-    page = Page(folder / "report.html")
-    assert "b" not in page.tags
-    assert "runs/tiny & <b>small</b>" in page.text
-
-
 def test_the_page_holds_every_true_and_rendered_picture_as_it_is_with_its_errors(folder):
     page = Page(folder / "report.html")  # v3_1: radius 3.5, estimated 0.06 too far, 6 degrees off
     assert "r = 3.50, rotation error 6.00 deg, translation error 0.060" in page.text
@@ -479,24 +473,16 @@ def flip_a_pixel(folder):
         (lambda folder: (folder / "records.csv").unlink(), r"records\.csv: cannot be read \(No such file"),
         (lambda folder: (folder / "images.npz").unlink(), r"images\.npz: cannot be read \(No such file"),
         (cut("metrics.json", 0.5), r"metrics\.json: damaged .*; run `sitdist eval` again"),
-        (lambda folder: (folder / "metrics.json").write_bytes(b"\xff\xfe\x00"), r"metrics\.json: damaged"),
         (lambda folder: (folder / "metrics.json").write_text("[]"), r"metrics\.json: holds list, not an object"),
         (lambda folder: (folder / "metrics.json").write_text('{"run":' * 100_000), r"metrics\.json: damaged"),
         (change_metrics(lambda metrics: metrics.update(config=nested(700))), r"metrics\.json: damaged"),
         (change_metrics(lambda metrics: metrics.update(step="7")), r"damaged \(step: "),
-        (change_metrics(lambda metrics: metrics.update(step=10**30)), r"damaged \(step: "),
         (change_metrics(lambda metrics: metrics.update(seed=-1)), r"damaged \(seed: "),
-        (change_metrics(lambda metrics: metrics.update(sigma=True)), r"damaged \(sigma: "),
         (change_metrics(lambda metrics: metrics.update(run="x" * 10**6)), r"damaged \(run: "),
-        (change_metrics(lambda metrics: metrics.update(run="\ud800")), r"metrics\.json: damaged"),
-        (change_metrics(lambda metrics: metrics.update(versions=[1])), r"damaged \(versions: "),
-        (change_metrics(lambda metrics: metrics["training_views"].pop("count")), r"damaged \(training_views\.count: "),
         (change_metrics(lambda metrics: metrics.update(calibration={"rotation": {}})), r"damaged \(calibration\."),
         (change_metrics(lambda metrics: metrics["rows"][0]["psnr"].update(mean=1e300)), r"damaged \(rows\.0\.psnr"),
-        (change_metrics(lambda metrics: metrics["rows"][0].update(radius=[2])), r"damaged \(rows\.0\.radius"),
         (change_metrics(lambda metrics: metrics.pop("sigma")), r"damaged \(sigma: Field required\)"),
         (change_metrics(lambda metrics: metrics.update(rows=[])), r"damaged \(no rows, but there is a records\.csv"),
-        (change_metrics(lambda metrics: metrics["rows"][1]["psnr"].update(mean="x")), r"damaged \(rows\.1\.psnr\.mean"),
         (
             change_metrics(lambda metrics: metrics["rows"][0]["mae"].update(mean=np.nan)),
             r"metrics\.json: damaged \(NaN is not a finite number\)",
@@ -504,17 +490,12 @@ def flip_a_pixel(folder):
         (change_metrics(lambda metrics: metrics["rows"][0]["rotation_error_deg"].pop("share_under_5_deg")), "no share"),
         (cut("records.csv", 0.8), r"records\.csv: damaged \(the last line is cut off\)"),
         (change_records("psnr", "pnsr"), r"records\.csv: damaged \(psnr: Field required"),
-        (change_records("22.0", "2x2"), r"records\.csv: damaged \(psnr: "),
         (change_records("22.0", "nan"), r"records\.csv: damaged \(psnr: .*finite"),
-        (change_records("22.0", "1e13"), r"records\.csv: damaged \(psnr: "),
         (change_records("22.0", ""), r"records\.csv: damaged \(8 of 12 views have psnr"),
-        (change_records(",2,", ",-2,", 1), r"records\.csv: damaged"),
         (change_records("36.0", "181.0"), r"records\.csv: damaged \(rotation_error_deg: "),
-        (change_records("v2_0", "v2_0\nv2_9", 1), r"records\.csv: damaged"),
         (change_records("v2_1", "v2_0"), r"records\.csv: damaged \(a view is there twice\)"),
         (lambda folder: (folder / "records.csv").write_text(""), r"records\.csv: damaged"),
         (lambda folder: (folder / "records.csv").write_text("key\n"), r"records\.csv: damaged \(no rows\)"),
-        (lambda folder: (folder / "records.csv").write_bytes(b"\xff\xfe\n"), r"records\.csv: damaged"),
         (change_records(",3.25,3,", ",3.25,2,"), r"damaged \(4 views r in \[2, 3\), but metrics\.json is over 3\)"),
         (cut("images.npz", 0.5), r"images\.npz: damaged"),
         (flip_a_pixel, r"images\.npz: damaged"),
@@ -526,7 +507,6 @@ def flip_a_pixel(folder):
         (change_pictures(rendered=lambda rendered: rendered[:, :8]), r"rendered \[8, 8, 16, 3\]"),
         (change_pictures(key=lambda key: np.char.add("x", key)), r"view xv2_0 of bin 2 is not in records\.csv"),
         (change_pictures(key=lambda key: np.array("v2_0")), r"damaged \(key is "),
-        (change_pictures(key=lambda key: np.arange(8)), r"damaged \(key is "),
         (change_pictures(bin=lambda bin_: bin_ + 1), r"view v2_0 of bin 3 is not in records\.csv"),
         (change_pictures(bin=lambda bin_: bin_ + 0.5), r"bin float64"),
         (change_pictures(true=lambda true: true[:, :0], rendered=lambda true: true[:, :0]), r"true \[8, 0, 16, 3\]"),
