@@ -6,12 +6,13 @@ Poses come from a transforms.json or a COLMAP model, or are found by COLMAP's ow
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sitdist.errors import DataError
+from sitdist.errors import DataError, shortened
 from sitdist.io.images import SUFFIXES, focal_length, open_picture, picture_sizes
 from sitdist.io.transforms import PosedFile
 from sitdist.scene.photos import posed_files
@@ -66,15 +67,13 @@ def save_sharp_frames(video: Path, count: int, folder: Path) -> None:
             seconds = float((container.duration or 0) / av.time_base)
             if seconds <= 0:
                 raise DataError(f"{video}: does not tell how long it is; give a folder of its frames")
-            best: dict[int, float] = {}
-            for frame in container.decode(stream):
-                stretch = min(int((frame.time or 0.0) / seconds * count), count - 1)
-                pixels = frame.to_ndarray(format="rgb24")
-                sharpness = _sharpness(pixels)
-                if sharpness > best.get(stretch, -1.0):
-                    best[stretch] = sharpness
-                    upright = np.rot90(pixels, frame.rotation // 90)
-                    Image.fromarray(np.ascontiguousarray(upright)).save(folder / f"{stretch:05d}.png")
+            stretches = groupby(
+                container.decode(stream), lambda frame: min(int((frame.time or 0.0) / seconds * count), count - 1)
+            )
+            for stretch, frames in stretches:
+                pictures = (np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in frames)
+                sharpest = np.ascontiguousarray(max(pictures, key=_sharpness))
+                Image.fromarray(sharpest).save(folder / f"{stretch:05d}.png")
     except (av.FFmpegError, IndexError) as error:
         raise DataError(f"{video}: not a readable video ({error}); give another, or a folder of its frames") from None
 
@@ -118,9 +117,12 @@ def reconstruct(folder: Path, work: Path) -> Capture:
     models.mkdir()
     pycolmap.logging.minloglevel = 3  # failures are told below
     pycolmap.set_random_seed(0)
-    pycolmap.extract_features(database, upright, camera_mode=mode, reader_options=reader)
-    pycolmap.match_exhaustive(database)
-    found = pycolmap.incremental_mapping(database, upright, models)
+    try:
+        pycolmap.extract_features(database, upright, camera_mode=mode, reader_options=reader)
+        pycolmap.match_exhaustive(database)
+        found = pycolmap.incremental_mapping(database, upright, models)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{folder}: COLMAP fails ({shortened(' '.join(str(error).split()))}); give poses") from None
     if not found:
         raise DataError(
             f"{folder}: COLMAP finds no poses of these {len(pictures)} photos; take more, sharper ones, with more "

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sitdist.errors import DataError
+from sitdist.errors import DataError, shortened
 from sitdist.io.images import SUFFIXES, to_pixels
 
 KEY_TOLERANCE = 0.1
@@ -75,7 +75,11 @@ class Matting:
             raise DataError(
                 "--remove-background: needs rembg; pip install 'rembg[cpu]', or give --masks or --key"
             ) from None
-        session = rembg.new_session()
+        try:
+            session = rembg.new_session()
+        except Exception as error:  # no network, a full disk, another version of its runtime
+            reason = shortened(" ".join(str(error).split()))
+            raise DataError(f"--remove-background: rembg does not start ({reason}); give --masks or --key") from None
         return lambda picture: rembg.remove(picture, session=session, only_mask=True)
 
 

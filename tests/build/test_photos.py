@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from sitdist.config.recipe import Recipe
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, looks_at_origin, orbit
 from sitdist.io.images import focal_length
-from sitdist.io.pose_files import PosedPicture, write_poses
+from sitdist.io.pose_files import PosedPicture, colmap_files, write_poses
 from sitdist.io.transforms import read_posed_files, transforms
 from sitdist.scene.field import chair
 from sitdist.scene.photos import read_photos
@@ -288,3 +289,52 @@ def test_the_sharpest_frame_of_every_stretch_of_a_video_is_taken(tmp_path):
         frame = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255.0
         nearest = min(range(COUNT), key=lambda other: float((frame - pictures[other]).square().mean()))
         assert nearest == number
+
+
+def test_photos_that_the_reconstruction_places_come_back_with_their_own_names(tmp_path, monkeypatch):
+    """A COLMAP that places all pictures but the second; poses are those of `POSES`."""
+    given = {}
+
+    class Model:
+        def num_reg_images(self):
+            return COUNT - 1
+
+        def write_text(self, folder):
+            pictures = sorted(given["pictures"].iterdir())
+            posed = [PosedPicture(path, pose, CAMERA, {}) for path, pose in zip(pictures, POSES, strict=True)]
+            for name, text in colmap_files(posed[:1] + posed[2:]).items():
+                (folder / name).write_text(text)
+
+    class Reader(SimpleNamespace):
+        camera_params = ""
+
+    stub = SimpleNamespace(
+        CameraMode=SimpleNamespace(SINGLE="single", PER_IMAGE="each"),
+        ImageReaderOptions=Reader,
+        logging=SimpleNamespace(minloglevel=0),
+        set_random_seed=lambda seed: None,
+        extract_features=lambda database, pictures, camera_mode, reader_options: given.update(
+            pictures=pictures, mode=camera_mode, reader=reader_options
+        ),
+        match_exhaustive=lambda database: None,
+        incremental_mapping=lambda database, pictures, out: {0: Model()},
+    )
+    monkeypatch.setitem(sys.modules, "pycolmap", stub)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    exif.get_ifd(0x8769)[0xA405] = 40
+    for number, pose in enumerate(POSES):
+        picture = render(chair(), pose, CAMERA, 1, (1.0, 1.0, 1.0))
+        save(picture.flip(1, 2), folder / f"IMG_{number}.jpg", quality=95, exif=exif)
+    prepared = prepare_photos(folder, tmp_path / "out", PhotoOptions(size=16))
+    assert (prepared.fitted, prepared.held_out, prepared.without_pose) == (6, 1, 1)
+    assert given["mode"] == "single"
+    assert given["reader"].camera_params.startswith(f"{focal_length(folder / 'IMG_0.jpg')},64.0,48.0")
+    frames = json.loads((tmp_path / "out" / "transforms.json").read_text())["frames"]
+    assert [frame["source"] for frame in frames] == [f"IMG_{number}.jpg" for number in range(COUNT) if number != 1]
+    posed, pictures = read(tmp_path / "out")
+    torch.testing.assert_close(posed[1].camera_to_world, POSES[2], atol=1e-6, rtol=0)
+    true = render(chair(), POSES[2], posed[1].intrinsics, 4, (1.0, 1.0, 1.0))
+    assert (pictures[1] - true).abs().mean() < 0.02
