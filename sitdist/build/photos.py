@@ -33,6 +33,7 @@ from sitdist.io.transforms import PosedFile, transforms
 PATCH = 4  # of the recipe's codec
 MARGIN = 1.1  # of the field of view about the object
 TAIL = 0.002  # share of an object's opacity to each side that the field of view ignores: specks of a mask
+BLOCK = 2**19  # samples of a photo at a time
 SUPERSAMPLE = 64  # most samples of a photo along the side of a pixel
 FOV_DEG = (1.0, 170.0)  # what a recipe takes
 FEWEST = 3  # photos to fit
@@ -224,13 +225,13 @@ def resampled(light: Tensor, opacity: Tensor | None, photo: PosedFile, turn: Ten
     the photo, up to SUPERSAMPLE^2. What the photo does not show is transparent.
     """
     own = photo.intrinsics
-    fine = camera.scaled(min(max(1, math.ceil(max(own.fx / camera.fx, own.fy / camera.fy))), SUPERSAMPLE))
+    factor = min(max(1, math.ceil(max(own.fx / camera.fx, own.fy / camera.fy))), SUPERSAMPLE)
+    fine = camera.scaled(factor)
     source = light if opacity is None else torch.cat([light, opacity[None]])
     scale = torch.tensor([2.0 / own.width, 2.0 / own.height], dtype=torch.float64)
     column = (torch.arange(fine.width, dtype=torch.float64) + 0.5 - fine.cx) / fine.fx
     rows = []
-    for start in range(0, fine.height, fine.height // camera.height):  # one row of pixels
-        row = torch.arange(start, start + fine.height // camera.height, dtype=torch.float64)
+    for row in torch.arange(fine.height, dtype=torch.float64).split(factor * max(1, BLOCK // (factor * fine.width))):
         y, x = torch.meshgrid(-(row + 0.5 - fine.cy) / fine.fy, column, indexing="ij")
         direction = torch.stack([x, y, -torch.ones_like(x)], dim=-1) @ turn.T
         depth = -direction[..., 2:].clamp_max(-1e-6)
@@ -242,7 +243,7 @@ def resampled(light: Tensor, opacity: Tensor | None, photo: PosedFile, turn: Ten
             padding_mode="border" if opacity is None else "zeros",
             align_corners=False,
         )
-        rows.append(functional.avg_pool2d(samples, fine.height // camera.height)[0])
+        rows.append(functional.avg_pool2d(samples, factor)[0])
     picture = torch.cat(rows, dim=1)
     if opacity is None:
         return picture.clamp(0.0, 1.0)
