@@ -54,7 +54,7 @@ class Distortion:
         )
 
     def undistort(self, points: Tensor) -> Tensor:
-        """The points [..., 2] (float64) that `distort` takes to `points`; NaN where there are none before the camera."""
+        """The points [..., 2] (float64) that `distort` takes to `points`; NaN where there are none."""
         radius, distorted = self._table
         given = points.to(torch.float64)
         length = torch.linalg.vector_norm(given, dim=-1)
@@ -68,7 +68,7 @@ class Distortion:
                 torch.func.jvp(self.distort, (found,), (direction.expand_as(found).contiguous(),)) for direction in unit
             ]
             error = columns[0][0] - given
-            (a, c), (b, d) = (column.unbind(-1) for _, column in columns)  # the Jacobian [[a, b], [c, d]]
+            (a, c), (b, d) = (column[1].unbind(-1) for column in columns)  # the Jacobian [[a, b], [c, d]]
             step = torch.stack([d * error[..., 0] - b * error[..., 1], a * error[..., 1] - c * error[..., 0]], dim=-1)
             found = found - step / (a * d - b * c)[..., None]
             if not bool((step.abs() > 1e-14 * (1.0 + found.abs())).any()):

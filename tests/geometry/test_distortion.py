@@ -106,7 +106,7 @@ def test_a_checkerboard_through_the_lens_becomes_that_of_the_pinhole_camera(lens
     difference = (picture - pinhole).abs()[:, seen]
     assert difference.max() < 0.02  # at the border of the picture
     assert difference.mean() < 5e-4
-    assert (through - pinhole).abs()[:, seen].mean() > 5e-3  # the lens does change the picture
+    assert (through - pinhole).abs()[:, seen].mean() > 2e-3  # the lens does change the picture
     assert (picture[:, ~seen] == 0.0).all()
 
 
