@@ -12,10 +12,17 @@ from torch import Tensor
 from sitdist import checks
 from sitdist.flow.choices import GENERATORS, LATENT_ESTIMATORS, READOUTS
 from sitdist.flow.endpoint import Endpoint
-from sitdist.flow.exact import Inversion, invert_exactly
 from sitdist.flow.interpolant import Interpolant
 from sitdist.flow.readout import read_camera
-from sitdist.flow.solve import MOST_STEPS, Model, function_evaluations, invert, invert_at_arrival
+from sitdist.flow.solve import (
+    MOST_STEPS,
+    Inversion,
+    Model,
+    function_evaluations,
+    invert,
+    invert_at_arrival,
+    invert_exactly,
+)
 from sitdist.geometry.packing import PoseStatistics, entries, packed_intrinsics
 from sitdist.geometry.pose import project_to_so3
 

@@ -6,9 +6,8 @@ from test_solve import growth
 
 from sitdist.errors import ConfigError
 from sitdist.flow.endpoint import pose_endpoint
-from sitdist.flow.exact import invert_exactly
 from sitdist.flow.interpolant import get_interpolant
-from sitdist.flow.solve import FIXED_STEP, generate, invert
+from sitdist.flow.solve import FIXED_STEP, generate, invert, invert_exactly
 
 LINEAR = get_interpolant("linear")
 

@@ -9,7 +9,7 @@ from sitdist.errors import ConfigError
 from sitdist.flow.interpolant import INTERPOLANTS, PREDICTIONS, get_interpolant
 from sitdist.flow.loss import LOSS_WEIGHTS, flow_loss, loss_weight, training_interval, weigh_times
 from sitdist.flow.predict import VelocityModel
-from sitdist.flow.sde import diffusion
+from sitdist.flow.sample import diffusion
 
 LINEAR, Y = get_interpolant("linear"), torch.zeros(2, dtype=torch.int64)
 T = torch.tensor([0.2, 0.7], dtype=torch.float64)

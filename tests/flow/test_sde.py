@@ -8,9 +8,15 @@ from gaussian import GaussianFlow
 
 from sitdist.errors import ConfigError
 from sitdist.flow.interpolant import INTERPOLANTS, get_interpolant
-from sitdist.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_METHODS, SdeOptions, diffusion, generate_sde, sde_interval
+from sitdist.flow.sample import DIFFUSIONS, LAST_STEPS, STOCHASTIC, SampleOptions, diffusion, generate_sde, sde_interval
 
 Y = torch.zeros(500, dtype=torch.int64)
+
+
+def sde(generator, steps, diffusion, norm, last_step, size):
+    return SampleOptions(
+        generator, steps, diffusion=diffusion, diffusion_norm=norm, last_step=last_step, last_step_size=size
+    )
 
 
 def sampled(path, options, flow=None, seed=0):
@@ -23,26 +29,23 @@ def sampled(path, options, flow=None, seed=0):
     return generate_sde(flow or GaussianFlow(path), path, noise(), Y, noise, options, "gaussian")
 
 
-@pytest.mark.parametrize("method", SDE_METHODS)
+@pytest.mark.parametrize("method", STOCHASTIC)
 @pytest.mark.parametrize("form", DIFFUSIONS)
 def test_marginals_are_those_of_the_ode(form: str, method: str) -> None:
     steps = 200 if form == "SBDM" else 60  # its diffusion is nearly infinite where it begins
     for name in INTERPOLANTS:
         path = get_interpolant(name)
         flow = GaussianFlow(path)
-        x1 = sampled(path, SdeOptions(method, steps, form, 0.5, "Mean", 0.01), flow)
+        x1 = sampled(path, sde(method, steps, form, 0.5, "Mean", 0.01), flow)
         # x0 to x1 by the ODE: mean + deviation * x0, up to the solver's error of O(1 / steps)
         assert x1.mean() == pytest.approx(flow.mean, abs=0.05), name
         assert x1.std() == pytest.approx(flow.deviation, abs=0.05), name
 
 
-@pytest.mark.parametrize(("method", "coarse"), [("euler_maruyama", 8), ("heun", 2)])
+@pytest.mark.parametrize(("method", "coarse"), [("euler_maruyama", 8), ("stochastic_heun", 2)])
 def test_the_bias_falls_with_the_number_of_steps(method: str, coarse: int) -> None:
     path = get_interpolant("linear")
-    bias = [
-        abs(sampled(path, SdeOptions(method, steps, "sigma", 2.0, "Euler", 0.001)).var() - 0.25)
-        for steps in (coarse, 64)
-    ]
+    bias = [abs(sampled(path, sde(method, steps, "sigma", 2.0, "Euler", 0.001)).var() - 0.25) for steps in (coarse, 64)]
     assert bias[1] < 0.5 * bias[0]
 
 
@@ -53,7 +56,7 @@ def test_the_noise_is_in_the_samples_and_norm_scales_it() -> None:
     spread = []
     for norm in (0.01, 1.0):
         generator = torch.Generator().manual_seed(0)
-        options = SdeOptions("euler_maruyama", 50, "sigma", norm, "Mean", 0.04)
+        options = sde("euler_maruyama", 50, "sigma", norm, "Mean", 0.04)
         x1 = generate_sde(
             GaussianFlow(path),
             path,
@@ -71,12 +74,9 @@ def test_last_steps_are_what_they_are_called() -> None:
     path, size = get_interpolant("linear"), 0.04
     flow = GaussianFlow(path)
     t = torch.full((500,), 1 - size, dtype=torch.float64)
-    before = sampled(path, SdeOptions(steps=20, diffusion="sigma", last_step=None), flow)
+    before = sampled(path, SampleOptions("euler_maruyama", 20, diffusion="sigma", last_step=None), flow)
     assert before.shape == (500, 4, 2, 2)
-    results = {
-        last: sampled(path, SdeOptions(steps=20, diffusion="sigma", last_step=last, last_step_size=size), flow)
-        for last in LAST_STEPS
-    }
+    results = {last: sampled(path, sde("euler_maruyama", 20, "sigma", 1.0, last, size), flow) for last in LAST_STEPS}
     # All three start from the same x at 1 - size, found from Euler's: x + size v(x) is affine in x.
     slope, offset = (flow(torch.full((1, 1, 1, 1), v, dtype=torch.float64), t[:1]).item() for v in (1.0, 0.0))
     x = (results["Euler"] - size * offset) / (1 + size * (slope - offset))
@@ -107,7 +107,7 @@ def test_diffusions_have_the_published_values() -> None:
 def test_the_published_misspelling_is_understood() -> None:
     t = torch.rand(5)
     path = get_interpolant("linear")
-    assert SdeOptions(diffusion="inccreasing-decreasing").diffusion == "inccreasing-decreasing"
+    assert SampleOptions(diffusion="inccreasing-decreasing").diffusion == "inccreasing-decreasing"
     assert torch.equal(diffusion(path, "inccreasing-decreasing", t), diffusion(path, "increasing-decreasing", t))
 
 
@@ -117,34 +117,34 @@ def test_drift_and_diffusion_are_finite_at_all_times_of_the_solvers(name: str, p
     path = get_interpolant(name, prediction)
     for form in DIFFUSIONS:
         for last in (None, "Mean"):
-            options = SdeOptions(diffusion=form, last_step=last)
+            options = SampleOptions(diffusion=form, last_step=last)
             ends = torch.tensor(sde_interval(path, options))
             x, velocity = torch.randn(2, 2, 4, 2, 2)
             assert diffusion(path, form, ends).isfinite().all()
             assert path.score_from_velocity(velocity, x, ends).isfinite().all()
             assert ends[1] == pytest.approx(0.96 if last else 0.999)
-    assert sde_interval(get_interpolant("linear"), SdeOptions(diffusion="sigma"))[0] == 0
-    assert sde_interval(get_interpolant("linear"), SdeOptions(diffusion="SBDM"))[0] == 1e-3
-    assert sde_interval(get_interpolant("vp"), SdeOptions(diffusion="SBDM"))[0] == 0
+    assert sde_interval(get_interpolant("linear"), SampleOptions(diffusion="sigma"))[0] == 0
+    assert sde_interval(get_interpolant("linear"), SampleOptions(diffusion="SBDM"))[0] == 1e-3
+    assert sde_interval(get_interpolant("vp"), SampleOptions(diffusion="SBDM"))[0] == 0
 
 
 def test_the_pose_endpoint_has_no_sde_and_the_error_says_why() -> None:
     path = get_interpolant("linear")
     with pytest.raises(ConfigError, match=r"SDE sampling needs the gaussian endpoint, not 'pose': score = .*N\(0, I\)"):
-        generate_sde(GaussianFlow(path), path, torch.zeros(1, 4, 2, 2), Y[:1], torch.zeros, SdeOptions(), "pose")
+        generate_sde(GaussianFlow(path), path, torch.zeros(1, 4, 2, 2), Y[:1], torch.zeros, SampleOptions(), "pose")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "milstein"}, "SDE solver 'milstein': unknown; choose one of euler_maruyama, heun"),
+        ({"generator": "milstein"}, "generator 'milstein': unknown; choose one of euler, .*, euler_maruyama"),
         ({"diffusion": "sbdm"}, "SDE diffusion 'sbdm': unknown; choose one of constant, SBDM"),
         ({"last_step": "none"}, "SDE last step 'none': unknown; choose one of Mean, Tweedie, Euler"),
         ({"last_step_size": 0.0}, "SDE last_step_size 0.0: expected a number from"),
-        ({"norm": -1.0}, "SDE norm -1.0: expected a number from"),
-        ({"steps": 0}, "SDE steps 0: expected a whole number from 1"),
+        ({"diffusion_norm": -1.0}, "SDE norm -1.0: expected a number from"),
+        ({"steps": 0}, "generator steps 0: expected a whole number from 1"),
     ],
 )
 def test_a_wrong_option_is_named_with_the_choices(options, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        SdeOptions(**options)
+        SampleOptions(**options)

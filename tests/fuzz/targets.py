@@ -1,4 +1,4 @@
-"""Everything that reads what strangers give, as functions of bytes: for the property tests, and for atheris.
+"""Everything that reads what strangers give, as functions of bytes, for the property tests.
 
 What each promises of any bytes: a result, or a SitdistError whose line has fewer than LONGEST characters as a terminal
 shows it; within SECONDS and MEMORY; and no file is changed.
@@ -39,12 +39,12 @@ class Target:
     read: Callable[[], object]
     folder: Path
 
-    def attempt(self, data: bytes, quick: bool = False) -> str:
-        """Read these bytes; '' or the refusal. Asserts what is promised; `quick`: except for the time and the files."""
+    def attempt(self, data: bytes) -> str:
+        """Read these bytes; '' or the refusal. Asserts what is promised."""
         self.put(data)
-        before = {} if quick else contents(self.folder)
+        before = contents(self.folder)
         refusal = ""
-        with limited(not quick):
+        with limited():
             try:
                 self.read()
             except SitdistError as error:
@@ -52,7 +52,7 @@ class Target:
         line = one_line(refusal)
         assert len(line) < LONGEST, f"{len(line)} characters: {line[:300]!r}"
         assert line.isprintable()
-        assert quick or contents(self.folder) == before, "a file was changed"
+        assert contents(self.folder) == before, "a file was changed"
         return refusal
 
 
@@ -88,8 +88,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def limited(clock: bool = True) -> Iterator[None]:
-    """Raise MemoryError for more than MEMORY, and with `clock` TimeoutError after SECONDS."""
+def limited() -> Iterator[None]:
+    """Raise MemoryError for more than MEMORY, and TimeoutError after SECONDS."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"no end after {SECONDS} s")
@@ -97,15 +97,13 @@ def limited(clock: bool = True) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
-    if clock:
-        handler, before = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    handler, before = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
-        if clock:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, handler)
-            signal.setitimer(signal.ITIMER_REAL, *before)  # pytest-timeout's
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)  # pytest-timeout's
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

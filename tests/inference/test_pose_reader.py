@@ -14,7 +14,7 @@ from sitdist.errors import ConfigError
 from sitdist.evaluate.evaluator import EvalOptions, evaluate
 from sitdist.flow.endpoint import Endpoint
 from sitdist.flow.estimate import read_pose
-from sitdist.flow.exact import invert_exactly
+from sitdist.flow.solve import invert_exactly
 from sitdist.geometry.packing import PoseStatistics
 from sitdist.inference.pose_reader import PoseReader, combined
 from sitdist.inference.run import load_run
