@@ -81,7 +81,7 @@ def test_progress_bars_are_no_lines_and_logs_are_counted_apart():
 
 def test_a_fork_is_judged_as_what_it_does(tmp_path, monkeypatch):
     """Exit codes, output, programs and files of a command that runs in a fork."""
-    import sitdist.cli
+    import sitdist.cli.main
 
     def run(function):
         monkeypatch.setattr(sitdist.cli.main, "main", lambda words: function())
