@@ -54,19 +54,3 @@ def test_a_sample_does_not_depend_on_the_batch_around_it(generator):
     many = sampled(flow, options, count=6, endpoint=endpoint)
     few = sampled(flow, options, count=2, endpoint=endpoint, first=3)
     torch.testing.assert_close(few, many[3:5], rtol=0, atol=0)
-
-
-def test_diffusion_and_last_step_change_a_stochastic_sample():
-    flow, endpoint = Unconditional(get_interpolant("linear")), Endpoint("gaussian", sigma=1.0)
-    outs = [
-        sampled(flow, SampleOptions("euler_maruyama", 5, **changed), endpoint=endpoint)
-        for changed in (
-            {},
-            {"diffusion": "linear"},
-            {"diffusion_norm": 0.5},
-            {"last_step": "Tweedie"},
-            {"last_step": None},
-            {"last_step_size": 0.1},
-        )
-    ]
-    assert all(float((out - outs[0]).abs().max()) > 1e-3 for out in outs[1:])

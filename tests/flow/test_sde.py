@@ -49,27 +49,6 @@ def test_the_bias_falls_with_the_number_of_steps(method: str, coarse: int) -> No
     assert bias[1] < 0.5 * bias[0]
 
 
-def test_the_noise_is_in_the_samples_and_norm_scales_it() -> None:
-    """x1 given x0 spreads; with the noise switched off the SDE would be another flow of wrong spread."""
-    path = get_interpolant("linear")
-    x0 = torch.zeros(500, 4, 2, 2, dtype=torch.float64)
-    spread = []
-    for norm in (0.01, 1.0):
-        generator = torch.Generator().manual_seed(0)
-        options = sde("euler_maruyama", 50, "sigma", norm, "Mean", 0.04)
-        x1 = generate_sde(
-            GaussianFlow(path),
-            path,
-            x0,
-            Y,
-            lambda _, g=generator: torch.randn(x0.shape, generator=g).double(),
-            options,
-            "gaussian",
-        )
-        spread.append(float(x1.std()))
-    assert spread[0] < 0.1 < 0.3 < spread[1]
-
-
 def test_last_steps_are_what_they_are_called() -> None:
     path, size = get_interpolant("linear"), 0.04
     flow = GaussianFlow(path)

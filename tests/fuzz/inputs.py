@@ -201,7 +201,6 @@ def make_tree(tree: Path, log: Path) -> None:
         ["calibrate", "run", "--split", "test", "--batch", "20"],
         ["export", "run", "export"],
         ["pose", "run", "photos/00000.png", "photos/00001.png", "--format", "colmap", "--out", "colmap"],
-        ["shards", "cameras", "recipe.yaml", "--split", "test", "--out", "path.json"],
     ):
         code = cli.run(arguments)
         assert code == 0, arguments
