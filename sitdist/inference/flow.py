@@ -14,6 +14,7 @@ that of the photos where a scene was fitted to them. Results are on the CPU, whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -254,7 +255,8 @@ class Flow:
             for row in range(start, min(start + batch, len(pictures))):
                 name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"picture {row}"
                 views.append(framed(pictures[row], self.preprocess, name, cameras[row], masks[row], reader.background))
-            parts.append(self._read(torch.stack(views), label, reader))
+            known = [camera is not None for camera in cameras[start : start + batch]]
+            parts.append(self._read(torch.stack(views), label, reader, torch.tensor(known)))
         return self._to_frame(PoseEstimate.concatenated(parts), label, frame)
 
     def check_estimates(
@@ -307,16 +309,21 @@ class Flow:
             )
         return self._refiners[scene]
 
-    def _read(self, images: Tensor, label: int, reader: PoseReader) -> PoseEstimate:
-        """The poses of pictures [B, 3, S, S] that are like the training pictures, in the dataset's frame."""
+    def _read(self, images: Tensor, label: int, reader: PoseReader, known: Tensor) -> PoseEstimate:
+        """The poses of pictures [B, 3, S, S] that are like the training pictures, in the dataset's frame.
+
+        known [B]: whether the user gave the intrinsics; others are read off a picture, if the dataset packs them.
+        """
         images = images.to(self.device)
         moments, labels = self.run.codec.encode_moments(images), torch.full((len(images),), label, device=self.device)
         camera = [0.0, 0.0, 0.5, 0.5] if self.camera is None else self.camera.normalized()
-        intrinsics = torch.tensor(camera).expand(len(images), 4)
+        intrinsics = torch.tensor(camera).repeat(len(images), 1)
         estimate = reader.read(images, moments, labels, intrinsics)
         calibration = None if reader.zooms is not None else self.calibration(reader.options)
         if calibration is not None:
             estimate = calibration.fill(self.run, estimate, latent_mean(moments), labels)
+        if self.run.statistics.has_intrinsics:
+            intrinsics[~known, :2] = math.nan
         return reader.refined(estimate, images, intrinsics).cpu()
 
     def calibration(self, options: EstimateOptions | None = None) -> RunCalibration | None:

@@ -51,8 +51,10 @@ class Scene:
 
     def look(self, camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int = 1) -> Rendered:
         """Render one camera [4, 4] without compositing a background, [H, W, 3] and [H, W]."""
-        pose = self.similarity.cameras(camera_to_world) if self.frame == "capture" else camera_to_world
-        return look_at_field(self.field, pose, intrinsics, supersample)
+        if self.frame == "unit":
+            return look_at_field(self.field, camera_to_world, intrinsics, supersample)
+        seen = look_at_field(self.field, self.similarity.cameras(camera_to_world), intrinsics, supersample)
+        return seen._replace(depth=seen.depth / self.similarity.scale)  # in the capture's units
 
 
 @torch.no_grad()

@@ -43,21 +43,26 @@ class SkippingField(Protocol):
 
 
 class Rendered(NamedTuple):
-    """Rendered rays or pixels: the light of the scene, [..., 3], and the transmittance to the background, [...]."""
+    """Rendered rays or pixels: the light of the scene, [..., 3], and the transmittance to the background, [...].
+
+    depth [...]: the mean distance from the camera of what is seen, times its opacity.
+    """
 
     light: Tensor
     through: Tensor
+    depth: Tensor
 
     def on(self, background: Tensor) -> Tensor:
         """Colours [..., 3] composited on a background [3]."""
         return self.light + self.through[..., None] * background
 
 
-def composite(optical_depth: Tensor, colour: Tensor) -> Rendered:
-    """Rays with stretches in order: optical depth [R, K], colour [R, K, 3]."""
+def composite(optical_depth: Tensor, colour: Tensor, distance: Tensor) -> Rendered:
+    """Rays with stretches in order: optical depth [R, K], colour [R, K, 3], distance [R, K]."""
     through = torch.exp(-optical_depth.cumsum(-1))
     before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=-1)
-    return Rendered(((before - through)[..., None] * colour).sum(-2), through[:, -1])
+    weight = before - through
+    return Rendered((weight[..., None] * colour).sum(-2), through[:, -1], (weight * distance).sum(-1))
 
 
 def march_occupied(
@@ -73,14 +78,16 @@ def march_occupied(
         points = origins.index_select(0, ray) + distance[:, None] * directions.index_select(0, ray)
         optical_depth = field.density(points) * step
         reached = (_depth_before(optical_depth, ray, len(origins)) <= -math.log(OPAQUE)).nonzero()[:, 0]
-        ray, points = ray[reached], points.index_select(0, reached)
+        ray, distance, points = ray[reached], distance[reached], points.index_select(0, reached)
     density, colour = field.radiance(points, directions.index_select(0, ray))
     optical_depth = density * step
     before = _depth_before(optical_depth, ray, len(origins))
     weight = torch.exp(-before) - torch.exp(-before - optical_depth)
     light = torch.zeros_like(origins).index_add(0, ray, weight[:, None] * colour)
     through = torch.exp(-torch.zeros_like(origins[:, 0]).index_add(0, ray, optical_depth))
-    return Rendered(light, through)
+    with torch.no_grad():
+        depth = torch.zeros_like(through).index_add(0, ray, weight * distance)
+    return Rendered(light, through, depth)
 
 
 def box_interval(box: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,13 +140,13 @@ def render_solids(solids: Solids, origins: Tensor, directions: Tensor) -> Render
     colour = solids.texture(origins[:, None] + enter[..., None] * directions[:, None])
     order = enter.argsort(dim=-1, stable=True)
     optical_depth = (solids.density * (leave - enter)).gather(1, order)
-    return composite(optical_depth, colour.gather(1, order[..., None].expand_as(colour)))
+    return composite(optical_depth, colour.gather(1, order[..., None].expand_as(colour)), enter.gather(1, order))
 
 
 def picture(
     render: Callable[[Tensor, Tensor], Rendered], camera_to_world: Tensor, intrinsics: Intrinsics, supersample: int
 ) -> Rendered:
-    """What a camera [4, 4] sees, [H, W, 3] and [H, W], by `render(origins, directions)` of rays [R, 3].
+    """What a camera [4, 4] sees, [H, W, 3], [H, W] and [H, W], by `render(origins, directions)` of rays [R, 3].
 
     Every pixel is the mean of supersample^2 rays; RAYS_AT_ONCE are rendered together, however large the picture is.
     """
@@ -148,7 +155,7 @@ def picture(
     require_memory(160 * fine.width * fine.height, what, "make it smaller, or supersample less")
     origins, directions = (rays.reshape(-1, 3).float() for rays in camera_rays(camera_to_world, fine))
     parts = [render(*rays) for rays in zip(origins.split(RAYS_AT_ONCE), directions.split(RAYS_AT_ONCE), strict=True)]
-    rays = torch.cat([torch.cat([part.light, part.through[:, None]], 1) for part in parts])
-    planes = rays.T.reshape(1, 4, fine.height, fine.width)
+    rays = torch.cat([torch.cat([part.light, part.through[:, None], part.depth[:, None]], 1) for part in parts])
+    planes = rays.T.reshape(1, 5, fine.height, fine.width)
     pixels = torch.nn.functional.avg_pool2d(planes, supersample)[0].permute(1, 2, 0)
-    return Rendered(pixels[..., :3], pixels[..., 3])
+    return Rendered(pixels[..., :3], pixels[..., 3], pixels[..., 4])

@@ -16,7 +16,7 @@ from sitdist.geometry.pose import rotation_error_deg, translation_error
 from sitdist.inference import refine as refinement
 from sitdist.inference.refine import SceneRefiner
 from sitdist.scene import refine
-from sitdist.scene.refine import camera_of, orbit_of
+from sitdist.scene.refine import moved_camera
 from sitdist.scene.store import write_png
 
 
@@ -35,10 +35,10 @@ def views(tiny_dataset):
 
 
 def estimate_near(poses, offset) -> PoseEstimate:
-    """An estimate that misses the poses by an offset of log radius, azimuth and elevation."""
-    count = len(poses)
+    """An estimate that misses the poses by turns about the object (x, y, z; radians), and by log distance."""
+    count, parameters = len(poses), torch.tensor([*offset, 0.0, 0.0], dtype=torch.float64)
     return PoseEstimate(
-        camera_to_world=camera_of(orbit_of(poses) + torch.tensor(offset, dtype=torch.float64)),
+        camera_to_world=torch.stack([moved_camera(pose, parameters) for pose in poses]),
         packed_pose=torch.zeros(count, 4, 4),
         function_evaluations=torch.ones(count, dtype=torch.int64),
         spread=torch.zeros(count, 4, 4),
@@ -52,26 +52,27 @@ def estimate_near(poses, offset) -> PoseEstimate:
 
 def test_the_scene_of_the_pictures_makes_their_poses_exact(flow, views):
     images, intrinsics, true = views
-    estimate = estimate_near(true, [0.04, 0.05, -0.04])
+    estimate = estimate_near(true, [0.05, -0.04, 0.02, 0.04])
     refined = SceneRefiner.open("built-in", flow.run.manifest).refine(estimate, images, intrinsics)
     before = rotation_error_deg(estimate.camera_to_world[:, :3, :3], true[:, :3, :3])
     after = rotation_error_deg(refined.camera_to_world[:, :3, :3], true[:, :3, :3])
     assert float(before.min()) > 2.0
-    assert float(after.max()) < 0.3
-    assert float(translation_error(refined.camera_to_world, true).max()) < 0.03
+    assert float(after.max()) < 1.0
+    assert float(translation_error(refined.camera_to_world, true).max()) < 0.08
     assert bool(refined.converged.all())
-    assert float(refined.picture_error.max()) < 0.03
+    assert float(refined.picture_error.max()) < 0.06
+    assert (refined.rotation_std_deg < 1.0).all()
     assert torch.equal(refined.trust, estimate.trust)
     assert refined.rotation_bars_deg is None  # those were of the pose before
 
 
 def test_pictures_of_another_object_are_flagged(flow, views, ball_scene, monkeypatch):
     said = []
-    monkeypatch.setattr(refine, "ROUNDS", 0)  # the first start shows it, and the others take seconds
+    monkeypatch.setattr(refine, "OTHER_STARTS", ())  # the first start shows it, and the others take seconds
     monkeypatch.setattr(refinement.log, "warning", lambda message, *values: said.append(message % values))
     images, intrinsics, true = views
     refiner = SceneRefiner.open(str(ball_scene), flow.run.manifest)
-    refined = refiner.refine(estimate_near(true, [0.02, 0.02, 0.02]), images, intrinsics)
+    refined = refiner.refine(estimate_near(true, [0.02, 0.02, 0.0, 0.02]), images, intrinsics)
     assert not refined.converged.any()
     assert said == [
         f"{ball_scene}: looks like 0 of {len(images)} pictures only; is it the scene of these pictures, and in the "
@@ -80,20 +81,27 @@ def test_pictures_of_another_object_are_flagged(flow, views, ball_scene, monkeyp
     assert refiner.fingerprint() != SceneRefiner.open("built-in", flow.run.manifest).fingerprint()
 
 
-def test_intrinsics_that_were_read_off_the_picture_are_used(flow, views):
-    images, intrinsics, true = views
-    estimate = estimate_near(true, [0.02, 0.02, 0.02])
+def test_intrinsics_are_read_off_the_picture_only_where_they_are_not_known(flow, views, monkeypatch):
+    monkeypatch.setattr(refine, "OTHER_STARTS", ())
+    images, intrinsics, true = (each[:2] for each in views)
+    estimate = estimate_near(true, [0.02, 0.02, 0.0, 0.02])
     refiner = SceneRefiner.open("built-in", flow.run.manifest)
-    expected = refiner.refine(estimate, images, intrinsics).camera_to_world
-    read_off = refiner.refine(replace(estimate, intrinsics=intrinsics.double()), images, 2.0 * intrinsics)
-    torch.testing.assert_close(read_off.camera_to_world, expected)
+    wrong = replace(estimate, intrinsics=1.2 * intrinsics.double())
+    known = refiner.refine(wrong, images, intrinsics)
+    torch.testing.assert_close(known.camera_to_world, refiner.refine(estimate, images, intrinsics).camera_to_world)
+    torch.testing.assert_close(known.intrinsics, intrinsics.double())
+    unknown = intrinsics.clone()
+    unknown[:, :2] = float("nan")
+    near = torch.cat([1.03 * intrinsics[:, :2], intrinsics[:, 2:]], dim=1).double()
+    found = refiner.refine(replace(estimate, intrinsics=near), images, unknown).intrinsics
+    assert ((found / intrinsics - 1.0).abs()[:, 0] < 0.1).all()
 
 
 @pytest.mark.distributed
 def test_an_evaluation_in_python_and_on_the_command_line_refine_alike(
     flow, tiny_run, tiny_dataset, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(refine, "ROUNDS", 0)
+    monkeypatch.setattr(refine, "OTHER_STARTS", ())
     options = EvalOptions(split="test", max_views=1, out=tmp_path / "eval", refine="built-in")
     metrics = json.loads((evaluate(tiny_run, options) / "metrics.json").read_text())
     assert metrics["refine"] == "built-in"
@@ -129,10 +137,6 @@ def test_what_cannot_be_refined_is_said(flow, tmp_path):
     manifest = flow.run.manifest
     with pytest.raises(DataError, match=r"scene.json: no such file; make a scene with `sitdist scene fit`"):
         SceneRefiner.open(str(tmp_path), manifest)
-    train = manifest.splits["train"]
-    tilted = train.model_copy(update={"cameras": train.cameras.model_copy(update={"upright": False})})
-    with pytest.raises(ConfigError, match="refine 'built-in': only cameras that look at the origin upright are moved"):
-        SceneRefiner.open("built-in", manifest.model_copy(update={"splits": {**manifest.splits, "train": tilted}}))
     two = manifest.model_copy(update={"objects": [*manifest.objects, manifest.objects[0]]})
     with pytest.raises(ConfigError, match="refine 'built-in': a scene shows one object and the model knows 2"):
         SceneRefiner.open("built-in", two)

@@ -76,7 +76,8 @@ def full_march(field, origins, directions, step):
     density, colour = field.radiance(points.reshape(-1, 3), toward)
     inside = distance < leave[:, None]
     density = density.reshape(distance.shape) * inside
-    return composite(density.double() * step, colour.double().reshape(*distance.shape, 3)).on(BLUE.double())
+    colour = colour.double().reshape(*distance.shape, 3)
+    return composite(density.double() * step, colour, distance).on(BLUE.double())
 
 
 @pytest.mark.parametrize("step", [0.02, 0.05, 0.3])  # half a voxel, about one, many
@@ -137,7 +138,8 @@ def test_the_gradient_of_compositing_is_that_of_differences():
     generator = torch.Generator().manual_seed(0)
     optical_depth = torch.rand(3, 5, generator=generator, dtype=torch.float64).requires_grad_()
     colour = torch.rand(3, 5, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(composite, (optical_depth, colour))
+    distance = torch.rand(3, 5, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(composite, (optical_depth, colour, distance))
 
 
 def test_the_gradient_of_a_march_reaches_the_grid():

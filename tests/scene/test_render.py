@@ -38,7 +38,8 @@ def march(solids, origins, directions, near, far, samples):
     distance = near + step * (torch.arange(samples, dtype=origins.dtype) + 0.5)
     points = origins[:, None] + distance[:, None] * directions[:, None]  # [R, S, 3]
     density, colour = inside_and_colour(solids, points.reshape(-1, 3))
-    return composite(density.reshape(len(origins), samples) * step, colour.reshape(len(origins), samples, 3))
+    colour = colour.reshape(len(origins), samples, 3)
+    return composite(density.reshape(len(origins), samples) * step, colour, distance.expand(len(origins), samples))
 
 
 def render_views(poses, camera, supersample=2):
@@ -50,7 +51,7 @@ def render_views(poses, camera, supersample=2):
 
 def test_stretches_that_let_everything_through_show_the_background():
     background = torch.tensor([0.1, 0.2, 0.3])
-    rendered = composite(torch.zeros(2, 5), torch.rand(2, 5, 3))
+    rendered = composite(torch.zeros(2, 5), torch.rand(2, 5, 3), torch.ones(2, 5))
     torch.testing.assert_close(rendered.on(background), background.expand(2, 3))
     assert rendered.through.tolist() == [1.0, 1.0]
 
@@ -58,14 +59,18 @@ def test_stretches_that_let_everything_through_show_the_background():
 def test_the_first_opaque_stretch_hides_all_behind_it():
     optical_depth = torch.tensor([[0.0, 1e4, 3.0, 1e4]])
     colours = torch.rand(1, 4, 3)
-    torch.testing.assert_close(composite(optical_depth, colours).on(GREY), colours[:, 1])
+    seen = composite(optical_depth, colours, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    torch.testing.assert_close(seen.on(GREY), colours[:, 1])
+    assert seen.depth.item() == pytest.approx(2.0)
 
 
 def test_two_half_transparent_stretches_weigh_a_half_and_a_quarter():
     optical_depth = torch.full((1, 2), math.log(2.0))
     colours = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
     expected = torch.tensor([[0.5, 0.25, 0.25]])
-    torch.testing.assert_close(composite(optical_depth, colours).on(torch.tensor([0.0, 0.0, 1.0])), expected)
+    seen = composite(optical_depth, colours, torch.tensor([[4.0, 8.0]]))
+    torch.testing.assert_close(seen.on(torch.tensor([0.0, 0.0, 1.0])), expected)
+    assert seen.depth.item() == pytest.approx(0.5 * 4.0 + 0.25 * 8.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- solids
