@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from sitdist.errors import DataError, shortened
 from sitdist.io.images import SUFFIXES, to_pixels
 
 KEY_TOLERANCE = 0.1
+EDGE = 2.5  # pixels from what is opaque: the width of an edge
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Matting:
     """How photos get their opacity, beside the alpha that they have.
 
     `masks`: a folder with a mask for each photo, of its name or stem, white where the object is. `key`: the colour of
-    the backdrop; pixels within `tolerance` of it in every channel are background, beyond twice of it object. `remove`:
-    ask rembg's network.
+    the backdrop; pixels within `tolerance` of it in every channel are background. `remove`: ask
+    rembg's network.
     """
 
     masks: Path | None = None
@@ -41,14 +43,11 @@ class Matting:
             pixels = (colour.permute(1, 2, 0) * 255.0).round().to(torch.uint8).numpy()
             found = np.asarray(self._remover(Image.fromarray(pixels)).convert("L"))
             opacity = _product(opacity, torch.from_numpy(found / np.float32(255.0)))
-        light = colour if opacity is None else colour * opacity
-        if self.key is not None:
-            key = torch.tensor(self.key)[:, None, None]
-            distance = (colour - key).abs().amax(dim=0)  # [H, W]
-            own = ((distance - self.tolerance) / max(self.tolerance, 1e-3)).clamp(0.0, 1.0)
-            without_spill = (colour - (1.0 - own) * key).clamp_min(0.0).minimum(own)  # what the backdrop shines through
-            light, opacity = without_spill if opacity is None else without_spill * opacity, _product(opacity, own)
-        return light, opacity
+        if self.key is None:
+            return (colour if opacity is None else colour * opacity), opacity
+        colour, keyed = without_backdrop(colour, torch.tensor(self.key), self.tolerance)
+        opacity = _product(opacity, keyed)
+        return colour * opacity, opacity
 
     def _mask(self, picture: Path, shape: tuple[int, ...]) -> Tensor:
         """The mask [H, W] of a photo: a file of its name, of its name and .png as COLMAP has it, or of its stem."""
@@ -85,3 +84,21 @@ class Matting:
 
 def _product(opacity: Tensor | None, other: Tensor) -> Tensor:
     return other if opacity is None else opacity * other
+
+
+def without_backdrop(colour: Tensor, backdrop: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Colour [3, H, W] and opacity [H, W] of what stands before a backdrop [3].
+
+    A pixel at an edge has the colour of the nearest pixel inside, and the opacity that mixes both to what is seen.
+    """
+    behind = backdrop[:, None, None]
+    opacity = (((colour - behind).abs().amax(dim=0) - tolerance) / max(tolerance, 1e-3)).clamp(0.0, 1.0)
+    inside = ndimage.binary_erosion(opacity.numpy() == 1.0, np.ones((3, 3)))
+    if not inside.any():
+        return colour, opacity
+    distance, (row, column) = ndimage.distance_transform_edt(~inside, return_indices=True)
+    at_edge = torch.from_numpy((distance > 0) & (distance < EDGE)) & (opacity > 0.0)
+    within = colour[:, torch.from_numpy(row), torch.from_numpy(column)]  # [3, H, W]
+    contrast = (within - behind).square().sum(0).clamp_min(1e-6)
+    share = (((colour - behind) * (within - behind)).sum(0) / contrast).clamp(0.0, 1.0)
+    return torch.where(at_edge, within, colour), torch.where(at_edge, opacity.minimum(share), opacity)

@@ -338,3 +338,12 @@ def test_photos_that_the_reconstruction_places_come_back_with_their_own_names(tm
     torch.testing.assert_close(posed[1].camera_to_world, POSES[2], atol=1e-6, rtol=0)
     true = render(chair(), POSES[2], posed[1].intrinsics, 4, (1.0, 1.0, 1.0))
     assert (pictures[1] - true).abs().mean() < 0.02
+
+
+def test_a_keyed_photo_on_another_background_has_no_fringe(tmp_path):
+    camera = Intrinsics.from_fov(40.0, 96, 96)
+    for backdrop in ((0.0, 0.0, 0.0), (0.0, 0.6, 0.2)):
+        save(render(chair(), POSES[0], camera, 3, backdrop), tmp_path / "photo.png")
+        light, opacity = Matting(key=backdrop, tolerance=0.03).read(tmp_path / "photo.png")
+        error = light + (1.0 - opacity) - render(chair(), POSES[0], camera, 3, (1.0, 1.0, 1.0))
+        assert -10.0 * error.square().mean().log10() > 27.0
