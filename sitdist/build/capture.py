@@ -5,7 +5,7 @@ Poses come from a transforms.json or a COLMAP model, or are found by COLMAP's ow
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -132,6 +132,6 @@ def reconstruct(folder: Path, work: Path) -> Capture:
     model.mkdir()
     max(found.values(), key=lambda each: each.num_reg_images()).write_text(model)
     _, posed = posed_files(model, upright)
-    back = [PosedFile(names[each.picture.name], each.camera_to_world, each.intrinsics) for each in posed]
+    back = [replace(each, picture=names[each.picture.name]) for each in posed]
     placed = {each.picture for each in back}
     return Capture(back, without_pose=[str(each) for each in pictures if each not in placed])
