@@ -165,24 +165,35 @@ def _looks(capture: Capture, options: PhotoOptions) -> list[_Look]:
     return [_turned(look) for look in looks]
 
 
+def _shown(photo: PosedFile, pixels: Tensor) -> Tensor:
+    """Where a pinhole camera shows pixels [N, 2], at distance 1, of those that it can show."""
+    camera = photo.intrinsics
+    points = (pixels - pixels.new_tensor([camera.cx, camera.cy])) / pixels.new_tensor([camera.fx, camera.fy])
+    points = points if photo.distortion is None else photo.distortion.undistort(points)
+    return points[~points.isnan().any(dim=-1)]
+
+
+def _outline(left: float, top: float, right: float, bottom: float) -> Tensor:
+    """Points [N, 2] on the sides of a rectangle."""
+    share = torch.linspace(0.0, 1.0, 65, dtype=torch.float64)
+    x, y = left + share * (right - left), top + share * (bottom - top)
+    sides = [(x, top + 0.0 * x), (x, bottom + 0.0 * x), (left + 0.0 * y, y), (right + 0.0 * y, y)]
+    return torch.cat([torch.stack(side, dim=-1) for side in sides])
+
+
 def _sides(opacity: Tensor | None, photo: PosedFile) -> Tensor | None:
     """The sides [4] of what is opaque; DataError where nothing is."""
     if opacity is None:
         return None
-    camera, total = photo.intrinsics, float(opacity.double().sum())
+    total = float(opacity.double().sum())
     if total == 0.0:
         raise DataError(f"{photo.picture}: nothing in it is opaque; correct its mask, or leave it out")
     shares = [opacity.double().sum(dim).cumsum(0) / total for dim in (0, 1)]  # of columns, of rows
     low, high = ([float((share < edge).sum()) for share in shares] for edge in (TAIL, 1.0 - TAIL))
-    return torch.tensor(
-        [
-            (low[0] - camera.cx) / camera.fx,
-            (low[1] - camera.cy) / camera.fy,
-            (high[0] + 1.0 - camera.cx) / camera.fx,
-            (high[1] + 1.0 - camera.cy) / camera.fy,
-        ],
-        dtype=torch.float64,
-    )
+    points = _shown(photo, _outline(low[0], low[1], high[0] + 1.0, high[1] + 1.0))
+    if len(points) == 0:
+        raise DataError(f"{photo.picture}: its object is at the side of the camera or behind it; leave it out")
+    return torch.cat([points.amin(dim=0), points.amax(dim=0)])
 
 
 def _turned(look: _Look) -> _Look:
@@ -203,7 +214,7 @@ def _camera(looks: list[_Look], size: int) -> Intrinsics:
     if objects:
         half = MARGIN * float(torch.stack(objects).abs().max())
     else:
-        half = min(_inside(look.photo.intrinsics) for look in looks)
+        half = min(_inside(look.photo) for look in looks)
     if not FOV_DEG[0] < (fov := math.degrees(2.0 * math.atan(half))) < FOV_DEG[1]:
         raise DataError(
             f"the photos' common field of view is {fov:.3g} degrees; expected {FOV_DEG[0]:g} to {FOV_DEG[1]:g}: check "
@@ -212,10 +223,17 @@ def _camera(looks: list[_Look], size: int) -> Intrinsics:
     return Intrinsics.from_fov(fov, size, size)
 
 
-def _inside(camera: Intrinsics) -> float:
+def _inside(photo: PosedFile) -> float:
     """Half the side, at distance 1, of the largest square about the principal point that a photo shows; or less."""
+    camera = photo.intrinsics
     x, y = (min(camera.cx, camera.width - camera.cx), min(camera.cy, camera.height - camera.cy))
-    return min(x / camera.fx, y / camera.fy)
+    if photo.distortion is None:
+        return min(x / camera.fx, y / camera.fy)
+    if min(x, y) <= 0.0:
+        return 0.0
+    border = _shown(photo, _outline(0.0, 0.0, camera.width, camera.height)).abs().amax(dim=-1)
+    reach = photo.distortion.largest_radius / math.sqrt(2.0)
+    return min(reach, float(border.min())) if len(border) else reach
 
 
 def resampled(light: Tensor, opacity: Tensor | None, photo: PosedFile, turn: Tensor, camera: Intrinsics) -> Tensor:
@@ -236,6 +254,8 @@ def resampled(light: Tensor, opacity: Tensor | None, photo: PosedFile, turn: Ten
         direction = torch.stack([x, y, -torch.ones_like(x)], dim=-1) @ turn.T
         depth = -direction[..., 2:].clamp_max(-1e-6)
         seen = torch.stack([direction[..., 0], -direction[..., 1]], dim=-1) / depth
+        if photo.distortion is not None:  # what it does not reach is as far outside as what is behind
+            seen = torch.where(photo.distortion.reaches(seen)[..., None], photo.distortion.distort(seen), 1e6)
         pixel = seen * seen.new_tensor([own.fx, own.fy]) + seen.new_tensor([own.cx, own.cy])
         samples = functional.grid_sample(
             source[None],

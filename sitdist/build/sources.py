@@ -330,6 +330,11 @@ class _TransformsViews(ViewSource):
         self._file = transforms_file(Path(config.path))
         self._views = read_posed_files(self._file)
         for view in self._views:
+            if view.distortion is not None:
+                raise DataError(
+                    f"{view.picture}: its lens has distortion; make pictures of a pinhole camera by "
+                    f"`sitdist photos {self._file} --out FOLDER`"
+                )
             camera = view.intrinsics
             if (camera.width, camera.height) != (image_size, image_size):
                 raise DataError(

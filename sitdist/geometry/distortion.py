@@ -82,7 +82,12 @@ class Distortion:
 
         Beyond it a polynomial turns back, and shows points where the lens shows others.
         """
-        return torch.linalg.vector_norm(points, dim=-1) <= self._table[0][-1]
+        return torch.linalg.vector_norm(points, dim=-1) <= self.largest_radius
+
+    @property
+    def largest_radius(self) -> float:
+        """The radius up to which `reaches` holds."""
+        return float(self._table[0][-1])
 
     def _radial(self, squared: Tensor) -> Tensor:
         """What the radius is multiplied by, at r^2 [...]."""

@@ -225,13 +225,13 @@ class PoseFile:
 
 
 def read_poses(path: Path) -> PoseFile:
-    """Poses of a transforms.json or its folder, an array [N, 4, 4] in .npy or as `poses` in .npz, or a COLMAP text
+    """Poses of a transforms.json or its folder, an array [N, 4, 4] in .npy or as `poses` in .npz, or a COLMAP
     model; DataError, PoseError for what is missing or no pose.
     """
     if os.path.isdir(path) and not os.path.isfile(path / "transforms.json"):
         model = find_model(path)
         if model is None:
-            raise DataError(f"{path}: holds neither a transforms.json nor COLMAP's cameras.txt and images.txt")
+            raise DataError(f"{path}: holds neither a transforms.json nor COLMAP's cameras and images")
         views = read_model(model)
         return PoseFile(torch.stack([view.camera_to_world for view in views]), [view.intrinsics for view in views])
     path = path / "transforms.json" if os.path.isdir(path) else path

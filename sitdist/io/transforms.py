@@ -20,22 +20,27 @@ from torch import Tensor
 
 from sitdist.errors import DataError, shortened, shown
 from sitdist.geometry.camera import Intrinsics, check_intrinsics
+from sitdist.geometry.distortion import Distortion
 from sitdist.geometry.pose import check_rigid
 from sitdist.io.files import read_json
 from sitdist.io.images import check_camera_size, focal_length, picture_sizes
 
-PINHOLE_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL", "PERSPECTIVE")
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+PERSPECTIVE_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL", "PERSPECTIVE")
+FISHEYE_MODEL = "OPENCV_FISHEYE"
 REMEDY = "repair it or write it again"
 
 
 @dataclass(frozen=True)
 class PosedFile:
-    """A picture file, where its camera stood, camera_to_world [4, 4] float64, and the camera, which tells its size."""
+    """A picture file, where its camera stood, camera_to_world [4, 4] float64, and the camera, which tells its size.
+
+    `distortion`: what the lens does to a pinhole camera's picture, if it does anything.
+    """
 
     picture: Path
     camera_to_world: Tensor
     intrinsics: Intrinsics
+    distortion: Distortion | None = None
 
 
 def transforms_file(path: Path) -> Path:
@@ -69,7 +74,7 @@ def read_posed_files(file: Path, missing: list[str] | None = None) -> list[Posed
                 raise
             missing.append(name)
             continue
-        posed.append(PosedFile(picture, pose, _pinhole(values, picture, where)))
+        posed.append(PosedFile(picture, pose, _pinhole(values, picture, where), distortion_of(values, where)))
     check_distinct((each.picture for each in posed), file)
     return posed
 
@@ -120,6 +125,22 @@ def camera_of(values: Mapping[str, Any], width: int, height: int, where: str) ->
     return camera
 
 
+def distortion_of(values: Mapping[str, Any], where: str) -> Distortion | None:
+    """The distortion of a frame's lens; None for a pinhole camera; DataError."""
+    model = values.get("camera_model", "PINHOLE")
+    k1, k2, k3, k4, p1, p2 = (number_of(values, key, where, 0.0) for key in ("k1", "k2", "k3", "k4", "p1", "p2"))
+    if model == FISHEYE_MODEL:
+        return Distortion("fisheye", (k1, k2, k3, k4))
+    if model not in PERSPECTIVE_MODELS:
+        raise DataError(
+            f"{where}: camera_model {str(model)[:40]} is neither {FISHEYE_MODEL} nor one of "
+            f"{', '.join(PERSPECTIVE_MODELS)}; undistort the pictures first"
+        )
+    if k4 != 0.0:  # nerfstudio takes it for the factor of r^8, OpenCV for one of a denominator
+        raise DataError(f"{where}: k4 is {k4:g}, which only {FISHEYE_MODEL} has; undistort the pictures first")
+    return Distortion("perspective", (k1, k2, k3), (p1, p2)) if any((k1, k2, k3, p1, p2)) else None
+
+
 def size_of(values: Mapping[str, Any], where: str) -> tuple[int, int] | None:
     """Width and height where the values tell both; DataError unless they are whole numbers above 0."""
     if "w" not in values or "h" not in values:
@@ -162,13 +183,7 @@ def check_distinct(pictures: Iterable[Path], where: Path) -> None:
 
 
 def _pinhole(values: Mapping[str, Any], picture: Path, where: str) -> Intrinsics:
-    """A frame's camera for its picture; DataError where it is no pinhole camera's, or for another size."""
-    model = values.get("camera_model", "PINHOLE")
-    if model not in PINHOLE_MODELS:
-        raise DataError(f"{where}: camera_model {str(model)[:40]} is no pinhole camera; undistort the pictures first")
-    for key in DISTORTION:
-        if number_of(values, key, where, 0.0) != 0.0:
-            raise DataError(f"{where}: distortion {key} is {values[key]}, but pinholes have none; undistort first")
+    """A frame's camera, without its lens, for its picture; DataError for another size."""
     shown, stored = picture_sizes(picture)
     told = None  # a size, where the file tells one; what it leaves out is the picture's
     if "w" in values or "h" in values:

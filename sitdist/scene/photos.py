@@ -1,4 +1,4 @@
-"""Posed photos for a scene fit: .npz files, a transforms.json, or a COLMAP text model; of any one size.
+"""Posed photos for a scene fit: .npz files, a transforms.json, or a COLMAP model; of any one size.
 
 Pictures with alpha are put on one background colour.
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sitdist.errors import DataError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.geometry.distortion import undistorted
 from sitdist.io.arrays import npz_files, read_posed_array
 from sitdist.io.atomic import file_sha256
-from sitdist.io.colmap import find_model, read_model
+from sitdist.io.colmap import find_model, model_files, read_model
 from sitdist.io.files import require_memory, sha256_of
 from sitdist.io.images import SUFFIXES, check_camera_size, picture_sizes, to_pixels
 from sitdist.io.transforms import (
@@ -38,7 +39,8 @@ def read_photos(path: Path, background: Colour | None = None, images: Path | Non
     """The photos at `path`; transparent ones lie on `background` (None: white).
 
     An .npz file or a folder of them (images, poses, focal); a transforms.json or its folder; a COLMAP workspace with
-    a text model, whose pictures are in `images` (None: the folder images/ beside the model or above it, or `path`).
+    a model, whose pictures are in `images` (None: the folder images/ beside the model or above it, or `path`).
+    Pictures through a lens with distortion are made a pinhole camera's; what they do not show is transparent.
     DataError, PoseError for what is missing or cannot be used.
     """
     if not os.path.exists(path):
@@ -50,8 +52,8 @@ def read_photos(path: Path, background: Colour | None = None, images: Path | Non
         found = any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")) if path.is_dir() else False
         what = "photos without poses" if found else "no posed photos"
         raise DataError(
-            f"{path}: {what}; expected .npz files, a transforms.json, or COLMAP's cameras.txt and images.txt (run "
-            "COLMAP on the photos and write its model as text)"
+            f"{path}: {what}; expected .npz files, a transforms.json, or COLMAP's cameras and images (run "
+            "COLMAP on the photos)"
         )
     return _photos(posed, files, background or WHITE)
 
@@ -93,13 +95,13 @@ def _npz_photos(path: Path) -> Photos:
 def _colmap_files(
     path: Path, model: Path, folder: Path | None, missing: list[str] | None
 ) -> tuple[list[Path], list[PosedFile]]:
-    views = read_model(model)
+    views, (cameras, listed) = read_model(model), model_files(model)
     places = [folder] if folder else [model / "images", path / "images", model.parent / "images", path]
     found = next((place for place in places if any(os.path.isfile(place / view.name) for view in views)), places[-1])
     posed = []
     for view in views:
         try:
-            picture = find_picture(found, view.name, f"{model / 'images.txt'}: {view.name}")
+            picture = find_picture(found, view.name, f"{listed}: {view.name}")
         except MissingPicture:
             if missing is None:
                 raise
@@ -107,9 +109,9 @@ def _colmap_files(
             continue
         told = (view.intrinsics.width, view.intrinsics.height)
         check_camera_size(*picture_sizes(picture), told, str(picture))
-        posed.append(PosedFile(picture, view.camera_to_world, view.intrinsics))
-    check_distinct((each.picture for each in posed), model / "images.txt")
-    return [model / "cameras.txt", model / "images.txt"], posed
+        posed.append(PosedFile(picture, view.camera_to_world, view.intrinsics, view.distortion))
+    check_distinct((each.picture for each in posed), listed)
+    return [cameras, listed], posed
 
 
 def _photos(posed: Sequence[PosedFile], files: Sequence[Path], background: Colour) -> Photos:
@@ -125,20 +127,30 @@ def _photos(posed: Sequence[PosedFile], files: Sequence[Path], background: Colou
     need = 2 * len(posed) * 3 * first.width * first.height  # each, and all together
     require_memory(need, f"{files[0]}: {len(posed)} photos", "give fewer, or smaller ones")
     return Photos(
-        torch.stack([_read_picture(each.picture, background) for each in posed]),
+        torch.stack([_read_picture(each, background) for each in posed]),
         torch.stack([each.camera_to_world for each in posed]),
         [each.intrinsics for each in posed],
         _fingerprint([*files, *(each.picture for each in posed)], background),
     )
 
 
-def _read_picture(path: Path, background: Colour) -> Tensor:
-    """uint8 [3, H, W], on `background` where it is transparent."""
-    colour, alpha = to_pixels(path, str(path))
+def _read_picture(posed: PosedFile, background: Colour) -> Tensor:
+    """uint8 [3, H, W], what a pinhole camera sees, on `background` where it is transparent."""
+    colour, alpha = pinhole_pixels(posed)
     colour = (255.0 * colour).round()  # 16 bits are made 8
     if alpha is not None:
         colour = colour * alpha + 255.0 * torch.tensor(background)[:, None, None] * (1.0 - alpha)
     return colour.round().to(torch.uint8)
+
+
+def pinhole_pixels(posed: PosedFile) -> tuple[Tensor, Tensor | None]:
+    """`to_pixels` of the picture without its lens's distortion; what it does not show is transparent."""
+    colour, alpha = to_pixels(posed.picture, str(posed.picture))
+    if posed.distortion is None:
+        return colour, alpha
+    opacity = torch.ones_like(colour[:1]) if alpha is None else alpha[None]
+    light, _ = undistorted(torch.cat([colour * opacity, opacity]), posed.intrinsics, posed.distortion)
+    return (light[:3] / light[3:].clamp_min(1e-6)).clamp(0.0, 1.0), light[3]
 
 
 def _fingerprint(files: Sequence[Path], background: Sequence[float]) -> str:

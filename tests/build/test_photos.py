@@ -20,6 +20,7 @@ from sitdist.config.load import load_yaml
 from sitdist.config.recipe import Recipe
 from sitdist.errors import ConfigError, DataError
 from sitdist.geometry.camera import Intrinsics, looks_at_origin, orbit
+from sitdist.geometry.distortion import Distortion
 from sitdist.io.images import focal_length
 from sitdist.io.pose_files import PosedPicture, colmap_files, write_poses
 from sitdist.io.transforms import read_posed_files, transforms
@@ -96,6 +97,34 @@ def test_pictures_are_what_their_cameras_see(photos, tmp_path, crop):
         else:
             assert abs(rows.min() + rows.max() - 63) <= 3
             assert abs(columns.min() + columns.max() - 63) <= 3
+
+
+LENSES = {
+    "OPENCV": Distortion("perspective", (-0.15, 0.02, 0.0), (0.004, -0.006)),
+    "OPENCV_FISHEYE": Distortion("fisheye", (0.05, 0.0, 0.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("model", LENSES)
+@pytest.mark.parametrize("kind", ["alpha", "opaque"])
+def test_pictures_of_photos_through_a_lens_are_what_their_cameras_see(tmp_path, model, kind):
+    lens, wider = LENSES[model], Intrinsics(260.0, 240.0, 220.0, 180.0, 440, 360)
+    row, column = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(128) + 0.5, indexing="ij")
+    place = lens.undistort(torch.stack([(column - CAMERA.cx) / CAMERA.fx, (row - CAMERA.cy) / CAMERA.fy], dim=-1))
+    grid = (place * torch.tensor([260.0, 240.0]) + torch.tensor([220.0, 180.0])) / torch.tensor([220.0, 180.0]) - 1.0
+    for number, pose in enumerate(POSES):
+        true = seen(pose, wider) if kind == "alpha" else on_grey(seen(pose, wider))
+        through = functional.grid_sample(true[None], grid[None].float(), align_corners=False)[0]
+        save(through, tmp_path / f"{number:05d}.png")
+    names = ("k1", "k2", "k3", "k4") if lens.kind == "fisheye" else ("k1", "k2", "k3")
+    values = dict(zip(names, lens.radial, strict=True)) | dict(zip(("p1", "p2"), lens.tangential, strict=True))
+    values |= transforms(POSES, [CAMERA] * COUNT) | {"camera_model": model}
+    (tmp_path / "transforms.json").write_text(json.dumps(values))
+    prepare_photos(tmp_path, tmp_path / "out")
+    posed, pictures = read(tmp_path / "out")
+    for each, picture in zip(posed, pictures, strict=True):
+        true = on_grey(seen(each.camera_to_world, each.intrinsics, 4))
+        assert ((on_grey(picture) if kind == "alpha" else picture) - true).abs().mean() < 0.01
 
 
 def test_every_nth_photo_is_held_out(photos, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sitdist.errors import DataError, PoseError
 from sitdist.geometry.camera import Intrinsics
+from sitdist.geometry.distortion import Distortion
 from sitdist.io.pose_files import read_poses
 from sitdist.io.transforms import read_posed_files
 from sitdist.scene.photos import read_photos
@@ -94,6 +95,23 @@ def test_pictures_are_files_named_once_by_paths_from_the_file(tmp_path, name, me
     (tmp_path / "device").symlink_to("/dev/zero")
     with pytest.raises(DataError, match=message):
         read_posed_files(write(tmp_path, picture=name))
+
+
+def test_lenses_are_read_from_the_file_or_the_frame(tmp_path):
+    frames = [
+        {"file_path": "a.png", "transform_matrix": POSE},
+        {"file_path": "b.png", "transform_matrix": POSE, "camera_model": "OPENCV_FISHEYE", "k4": 0.4},
+    ]
+    file = write(tmp_path, camera_model="OPENCV", k1=0.1, k2=-0.2, k3=0.3, p1=0.01, p2=0.02, frames=frames)
+    first, second = read_posed_files(file)
+    assert first.distortion == Distortion("perspective", (0.1, -0.2, 0.3), (0.01, 0.02))
+    assert second.distortion == Distortion("fisheye", (0.1, -0.2, 0.3, 0.4))
+    assert first.intrinsics == second.intrinsics == Intrinsics(10.0, 10.0, 4.0, 3.0, 8, 6)
+    assert read_posed_files(write(tmp_path, camera_model="OPENCV", k1=0.0))[0].distortion is None
+    with pytest.raises(DataError, match=r"k4 is 0\.4, which only OPENCV_FISHEYE has"):
+        read_posed_files(write(tmp_path, k4=0.4))
+    with pytest.raises(DataError, match="camera_model EQUIRECTANGULAR is neither"):
+        read_posed_files(write(tmp_path, camera_model="EQUIRECTANGULAR"))
 
 
 def test_pictures_may_lie_in_a_folder_above(tmp_path):

@@ -11,7 +11,9 @@ from sitdist.cli.main import run
 from sitdist.errors import DataError, OutOfMemoryError, PoseError
 from sitdist.flow import draws
 from sitdist.geometry.camera import Intrinsics, look_at, shell_cameras
+from sitdist.geometry.distortion import Distortion, undistorted
 from sitdist.io import files as memory
+from sitdist.io.images import to_pixels
 from sitdist.scene.field import chair
 from sitdist.scene.photos import read_photos
 from sitdist.scene.store import load_scene
@@ -85,8 +87,8 @@ def _rewrite(folder, frames, **values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"k1": 0.1}, "distortion k1 is 0.1"),
-        ({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE is no pinhole camera"),
+        ({"k1": -1e7}, "folds the picture"),
+        ({"camera_model": "SPHERICAL"}, "SPHERICAL is neither"),
         ({"w": 16}, "8x6 pixels but its intrinsics are for 16x6"),
         ({"fl_x": -1.0}, "focal length -1 for 8 pixels"),
         ({"frames": []}, "holds no frames"),
@@ -105,6 +107,35 @@ def test_a_pose_that_is_not_rigid_is_refused_by_name(tmp_path):
     frames = [{"file_path": "0", "transform_matrix": (2 * POSES[0]).tolist()}]
     with pytest.raises(PoseError, match="frame 0: last row"):
         read_photos(write_transforms(tmp_path / "photos", 1) and _rewrite(tmp_path / "photos", frames))
+
+
+def test_photos_through_a_lens_become_those_of_the_pinhole_camera(tmp_path):
+    lens = Distortion("perspective", (1.5, -0.1), (0.01, -0.02))
+    camera, wider = Intrinsics(80.0, 76.0, 35.0, 22.0, 64, 48), Intrinsics(320.0, 304.0, 204.0, 152.0, 384, 288)
+    row, column = torch.meshgrid(torch.arange(48) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    place = lens.undistort(torch.stack([(column - 35.0) / 80.0, (row - 22.0) / 76.0], dim=-1))
+    grid = (place * torch.tensor([320.0, 304.0]) + torch.tensor([204.0, 152.0])) / torch.tensor([192.0, 144.0]) - 1.0
+    frames = []
+    for index, pose in enumerate(POSES):
+        seen = render(chair(), pose, wider, 1, (0.0, 0.5, 0.0))
+        through = torch.nn.functional.grid_sample(seen[None], grid[None].float(), align_corners=False)[0]
+        pixels = (255.0 * through).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        frames.append({"file_path": f"{index}.png", "transform_matrix": pose.tolist()})
+    values = {"fl_x": 80.0, "fl_y": 76.0, "cx": 35.0, "cy": 22.0, "frames": frames}
+    values |= {"camera_model": "OPENCV", "k1": 1.5, "k2": -0.1, "p1": 0.01, "p2": -0.02}
+    (tmp_path / "transforms.json").write_text(json.dumps(values))
+    photos = read_photos(tmp_path, background=(1.0, 0.0, 0.0))
+    assert photos.intrinsics == [camera] * 3
+    _, inside = undistorted(torch.ones(1, 48, 64), camera, lens)
+    expected = torch.stack([render(chair(), pose, camera, 4, (0.0, 0.5, 0.0)) for pose in POSES])
+    difference = (photos.pictures(range(3)) - expected).abs()[..., inside.bool()]
+    assert difference.mean() < 0.02
+    bent = torch.stack([to_pixels(tmp_path / f"{index}.png", "")[0] for index in range(3)])
+    assert (bent - expected).abs()[..., inside.bool()].mean() > 2 * difference.mean()
+    outside = photos.images[..., ~inside.bool()]
+    assert outside.shape[-1] > 0
+    assert (outside == torch.tensor([255, 0, 0])[None, :, None]).all()
 
 
 def test_places_without_posed_photos_are_refused(tmp_path):
