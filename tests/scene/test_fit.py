@@ -96,8 +96,8 @@ def test_colour_may_depend_on_the_direction_of_view_and_the_background_may_be_gi
 
 
 @pytest.mark.distributed
-def test_a_photo_may_be_wider_than_high_and_of_bytes(photos):
-    camera = Intrinsics.from_fov(60.0, 40, 20)
+def test_a_photo_may_be_wider_than_high_off_centre_and_of_bytes(photos):
+    camera = Intrinsics(34.0, 30.0, 16.0, 12.0, 40, 20)
     images = (render_views(photos.camera_to_world, camera) * 255).round().byte()
     wide = Photos(images, photos.camera_to_world, [camera] * 24)
     found = fit_scene(wide, OPTIONS, {"psnr": psnr})
