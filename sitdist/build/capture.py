@@ -19,7 +19,7 @@ from sitdist.scene.photos import posed_files
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 FEWEST = 3  # pictures that a reconstruction needs
-RECONSTRUCTED_MODEL = "SIMPLE_PINHOLE"  # the camera that a reconstruction finds
+RECONSTRUCTED_MODEL = "SIMPLE_RADIAL"  # the camera that a reconstruction finds
 EXTRA = "pip install 'sitdist[photos]'"
 
 
@@ -112,7 +112,7 @@ def reconstruct(folder: Path, work: Path) -> Capture:
     reader = pycolmap.ImageReaderOptions(camera_model=RECONSTRUCTED_MODEL)
     focal, (width, height) = next(iter(focals)), next(iter(sizes))
     if mode == pycolmap.CameraMode.SINGLE and focal is not None:
-        reader.camera_params = f"{focal},{0.5 * width},{0.5 * height}"
+        reader.camera_params = f"{focal},{0.5 * width},{0.5 * height},0"
     database, models = work / "database.db", work / "models"
     models.mkdir()
     pycolmap.logging.minloglevel = 3  # failures are told below

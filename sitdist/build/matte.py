@@ -37,6 +37,8 @@ class Matting:
     def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
         """Light [3, H, W], colour times opacity, and opacity [H, W] of a photo; None: it is opaque. DataError."""
         colour, opacity = to_pixels(picture, str(picture))
+        if opacity is not None and bool((opacity == 1.0).all()):
+            opacity = None  # an alpha channel that tells nothing
         if self.masks is not None:
             opacity = _product(opacity, self._mask(picture, colour.shape[-2:]))
         if self.remove:

@@ -288,10 +288,13 @@ def test_photos_that_lack_something_name_what_gives_it(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--crop object"):
         prepare_photos(opaque(tmp_path / "plain"), tmp_path / "out", PhotoOptions(crop="object"))
     Image.new("RGB", (128, 96)).save(tmp_path / "plain" / "00000.png")
-    mixed = tmp_path / "plain" / "00001.png"
-    Image.open(mixed).convert("RGBA").save(mixed)
+    mixed = Image.open(tmp_path / "plain" / "00001.png").convert("RGBA")
+    mixed.save(tmp_path / "plain" / "00001.png")  # its alpha is opaque everywhere, as if it had none
+    prepare_photos(tmp_path / "plain", tmp_path / "out", PhotoOptions(size=16))
+    mixed.putpixel((0, 0), (0, 0, 0, 0))
+    mixed.save(tmp_path / "plain" / "00001.png")
     with pytest.raises(DataError, match="give all of them alpha"):
-        prepare_photos(tmp_path / "plain", tmp_path / "out")
+        prepare_photos(tmp_path / "plain", tmp_path / "mixed")
 
 
 def write_video(path, pictures, blurred):
