@@ -37,7 +37,8 @@ class Appearance:
     """Draws appearances of views of `size` x `size` pixels.
 
     `backgrounds`: the colour behind each object, by label; where it is unknown, a plain colour is drawn instead.
-    Everything is scaled by `config.strength`: 0 gives the clean view.
+    Each view has a strength of its own, uniform up to `config.strength`, which scales all that is done to it: with 0 it
+    stays clean.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Appearance:
         """Pictures [B, 3, H, W] float32 in [0, 1] of views [B, 4, H, W] uint8 at global positions [B]."""
         device = views.device
         uniforms = draws.uniform(self._seed, "appearance", positions, NUMBERS).to(torch.float32)
-        numbers = _Numbers(uniforms, min(self._strength, 1.0), self._strength)
+        strength = self._strength * uniforms[:, -1]  # of each view: some stay nearly clean
+        numbers = _Numbers(uniforms, strength)
         views = views.float() / 255.0
         background = self._background(labels, positions, numbers)
         picture = self._cut_out(views, background, numbers)
@@ -192,12 +194,12 @@ class Appearance:
 class _Numbers:
     """Hands out uniform numbers, one [B] at a time, in always the same order.
 
-    `share` scales the probabilities, `strength` the amounts.
+    The `strength` of each view [B] scales its probabilities and its amounts.
     """
 
-    def __init__(self, uniforms: Tensor, share: float, strength: float) -> None:
+    def __init__(self, uniforms: Tensor, strength: Tensor) -> None:
         self._columns: Iterator[Tensor] = iter(uniforms.unbind(1))
-        self._share, self._strength = share, strength
+        self._share, self._strength = strength.clamp(max=1.0), strength
 
     def uniform(self) -> Tensor:
         """Uniform in (0, 1), [B]."""
