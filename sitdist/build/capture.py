@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sitdist.errors import DataError, shortened
+from sitdist.io.arrays import read_posed_array
 from sitdist.io.images import SUFFIXES, focal_length, open_picture, picture_sizes
 from sitdist.io.transforms import PosedFile
 from sitdist.scene.photos import posed_files
@@ -35,10 +36,13 @@ class Capture:
 def read_capture(source: Path, work: Path, images: Path | None = None, frames: int = 100) -> Capture:
     """The posed pictures at `source`; DataError, PoseError for what is missing or cannot be used.
 
-    A transforms.json or its folder, a COLMAP workspace (`images` as for `read_photos`), a folder of pictures, or a
-    video, of which `frames` sharp ones are taken. `work`: a folder for files that are needed as long as the capture.
+    A transforms.json or its folder, an .npz file of posed pictures, a COLMAP workspace (`images` as for `read_photos`),
+    a folder of pictures, or a video, of which `frames` sharp ones are taken. `work`: a folder for files that are needed
+    as long as the capture.
     """
     capture = Capture([])
+    if source.suffix.lower() == ".npz":
+        return Capture(_saved(source, work / "pictures"))
     if source.suffix.lower() in VIDEO_SUFFIXES:
         save_sharp_frames(source, frames, work / "frames")
         return reconstruct(work / "frames", work)
@@ -51,6 +55,19 @@ def read_capture(source: Path, work: Path, images: Path | None = None, frames: i
             f"{capture.without_file[0][:200]}; restore them"
         )
     return capture
+
+
+def _saved(file: Path, folder: Path) -> list[PosedFile]:
+    """The pictures of an .npz file as PNG files."""
+    array = read_posed_array(file)
+    folder.mkdir(parents=True)
+    posed = []
+    for number, image in enumerate(array.images):
+        pixels = image if image.dtype == np.uint8 else (255.0 * image.clip(0.0, 1.0)).round().astype(np.uint8)
+        path = folder / f"{number:05d}.png"
+        Image.fromarray(pixels).save(path)
+        posed.append(PosedFile(path, array.camera_to_world[number], array.intrinsics))
+    return posed
 
 
 def save_sharp_frames(video: Path, count: int, folder: Path) -> None:

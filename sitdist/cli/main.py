@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sitdist import __version__
-from sitdist.cli import evaluate, scene, shards, train, use
+from sitdist.cli import evaluate, quickstart, scene, shards, train, use
 from sitdist.cli.outcome import EXIT_RESUME, check_launcher, exit_code, prepare_output
 from sitdist.cli.parser import Parser
 from sitdist.errors import RunInterrupted
@@ -31,7 +31,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="sitdist", description="Train and evaluate flow models that tie camera poses to pictures.")
     parser.add_argument("--version", action="version", version=f"sitdist {__version__}")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
-    for module in (shards, scene, train, evaluate, use):
+    for module in (quickstart, shards, scene, train, evaluate, use):
         for words, text, options, command in module.COMMANDS:
             group, _, name = words.rpartition(" ")
             if group not in groups:

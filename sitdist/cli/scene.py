@@ -24,11 +24,13 @@ from sitdist.cli.parser import (
 )
 
 
-def _photos_options(command: Parser) -> None:
+def add_capture(command: Parser) -> None:
+    """Add the arguments that say which photos are prepared, and how."""
     command.add_argument(
-        "source", type=Path, help="A transforms.json or its folder, a COLMAP folder, a folder of photos, or a video."
+        "source",
+        type=Path,
+        help="A transforms.json or its folder, an .npz file, a COLMAP folder, a folder of photos, or a video.",
     )
-    command.add_argument("--out", type=output, required=True, help="New folder of the pictures.")
     command.add_argument("--size", type=whole(8, 16384), default=64, help="Side of the pictures in pixels.")
     command.add_argument(
         "--crop",
@@ -53,6 +55,11 @@ def _photos_options(command: Parser) -> None:
         "--hold-out", type=whole(0), default=10, metavar="N", help="Hold out every Nth photo for tests; 0: none."
     )
     command.add_argument("--strict", action="store_true", help="Stop where a photo has no file or no pose.")
+
+
+def _photos_options(command: Parser) -> None:
+    add_capture(command)
+    command.add_argument("--out", type=output, required=True, help="New folder of the pictures.")
 
 
 def _fit_options(command: Parser) -> None:

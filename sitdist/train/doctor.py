@@ -225,10 +225,8 @@ def _measure_bandwidth(accelerator: Accelerator, found: Diagnosis) -> None:
     found.fact("between them", f"{4 * size / seconds / 1e9:.2f} GB/s of gradients summed over processes")
 
 
-def _measure_steps(
-    config: Config, manifest: DatasetManifest, accelerator: Accelerator, ranks: Ranks, found: Diagnosis
-) -> None:
-    """Time a few steps of the run itself, in a temporary folder."""
+def time_steps(config: Config, accelerator: Accelerator, ranks: Ranks) -> tuple[float, int | None]:
+    """Seconds of a step of `config`, and the memory in bytes that it needs, by a few steps in a temporary folder."""
     quiet = {"validate_every": None, "checkpoint_every": None, "tracker": None, "profile": None, "averages": None}
     train = config.train.model_copy(update={**quiet, "steps": 10**9, "log_every": 10**9})
     with tempfile.TemporaryDirectory() as folder:
@@ -243,9 +241,15 @@ def _measure_steps(
             trainer.run_steps(stop, until=2 + TIMED_STEPS)
             if accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = (time.perf_counter() - begun) / TIMED_STEPS
+            return (time.perf_counter() - begun) / TIMED_STEPS, memory
         finally:
             trainer.close()
+
+
+def _measure_steps(
+    config: Config, manifest: DatasetManifest, accelerator: Accelerator, ranks: Ranks, found: Diagnosis
+) -> None:
+    seconds, memory = time_steps(config, accelerator, ranks)
     of_epoch = manifest.splits["train"].count / config.train.global_batch
     shown = "" if memory is None else f", {memory / 1e9:.2f} GB per process"
     found.fact("a step", f"{seconds:.3f} s, {config.train.global_batch / seconds:,.1f} samples/s{shown}")
