@@ -29,6 +29,7 @@ GROUPS = {
 def make_parser() -> Parser:
     """The parser of all commands."""
     parser = Parser(prog="sitdist", description="Train and evaluate flow models that tie camera poses to pictures.")
+    parser.set_defaults(main=run)  # for commands that run others
     parser.add_argument("--version", action="version", version=f"sitdist {__version__}")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for module in (quickstart, shards, scene, train, evaluate, use):

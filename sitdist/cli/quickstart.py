@@ -45,8 +45,6 @@ def _quickstart(options: argparse.Namespace) -> int:
     check_there(options.source)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("quickstart runs in one process; for several, start its commands by a launcher one by one")
-    from sitdist.cli.main import run
-
     out, begun = options.out, time.monotonic()
     photos, scene, views, trained = out / "photos", out / "photos/scene", out / "views", out / "run"
     plan = ", ".join(f"{name} {share * options.minutes:.0f} min" for name, share in SHARES.items())
@@ -58,7 +56,7 @@ def _quickstart(options: argparse.Namespace) -> int:
             return
         arguments = [str(word) for word in words]
         tell(f"[{(time.monotonic() - begun) / 60.0:.1f} min] sitdist {shlex.join(arguments)}")
-        code = run(arguments)
+        code = options.main(arguments)
         if code:
             raise _Stopped(code)
 
