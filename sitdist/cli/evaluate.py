@@ -114,7 +114,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     check_run(options.run)
     from sitdist.evaluate.likelihood import split_likelihood
 
-    given = {name: value for name, value in vars(options).items() if name != "command"}
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "main")}
     tell(split_likelihood(**given).line(options.split))
 
 
