@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,13 +45,16 @@ TURNTABLE_SIDE = 256  # pixels: its views are at most this large
 class Photos:
     """N posed photos of one size: images [N, 3, H, W], uint8 or float32 in [0, 1], camera_to_world [N, 4, 4] float64.
 
-    `fingerprint` is a SHA-256 of everything they were read from.
+    `fingerprint` is a SHA-256 of everything they were read from. Where every photo has alpha, `opacity` is it, uint8
+    [N, H, W], and the images lie on `backdrop`.
     """
 
     images: Tensor
     camera_to_world: Tensor
     intrinsics: Sequence[Intrinsics]
     fingerprint: str = ""
+    opacity: Tensor | None = None
+    backdrop: tuple[float, float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,8 +69,13 @@ class Photos:
             return self
         kept = [index * len(self) // count for index in range(count)]
         cameras = [self.intrinsics[index] for index in kept]
-        return Photos(
-            self.images[kept], self.camera_to_world[kept], cameras, f"{self.fingerprint}, {count} of {len(self)}"
+        return replace(
+            self,
+            images=self.images[kept],
+            camera_to_world=self.camera_to_world[kept],
+            intrinsics=cameras,
+            fingerprint=f"{self.fingerprint}, {count} of {len(self)}",
+            opacity=None if self.opacity is None else self.opacity[kept],
         )
 
 
@@ -147,6 +155,7 @@ class _Fit:
     ) -> None:
         self.photos, self.options, self.measures, self.device = photos, options, measures, device
         self.camera_to_world = camera_to_world.to(device)
+        self.opacity = None if photos.opacity is None else photos.opacity.to(device)
         self.rays = _Rays(photos.images.to(device), self.camera_to_world, photos.intrinsics)
         self.held_out = list(range(0, len(photos), HELD_OUT))
         self.training = [index for index in range(len(photos)) if index % HELD_OUT]
@@ -194,7 +203,12 @@ class _Fit:
         origins, directions, colours = self.rays(pixels)
         offset = torch.rand(len(pixels), generator=self.generator).to(self.device)
         rendered = march_occupied(self.field, origins, directions, self.field.voxel, offset)
-        return functional.mse_loss(rendered.on(self.field.background), colours)
+        background = self.field.background
+        if self.opacity is not None:  # on a background of any colour, so that none is taken for a part of the object
+            background = torch.rand(3, generator=self.generator).to(self.device)
+            transparent = 1.0 - self.opacity.flatten()[pixels, None].float() / 255.0
+            colours = colours + transparent * (background - self.field.background)
+        return functional.mse_loss(rendered.on(background), colours)
 
     def _batches(self, pool: Tensor) -> Iterator[Tensor]:
         """Pixels [B] without end: the pool in one random order after another."""
@@ -264,6 +278,7 @@ def _unit_range(images: Tensor) -> Tensor:
 
 def _background(photos: Photos, training: Sequence[int], given: tuple[float, float, float] | None) -> Tensor:
     """The colour behind the object, [3]."""
+    given = given if photos.backdrop is None else photos.backdrop
     if given is not None:
         return torch.tensor(given, dtype=torch.float32)
     border = _unit_range(border_pixels(photos.images[list(training)]))

@@ -124,23 +124,27 @@ def _photos(posed: Sequence[PosedFile], files: Sequence[Path], background: Colou
                 f"{each.picture}: {camera.width}x{camera.height} pixels but {posed[0].picture.name} has "
                 f"{first.width}x{first.height}; bring all photos to one size (and their focal lengths with them)"
             )
-    need = 2 * len(posed) * 3 * first.width * first.height  # each, and all together
+    need = 2 * len(posed) * 4 * first.width * first.height  # each, and all together
     require_memory(need, f"{files[0]}: {len(posed)} photos", "give fewer, or smaller ones")
+    images, opacities = zip(*(_read_picture(each, background) for each in posed), strict=True)
+    opacity = None if any(each is None for each in opacities) else torch.stack(opacities)
     return Photos(
-        torch.stack([_read_picture(each, background) for each in posed]),
+        torch.stack(images),
         torch.stack([each.camera_to_world for each in posed]),
         [each.intrinsics for each in posed],
         _fingerprint([*files, *(each.picture for each in posed)], background),
+        opacity,
+        None if opacity is None else background,
     )
 
 
-def _read_picture(posed: PosedFile, background: Colour) -> Tensor:
-    """uint8 [3, H, W], what a pinhole camera sees, on `background` where it is transparent."""
+def _read_picture(posed: PosedFile, background: Colour) -> tuple[Tensor, Tensor | None]:
+    """What a pinhole camera sees, uint8 [3, H, W], on `background` where it is transparent, and its alpha [H, W]."""
     colour, alpha = pinhole_pixels(posed)
     colour = (255.0 * colour).round()  # 16 bits are made 8
     if alpha is not None:
         colour = colour * alpha + 255.0 * torch.tensor(background)[:, None, None] * (1.0 - alpha)
-    return colour.round().to(torch.uint8)
+    return colour.round().to(torch.uint8), None if alpha is None else (255.0 * alpha).round().to(torch.uint8)
 
 
 def pinhole_pixels(posed: PosedFile) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from sitdist.geometry.similarity import Similarity
 from sitdist.model.codec import psnr
 from sitdist.scene.field import chair
 from sitdist.scene.fit import FitOptions, Photos, fit_scene, turntable
-from sitdist.scene.views import render
+from sitdist.scene.views import look, render
 from sitdist.scene.volume import BACKGROUND
 
 CAMERA = Intrinsics.from_fov(40.0, 32, 32)
@@ -136,3 +136,14 @@ def test_scenery_behind_the_object_is_told(photos, capsys):
     images[:, :, :8] = torch.rand(24, 3, 8, 32, generator=torch.Generator().manual_seed(0))
     fit_scene(replace(photos, images=images), replace(OPTIONS, resolutions=(8,), steps=(80,), rays=256))
     assert "of the photos' border is not of the background's colour" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_with_alpha_a_white_object_is_told_from_white(photos):
+    through = [look(chair(), pose, CAMERA, 2).through for pose in photos.camera_to_world]
+    opacity = ((1.0 - torch.stack(through)) * 255.0).round().to(torch.uint8)
+    white = torch.full_like(photos.images, 255, dtype=torch.uint8)
+    scene = fit_scene(replace(photos, images=white, opacity=opacity, backdrop=(1.0, 1.0, 1.0)), OPTIONS)
+    seen = scene.look(scene.similarity.cameras(photos.camera_to_world[:1])[0], CAMERA, 2)  # a photo that is held out
+    assert (seen.through - through[0]).abs().mean() < 0.4 * (1.0 - through[0]).mean()  # of no object at all: 1
+    torch.testing.assert_close(scene.field.background, torch.ones(3))
