@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sitdist.cli.outcome import tell
 from sitdist.cli.parser import Command, Parser, check_there, output, positive_number
 from sitdist.cli.scene import add_capture
 from sitdist.errors import ConfigError
 
+log = logging.getLogger("sitdist")
 # How the time is spent: scene, views, training, and everything else.
 SHARES = {"scene": 0.15, "views": 0.15, "training": 0.6, "the rest": 0.1}
 VIEWS = (500, 30000)
@@ -48,14 +49,14 @@ def _quickstart(options: argparse.Namespace) -> int:
     out, begun = options.out, time.monotonic()
     photos, scene, views, trained = out / "photos", out / "photos/scene", out / "views", out / "run"
     plan = ", ".join(f"{name} {share * options.minutes:.0f} min" for name, share in SHARES.items())
-    tell(f"plan: photos, then {plan}; the same command continues where it was stopped")
+    log.info("plan: photos, then %s; the same command continues where it was stopped", plan)
 
     def step(done: Path, *words: object) -> None:
         """Run a command unless what it makes is there; a failed one ends the quickstart."""
         if done.exists():
             return
         arguments = [str(word) for word in words]
-        tell(f"[{(time.monotonic() - begun) / 60.0:.1f} min] sitdist {shlex.join(arguments)}")
+        log.info("[%.1f min] sitdist %s", (time.monotonic() - begun) / 60.0, shlex.join(arguments))
         code = options.main(arguments)
         if code:
             raise _Stopped(code)
@@ -76,8 +77,9 @@ def _quickstart(options: argparse.Namespace) -> int:
         step(out / "model", "export", trained, out / "model")
     except _Stopped as stopped:
         return stopped.code
-    tell(f"[{(time.monotonic() - begun) / 60.0:.1f} min] model: {out / 'model'}, report: {out / 'eval/report.html'}")
-    tell(f"next: sitdist pose {out / 'model'} PICTURES --refine {scene}")
+    spent = (time.monotonic() - begun) / 60.0
+    log.info("[%.1f min] model: %s, report: %s", spent, out / "model", out / "eval/report.html")
+    log.info("next: sitdist pose %s PICTURES --refine %s", out / "model", scene)
     return 0
 
 

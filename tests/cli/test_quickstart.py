@@ -26,7 +26,8 @@ def photos(tmp_path):
 
 
 @pytest.mark.distributed  # it takes half a minute
-def test_photos_become_a_measured_and_exported_model_and_nothing_is_done_twice(photos, tmp_path, monkeypatch, capsys):
+def test_photos_become_a_measured_and_exported_model_and_nothing_is_done_twice(photos, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(FitOptions, "resolutions", (24,))
     monkeypatch.setattr(FitOptions, "steps", (60,))
     monkeypatch.setattr(quickstart, "VIEWS", (300, 300))
@@ -34,8 +35,7 @@ def test_photos_become_a_measured_and_exported_model_and_nothing_is_done_twice(p
     words = ["quickstart", str(photos), "--out", str(tmp_path / "all"), "--size", "16", "--minutes", "1"]
     assert command([*words, "--hold-out", "6"]) == 0
     out = tmp_path / "all"
-    said = capsys.readouterr()
-    assert "plan: photos, then scene" in said.out + said.err
+    assert "plan: photos, then scene" in caplog.text
     assert len(json.loads((out / "photos/test.json").read_text())["frames"]) == 4
     metrics = json.loads((out / "eval/metrics.json").read_text())
     assert metrics["rows"][-1]["n"] == 4
