@@ -61,6 +61,7 @@ def build(
         with ranks.raise_together():
             splits = open_splits(recipe, only)
             _check_memory(recipe, len(splits["train"]))
+            _check_focal_lengths(recipe, splits["train"])
             plan = _plan(recipe, splits)
         plans = ranks.gather(plan)
         with ranks.raise_together():
@@ -81,6 +82,15 @@ def build(
                 manifest = _manifest(recipe, out, splits, built, make)
                 _finish(out, manifest)
         return ranks.broadcast(manifest)
+
+
+def _check_focal_lengths(recipe: Recipe, train: Split) -> None:
+    """ConfigError where focal lengths vary but poses leave them out: a zoom would look like a step nearer."""
+    if recipe.packing == "pose" and len(train.intrinsics.unique(dim=0)) > 1:
+        raise ConfigError(
+            "packing: pose leaves the intrinsics out, but those of the training views differ; set packing: intrinsics, "
+            "or give all views one camera"
+        )
 
 
 def _check_memory(recipe: Recipe, views: int) -> None:

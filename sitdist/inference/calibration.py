@@ -24,7 +24,7 @@ from sitdist.dataset.appearance import Appearance
 from sitdist.dataset.manifest import DatasetManifest, load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.store import store_of
-from sitdist.errors import ConfigError, DataError
+from sitdist.errors import ConfigError, DataError, SitdistError
 from sitdist.flow.choices import PICTURE_ESTIMATORS, RENAMED_ESTIMATORS
 from sitdist.flow.error_bars import BAR_LEVELS, FEWEST, LEVELS, Calibration, fit_calibration, rendered_mean
 from sitdist.flow.estimate import EstimateOptions, PoseEstimate
@@ -206,7 +206,7 @@ def calibrate_if_possible(run: Path) -> str:
     """Calibrate a trained run on its validation views; what was fitted, or why there is nothing to fit."""
     try:
         return format_calibration(run, calibrate(run, CalibrateOptions(split="val")))
-    except (ConfigError, DataError) as error:
+    except SitdistError as error:
         return f"No error bars: {error}"
 
 
