@@ -67,6 +67,7 @@ def test_a_camera_is_moved_about_the_object_and_about_itself():
     assert float(rotation_error_deg(turned[:3, :3], camera[:3, :3])) == pytest.approx(math.degrees(0.1))
 
 
+@pytest.mark.distributed  # takes seconds
 def test_cameras_that_are_rolled_and_look_past_the_object_are_found(free):
     start = disturbed(free, 8.0, 0.3)
     found = refine(pictures(free), start)
@@ -99,6 +100,7 @@ def test_light_and_occluders_do_not_move_the_camera(free):
     assert float(errors(found, free)[0].max()) < 1.0
 
 
+@pytest.mark.distributed  # takes seconds
 def test_a_background_that_is_not_plain_is_continued_behind_the_object(free):
     coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     texture = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0.0, 1.0)[0].permute(1, 2, 0)
@@ -116,6 +118,7 @@ def test_the_focal_length_is_found_along(free):
     assert float(errors(found, free)[0].max()) < 1.0
 
 
+@pytest.mark.distributed  # takes seconds
 def test_a_far_start_is_tried_from_elsewhere(free):
     start = torch.stack([moved_camera(free[1], torch.tensor([0.0, 0.45, 0.0, 0.1, 0.0, 0.0]).double())])
     once, again = (refine(pictures(free[1:2]), start, enough=enough) for enough in (1.0, 0.05))
@@ -133,6 +136,7 @@ def test_what_the_scene_does_not_show_stays_unexplained(free):
     assert (found.error > 0.15).all()
 
 
+@pytest.mark.distributed  # takes seconds
 def test_each_picture_is_refined_by_itself(free):
     images, start = pictures(free), disturbed(free, 2.0, 0.05)
     together, alone = refine(images, start), refine(images[1:2], start[1:2])
