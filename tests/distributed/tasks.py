@@ -275,8 +275,12 @@ class Grey(ViewSource):
     def intrinsics(self, index):
         return Intrinsics.from_fov(40.0, self._size, self._size)
 
-    def images(self, indices):
-        return torch.full((len(indices), 3, self._size, self._size), 0.5)
+    def views(self, indices):
+        grey = torch.full((len(indices), 3, self._size, self._size), 0.5)
+        return torch.cat([grey, torch.zeros_like(grey[:, :1])], dim=1)
+
+    def background(self, index):
+        return None
 
     def fingerprint(self):
         return "grey"
