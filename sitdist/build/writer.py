@@ -86,11 +86,15 @@ def build(
 
 def _check_focal_lengths(recipe: Recipe, train: Split) -> None:
     """ConfigError where focal lengths vary but poses leave them out: a zoom would look like a step nearer."""
-    if recipe.packing == "pose" and len(train.intrinsics.unique(dim=0)) > 1:
-        raise ConfigError(
-            "packing: pose leaves the intrinsics out, but those of the training views differ; set packing: intrinsics, "
-            "or give all views one camera"
-        )
+    if recipe.packing != "pose":
+        return
+    intrinsics, labels = train.intrinsics, train.source.labels[train.indices]
+    for label in labels.unique():
+        if len(intrinsics[labels == label].unique(dim=0)) > 1:
+            raise ConfigError(
+                f"packing: pose leaves the intrinsics out, but those of the training views of label {label} differ; "
+                "set packing: intrinsics, or give all of them one camera"
+            )
 
 
 def _check_memory(recipe: Recipe, views: int) -> None:

@@ -24,7 +24,7 @@ from sitdist.dataset.info import info
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.dataset.verify import verify
-from sitdist.errors import CodecError, DataError
+from sitdist.errors import CodecError, ConfigError, DataError
 from sitdist.geometry.packing import PoseStatistics, standardize
 from sitdist.io.ownership import LOCK, mark
 from sitdist.model.autoencoder import latent_sums, make_vae, scaling_factor
@@ -545,3 +545,11 @@ def test_a_missing_newer_or_damaged_manifest_is_named(dataset, damaged, tmp_path
     (damaged / "manifest.json").write_text('{"format_version": 2')
     with pytest.raises(DataError, match=r"manifest.json: damaged"):
         load_manifest(damaged)
+
+
+def test_focal_lengths_that_vary_must_be_packed(tmp_path):
+    train = {"kind": "scene", "views": 12, "supersample": 1, "fov_range_deg": [30.0, 50.0]}
+    with pytest.raises(ConfigError, match="training views of label 0 differ; set packing: intrinsics"):
+        build(recipe(splits={"train": train}), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    build(recipe(splits={"train": train}, packing="intrinsics"), tmp_path / "data")

@@ -366,7 +366,8 @@ def test_the_focal_length_is_estimated_where_the_dataset_packs_it(tmp_path):
 def test_the_turntable_has_the_field_of_view_of_the_training(tmp_path):
     source = {"kind": "scene", "views": 9, "supersample": 1, "fov_range_deg": [20.0, 60.0]}
     recipe = {"name": "zoom", "image_size": 16, "codec": {"kind": "pca", "fit_views": 8}, "val_views": 3}
-    build(parse(Recipe, recipe | {"splits": {"train": source}}, "zoom"), tmp_path / "data")
+    recipe |= {"packing": "intrinsics", "splits": {"train": source}}
+    build(parse(Recipe, recipe, "zoom"), tmp_path / "data")
     train(config_on(tmp_path / "data"), tmp_path / "run")
     folder = evaluate(tmp_path / "run", EvalOptions(split="val", experiment="turntable", max_views=1)) / "turntable"
     reader = ShardReader(tmp_path / "data", "train")
