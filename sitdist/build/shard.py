@@ -152,10 +152,8 @@ class SampleMaker:
         codec_psnr = _codec_psnr(self.codec, moments, images, self.batch) if keep else [float("nan")] * len(images)
         samples = []
         for row, index in enumerate(batch.indices):
-            background, view = source.background(index), views[row]
-            if self.keep_views and background is not None and not view[3].any():
-                view = cut_out(images[row], background)
-            image, kept = images[row] if keep else None, view if self.keep_views else None
+            kept = _without_background(source, index, views[row], images[row]) if self.keep_views else None
+            image = images[row] if keep else None
             samples.append(self._sample(batch, row, moments[row], image, kept, codec_psnr[row]))
         return samples
 
@@ -200,6 +198,12 @@ class SampleMaker:
             "intrinsics": intrinsics.numpy(),
         }
         return Sample(members, columns)
+
+
+def _without_background(source: ViewSource, index: int, view: Tensor, image: Tensor) -> Tensor:
+    """The view [4, H, W]; a picture without alpha is cut out, where its background is plain."""
+    background = None if view[3].any() else source.background(index)
+    return view if background is None else cut_out(image, background)
 
 
 def _padded(batch: Tensor, size: int) -> Tensor:

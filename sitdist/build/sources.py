@@ -263,14 +263,13 @@ class _SceneViews(ViewSource):
 
     def _look(self, index: int) -> Tensor:
         camera_to_world, intrinsics = self.camera_to_world[index], self.intrinsics(index)
-        seen = look(self._scene, camera_to_world, intrinsics, self.config.supersample)
-        return torch.cat([seen.light.permute(2, 0, 1), seen.through[None]])
+        return look(self._scene, camera_to_world, intrinsics, self.config.supersample).planes()
 
     def background(self, index: int) -> Tensor | None:
         return self._background
 
     def _on_background(self, index: int, view: Tensor) -> Tensor:
-        return _in_steps((view[:3] + view[3] * self._background[:, None, None]).clamp(0.0, 1.0))
+        return _in_steps(super()._on_background(index, view))
 
     def fingerprint(self) -> str:
         files = [] if self.config.scene is None else scene_files(self.config.scene)

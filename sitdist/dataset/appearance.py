@@ -28,7 +28,7 @@ KERNEL = 3  # radius of blur kernels in pixels
 LARGEST_FOLDER = 2000  # pictures that are kept as backgrounds
 
 
-def composite(views: Tensor, background: Tensor) -> Tensor:
+def on_background(views: Tensor, background: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] of views [B, 4, H, W] (light and transmittance) on backgrounds [B, 3, 1 or H, 1 or W]."""
     return views[:, :3] + views[:, 3:] * background
 
@@ -129,7 +129,7 @@ class Appearance:
             grid = F.affine_grid(affine, [len(rows), 1, self._size, self._size], align_corners=False)
             shadow = F.grid_sample(small, grid, padding_mode="zeros", align_corners=False)
             background[rows] *= 1.0 - shade[rows, None, None, None] * shadow
-        picture = composite(views, background)
+        picture = on_background(views, background)
         cut, threshold, soft = numbers.chance(0.35), numbers.uniform(), numbers.uniform() < 0.5
         wide, kind, colour = numbers.uniform(), numbers.uniform(), numbers.colour()
         rows = cut.nonzero()[:, 0]
@@ -137,7 +137,7 @@ class Appearance:
             kind, colour = kind[rows, None], colour[rows]
             colour = torch.where(kind < 0.7, torch.ones_like(colour), colour)
             colour = torch.where(kind < 0.45, torch.zeros_like(colour), colour)
-            before = composite(views[rows], colour[:, :, None, None])
+            before = on_background(views[rows], colour[:, :, None, None])
             mask = (opacity[rows] > 0.02 + 0.96 * threshold[rows, None, None, None]).float()
             mask = torch.where(wide[rows, None, None, None] < 0.2, F.max_pool2d(mask, 3, 1, 1), mask)
             mask = torch.where(soft[rows, None, None, None], F.avg_pool2d(mask, 3, 1, 1), mask)

@@ -99,6 +99,7 @@ class ShardReader:
                 f"{self.folder}: keeps no views, which appearance needs; set keep_views: true in the recipe and build "
                 "the dataset again, or leave appearance out"
             )
+        self.views = views
         self._view = _Member("view", *arrays["view"]) if views else None
         self._open = LruCache(self._open_shard, OPEN_SHARDS)
         self._intrinsics: LruCache[int, np.ndarray | None] = LruCache(

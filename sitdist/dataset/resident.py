@@ -23,7 +23,7 @@ class ResidentSamples:
         self._faults: dict[int, str] = {}
         latent = reader.manifest.latent
         each = 4 * (2 * latent.channels * latent.height * latent.width + 16) + 8
-        each += 4 * reader.manifest.image_size**2 if reader.manifest.keeps_views else 0
+        each += 4 * reader.manifest.image_size**2 if reader.views else 0
         require_memory(2 * each * len(reader), f"{len(reader):,} resident samples", "set reader.resident to false")
         parts = []
         for first in range(0, len(reader), CHUNK):

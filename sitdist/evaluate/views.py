@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sitdist.config.recipe import SceneSource
-from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
 from sitdist.errors import ConfigError, DataError
 from sitdist.evaluate.measures import BINS_AT_MOST, EDGE, ViewRecord
@@ -168,8 +168,8 @@ class SplitViews:
     def __init__(self, data: Path, split: str, radii: tuple[int, int] | None, views_per_radius: int | None) -> None:
         if split == "train":
             raise ConfigError("--split train: the training split keeps no pictures; evaluate another split")
-        self.keeps_transparency = load_manifest(data).keeps_views
-        self._reader = ShardReader(data, split, views=self.keeps_transparency)
+        self._data, self._reader = data, ShardReader(data, split)
+        self.keeps_transparency = self._reader.manifest.keeps_views
         self._camera_to_world = self._reader.camera_to_world()
         self._split, self._radii, self._limit = split, radii, views_per_radius
 
@@ -202,10 +202,16 @@ class SplitViews:
             self._reader.intrinsics(indices),
         )
 
+    @cached_property
+    def _view_reader(self) -> ShardReader:
+        """Reads the views, too, which nothing but `transparent` needs."""
+        return ShardReader(self._data, self._split, views=True)
+
     def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
-        samples = self._reader.samples(np.array([view.position for view in views]))
-        if samples.faults or samples.view is None:
-            raise DataError(samples.faults[min(samples.faults)] if samples.faults else "the dataset keeps no views")
+        samples = self._view_reader.samples(np.array([view.position for view in views]))
+        if samples.faults:
+            raise DataError(samples.faults[min(samples.faults)])
+        assert samples.view is not None
         return samples.view.float() / 255.0
 
     def background(self) -> Tensor | None:
@@ -269,8 +275,7 @@ class RenderedViews:
 
     def transparent(self, views: tuple[ViewRef, ...]) -> Tensor:
         cameras = zip(*self.cameras(views), strict=True)
-        seen = [look(self._scene, *camera, self.source.supersample) for camera in cameras]
-        return torch.stack([torch.cat([each.light, each.through[..., None]], dim=-1).permute(2, 0, 1) for each in seen])
+        return torch.stack([look(self._scene, *camera, self.source.supersample).planes() for camera in cameras])
 
     def background(self) -> Tensor | None:
         return backdrop(self._scene, self.source.background)

@@ -52,6 +52,10 @@ class Rendered(NamedTuple):
     through: Tensor
     depth: Tensor
 
+    def planes(self) -> Tensor:
+        """Light, then transmittance, of pixels: a view without its background, [4, H, W]."""
+        return torch.cat([self.light, self.through[..., None]], dim=-1).permute(2, 0, 1)
+
     def on(self, background: Tensor) -> Tensor:
         """Colours [..., 3] composited on a background [3]."""
         return self.light + self.through[..., None] * background

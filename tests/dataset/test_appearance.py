@@ -13,7 +13,7 @@ from sitdist.build.sources import cut_out, open_source, plain_background
 from sitdist.config.experiment import AppearanceConfig, Config
 from sitdist.config.load import load_yaml, parse
 from sitdist.config.recipe import Recipe, SceneSource
-from sitdist.dataset.appearance import Appearance, composite, draw_moves, moved
+from sitdist.dataset.appearance import Appearance, draw_moves, moved, on_background
 from sitdist.dataset.batches import BatchReader
 from sitdist.dataset.manifest import load_manifest
 from sitdist.dataset.reader import ShardReader
@@ -50,12 +50,12 @@ def draw(views, seed=0, first=0, **options):
 
 
 def test_strength_0_is_the_clean_view(views):
-    clean = composite(views.float() / 255.0, torch.tensor(GREY)[:, None, None])
+    clean = on_background(views.float() / 255.0, torch.tensor(GREY)[:, None, None])
     torch.testing.assert_close(draw(views, strength=0.0), clean, rtol=0, atol=1e-6)
 
 
 def test_the_stronger_the_farther_from_the_clean_view(views):
-    clean = composite(views.float() / 255.0, torch.tensor(GREY)[:, None, None])
+    clean = on_background(views.float() / 255.0, torch.tensor(GREY)[:, None, None])
     errors = [float((draw(views, strength=strength) - clean).square().mean()) for strength in (0.1, 0.5, 1.0)]
     assert 1e-4 < 2 * errors[0] < errors[1] < errors[2]
 
@@ -74,7 +74,7 @@ def test_an_object_that_fills_the_picture_hides_every_background(views):
     opaque[:, :3] = 128
     assert (
         psnr(draw(opaque), torch.full((24, 3, SIZE, SIZE), 128 / 255)).median()
-        > psnr(draw(views), composite(views / 255.0, torch.tensor(GREY)[:, None, None])).median()
+        > psnr(draw(views), on_background(views / 255.0, torch.tensor(GREY)[:, None, None])).median()
     )
 
 
@@ -123,7 +123,7 @@ def test_rotations_by_vectors_have_the_vectors_angles():
 
 
 def test_a_plain_background_is_learned_from_the_border_and_a_cluttered_one_is_not(views):
-    white = composite(views.float() / 255.0, torch.tensor([1.0, 0.9, 0.8])[:, None, None])
+    white = on_background(views.float() / 255.0, torch.tensor([1.0, 0.9, 0.8])[:, None, None])
     torch.testing.assert_close(plain_background(white), torch.tensor([1.0, 0.9, 0.8]), atol=2e-3, rtol=0)
     assert plain_background(torch.rand(4, 3, SIZE, SIZE)) is None
 
@@ -131,9 +131,9 @@ def test_a_plain_background_is_learned_from_the_border_and_a_cluttered_one_is_no
 def test_an_object_cut_out_of_a_plain_picture_is_the_object(views):
     background, errors = torch.tensor([1.0, 0.9, 0.8]), []
     for view in views.float() / 255.0:
-        picture = composite(view[None], background[:, None, None])[0]
+        picture = on_background(view[None], background[:, None, None])[0]
         cut = cut_out(picture, background)
-        torch.testing.assert_close(composite(cut[None], background[:, None, None])[0], picture, atol=1e-5, rtol=0)
+        torch.testing.assert_close(on_background(cut[None], background[:, None, None])[0], picture, atol=1e-5, rtol=0)
         errors.append(float((cut[3] - view[3]).abs().mean()))
     assert max(errors) < 0.05
     assert sum(errors) / len(errors) < 0.02
@@ -156,7 +156,7 @@ def test_a_dataset_keeps_its_views_and_nothing_else_changes(tiny_dataset, views_
     assert a.view is None
     assert b.view.shape == (48, 4, 16, 16)
     codec, background = load_codec(views_dataset / "codec"), kept.manifest.backgrounds()[0]
-    pictures = composite(b.view / 255.0, torch.tensor(background)[:, None, None])
+    pictures = on_background(b.view / 255.0, torch.tensor(background)[:, None, None])
     torch.testing.assert_close(codec.encode_moments(pictures)[:, :4], b.moments[:, :4].float(), atol=0.05, rtol=0)
     assert torch.equal(ResidentSamples(kept).samples(np.array([7, 3])).view, b.view[[7, 3]])
     assert verify(views_dataset) == []

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
-from sitdist.dataset.appearance import composite, moved
+from sitdist.dataset.appearance import moved, on_background
 from sitdist.evaluate.experiments.common import Tools, spread, summaries, write_results
 from sitdist.evaluate.experiments.records import EXPERIMENTS, RobustnessRecord
 from sitdist.evaluate.measures import make_records
@@ -86,24 +86,24 @@ def _occlude(pictures: Tensor, share: float) -> Tensor:
 
 
 def _plain(views: Tensor, value: float) -> Tensor:
-    return composite(views, torch.full_like(views[:, :1], value))
+    return on_background(views, torch.full_like(views[:, :1], value))
 
 
 def _coloured(views: Tensor, _: float) -> Tensor:
     colours = draws.uniform(0, "robustness colours", torch.arange(len(views)), 3).to(views)
-    return composite(views, colours[:, :, None, None])
+    return on_background(views, colours[:, :, None, None])
 
 
 def _textured(views: Tensor, contrast: float) -> Tensor:
     coarse = draws.uniform(0, "robustness textures", torch.arange(len(views)), 3 * 36).to(views).reshape(-1, 3, 6, 6)
     texture = F.interpolate(coarse, views.shape[-1], mode="bicubic").clamp(0.0, 1.0)
-    return composite(views, 0.5 + contrast * (texture - 0.5))
+    return on_background(views, 0.5 + contrast * (texture - 0.5))
 
 
 def _cut_out(views: Tensor, threshold: float) -> Tensor:
     """Cut out of a picture on black by a hard mask of this opacity, and put on grey: what a photo editor leaves."""
     mask = (1.0 - views[:, 3:] > threshold).float()
-    return mask * composite(views, torch.zeros_like(views[:, :1])) + 0.5 * (1.0 - mask)
+    return mask * on_background(views, torch.zeros_like(views[:, :1])) + 0.5 * (1.0 - mask)
 
 
 PICTURE_CHANGES: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {
@@ -203,7 +203,7 @@ class Robustness:
         seen = moved(self._transparent, rotation, zoom, batch.intrinsics)
         background = self._tools.views.background()
         assert background is not None
-        return composite(seen, background.to(seen)[:, None, None]), true
+        return on_background(seen, background.to(seen)[:, None, None]), true
 
     def finish(self, records: list[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]) -> None:
         rows = []
